@@ -1,0 +1,10 @@
+"""Backends and targets that come with graphopt, found through the same entry point as anybody else's."""
+
+from graphopt.backends.targets import TARGETS as TARGETS
+
+BACKENDS = {
+    "onnxruntime": "graphopt.backends.onnxruntime:OnnxRuntime",
+    "reference": "graphopt.backends.reference:Reference",
+}
+
+HOST_TARGET = "graphopt.backends.targets:host_target"

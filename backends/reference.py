@@ -1,0 +1,74 @@
+"""ONNX's own evaluator: slow, but independent of every runtime. A second judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from graphopt.backend import Array, Feeds
+from graphopt.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The evaluator of the onnx package."""
+
+    name: ClassVar[str] = "reference"
+    help: ClassVar[str] = "onnx's reference evaluator: slow, a second judge"
+
+    def missing(self) -> str | None:
+        """Return None: the onnx package is always there."""
+        return None
+
+    def describe(self) -> str:
+        """Return the name tables show."""
+        return "onnx reference"
+
+    def open(
+        self, model: ir.Model | Path, *, threads: int = 0, optimize: bool = True, profile: Path | None = None
+    ) -> ReferenceSession:
+        """Open a model; threads and optimization mean nothing here."""
+        if profile is not None:
+            raise BackendError("backend `reference` has no profiler", hint="use `--backend onnxruntime`")
+        try:
+            proto = onnx.load(model) if isinstance(model, Path) else ir.to_proto(model)
+            return ReferenceSession(ReferenceEvaluator(proto))
+        except Exception as error:
+            raise BackendError(f"the reference evaluator refuses the model: {_one_line(error)}") from error
+
+
+class ReferenceSession:
+    """An open reference evaluator."""
+
+    def __init__(self, evaluator: ReferenceEvaluator) -> None:
+        self._evaluator = evaluator
+        defaults = {tensor.name for tensor in evaluator.proto_.graph.initializer}
+        self.input_names: Sequence[str] = [name for name in evaluator.input_names if name not in defaults]
+        self.output_names: Sequence[str] = list(evaluator.output_names)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the model once; see `graphopt.backend.Session.run`."""
+        try:
+            values = self._evaluator.run(None, dict(feeds))
+        except Exception as error:
+            raise BackendError(f"the reference evaluator fails on the model: {_one_line(error)}") from error
+        return dict(zip(self.output_names, values, strict=True))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

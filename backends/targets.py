@@ -1,0 +1,104 @@
+"""The targets graphopt knows: what each runtime runs fast, as tested on it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from graphopt.target import IntegerScheme, Target
+
+# ONNX Runtime CPU fuses these into integer kernels once every input and output is quantized. Relu and Clip cost
+# nothing there: the range of the Q behind them says the same.
+_ORT_CPU_INTEGER_OPS = frozenset(
+    {"Conv", "Gemm", "MatMul", "Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
+)
+# Value-preserving operators that run on integers when both sides share one scale.
+_ORT_CPU_SHARED_SCALE_OPS = frozenset(
+    {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Resize"}
+)
+_MATRIX_OPS = frozenset({"MatMul", "Gemm"})
+_WEIGHT_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def _ort_cpu(name: str, help: str, scheme: IntegerScheme) -> Target:
+    return Target(
+        name=name,
+        help=help,
+        backend="onnxruntime",
+        provider="cpu",
+        static=scheme,
+        integer_ops=_ORT_CPU_INTEGER_OPS,
+        shared_scale_ops=_ORT_CPU_SHARED_SCALE_OPS,
+        dynamic_ops=_MATRIX_OPS,
+        weight_only_ops=_WEIGHT_OPS,
+    )
+
+
+def _u8s8(*, reduce_range: bool) -> IntegerScheme:
+    return IntegerScheme(
+        activation="uint8",
+        activation_symmetric=False,
+        weight="int8",
+        per_channel=True,
+        bias="int32",
+        reduce_range=reduce_range,
+    )
+
+
+_S8S8 = IntegerScheme(activation="int8", activation_symmetric=False, weight="int8", per_channel=True, bias="int32")
+_SYMMETRIC_FLOAT_BIAS = IntegerScheme(
+    activation="int8", activation_symmetric=True, weight="int8", per_channel=True, bias="float"
+)
+
+TARGETS = {
+    target.name: target
+    for target in (
+        _ort_cpu("ort-cpu-x86", "ONNX Runtime on x86 CPUs with VNNI: U8S8", _u8s8(reduce_range=False)),
+        # Without VNNI the 16-bit sums of VPMADDUBSW saturate at full 8-bit weights.
+        _ort_cpu("ort-cpu-x86-avx2", "ONNX Runtime on x86 CPUs without VNNI: U8S7", _u8s8(reduce_range=True)),
+        _ort_cpu("ort-cpu-arm", "ONNX Runtime on ARM CPUs: S8S8", _S8S8),
+        Target(
+            name="ort-cuda",
+            help="ONNX Runtime's CUDA provider: weights as integers; integer arithmetic does not pay there",
+            backend="onnxruntime",
+            provider="cuda",
+            weight_only_ops=_WEIGHT_OPS,
+        ),
+        Target(
+            name="tensorrt",
+            help="ONNX Runtime's TensorRT provider: explicit symmetric int8, float bias",
+            backend="onnxruntime",
+            provider="tensorrt",
+            static=_SYMMETRIC_FLOAT_BIAS,
+            integer_ops=frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
+            weight_only_ops=_WEIGHT_OPS,
+        ),
+        Target(
+            name="portable",
+            help="any runtime of the ONNX standard: nothing is assumed to pay",
+            backend="onnxruntime",
+            provider="cpu",
+            static=_u8s8(reduce_range=False),
+            integer_ops=_MATRIX_OPS | {"Conv"},
+            dynamic_ops=_MATRIX_OPS,
+            weight_only_ops=_WEIGHT_OPS,
+        ),
+    )
+}
+
+_VNNI_FLAGS = {"avx512_vnni", "avx_vnni"}
+
+
+def host_target() -> str:
+    """Return the name of the target of this machine's CPU; without a list of its features, the careful one."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return "ort-cpu-arm"
+    return "ort-cpu-x86" if _VNNI_FLAGS & _cpu_flags() else "ort-cpu-x86-avx2"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

@@ -1,0 +1,74 @@
+"""graphopt: an optimizing compiler for trained neural networks, with proof.
+
+Everything public is imported on first use, so that ``import graphopt`` is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from graphopt.authoring import Context, Guarantee, Need, Pass, RewritePass
+    from graphopt.driver import Result, bench, compare, optimize
+    from graphopt.errors import GraphoptError, PassError, VerificationError
+    from graphopt.model_io import load, save
+    from graphopt.options import opt
+    from graphopt.pattern import Miss, Rule
+    from graphopt.pipeline import Pipeline
+    from graphopt.registry import Preset
+    from graphopt.summary import summarize
+    from graphopt.target import Target
+
+_HOMES = {
+    "graphopt.authoring": ("Context", "Guarantee", "Need", "Pass", "RewritePass"),
+    "graphopt.driver": ("Result", "bench", "compare", "optimize"),
+    "graphopt.errors": ("GraphoptError", "PassError", "VerificationError"),
+    "graphopt.model_io": ("load", "save"),
+    "graphopt.options": ("opt",),
+    "graphopt.pattern": ("Miss", "Rule"),
+    "graphopt.pipeline": ("Pipeline",),
+    "graphopt.registry": ("Preset",),
+    "graphopt.summary": ("summarize",),
+    "graphopt.target": ("Target",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Context",
+    "Guarantee",
+    "GraphoptError",
+    "Miss",
+    "Need",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "Preset",
+    "Result",
+    "RewritePass",
+    "Rule",
+    "Target",
+    "VerificationError",
+    "bench",
+    "compare",
+    "ir",
+    "load",
+    "opt",
+    "optimize",
+    "save",
+    "summarize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ir":  # the IR is onnx_ir, unwrapped
+        return importlib.import_module("onnx_ir")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module `graphopt` has no attribute `{name}`")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

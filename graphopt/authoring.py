@@ -1,0 +1,139 @@
+"""What a pass author uses: Pass, RewritePass, Guarantee, Need, and the Context a pass runs in."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import onnx_ir as ir
+
+from graphopt.analysis import Analysis, AnalysisCache
+from graphopt.backend import Array, Backend, Feeds
+from graphopt.data import Dataset
+from graphopt.pattern import RewriteCheck, Rule, apply_rules
+from graphopt.rewriter import Rewriter
+from graphopt.statistics import Range, RangeMethod, collect_ranges
+from graphopt.target import Target
+
+T = TypeVar("T")
+
+
+class Guarantee(enum.Enum):
+    """What a pass promises of the model's outputs; it decides how the pass is checked."""
+
+    EXACT = "exact"  # the same bits
+    EQUIVALENT = "equivalent"  # the same function, rounding aside
+    LOSSY = "lossy"  # another function; measured
+
+
+class Need(enum.Enum):
+    """What a pass must have before it runs."""
+
+    CALIBRATION = "calibration data"
+    CALIBRATION_OPTIONAL = "calibration data, if there is any"
+    CANONICAL = "canonical form"
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark of a pass for the report: what it did or left, where, and why."""
+
+    text: str
+    node: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What a pass works with besides the model; it never opens a file, a session or a loop over data itself.
+
+    Attributes:
+        model: The model being changed.
+        rewriter: The only way to change it.
+        target: What the result will run on.
+        backend: Runs fragments and calibration.
+        seed: Seed of everything random.
+        threads: Threads for the backend; 0 leaves it to the runtime.
+        data: Calibration samples, or None.
+        check_rewrite: Checks each pattern rewrite by itself, or None.
+        notes: Remarks so far.
+    """
+
+    model: ir.Model
+    rewriter: Rewriter
+    target: Target
+    backend: Backend
+    seed: int = 0
+    threads: int = 0
+    data: Dataset | None = None
+    check_rewrite: RewriteCheck | None = None
+    notes: list[Note] = field(default_factory=list)
+    analyses: AnalysisCache = field(default_factory=AnalysisCache)
+
+    def note(self, text: str, node: ir.Node | None = None, **facts: Any) -> None:
+        """Leave a remark for the report."""
+        self.notes.append(Note(text, node.name if node is not None else None, facts))
+
+    def analyse(self, analysis: Analysis[T]) -> T:
+        """Return the result of an analysis of the model as it is now."""
+        return self.analyses.get(analysis, self.model, self.rewriter.version)
+
+    def ranges(self, values: Iterable[ir.Value], method: RangeMethod) -> dict[str, Range]:
+        """Return the range of each value over the calibration data, by value name.
+
+        Only values of the main graph can be observed.
+        """
+        assert self.data is not None, "the pass did not declare that it needs calibration data"
+        names = [value.name for value in values if value.name]
+        return collect_ranges(self.model, names, self.data, self.backend, method, threads=self.threads)
+
+    def evaluate(self, fragment: ir.Model, feeds: Feeds) -> dict[str, Array]:
+        """Run a small model on the backend, its graph optimizations off, and return its outputs by name."""
+        with self.backend.open(fragment, optimize=False) as session:
+            return session.run(feeds)
+
+
+class Pass:
+    """One transformation of a model: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: What pipelines call it.
+        guarantee: What it promises of the outputs.
+        needs: What it must have before it runs; a property where that depends on the options.
+        preserves: Analyses that stay valid although it edits.
+    """
+
+    name: ClassVar[str] = ""
+    guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
+    preserves: ClassVar[Sequence[Callable[[ir.Model], Any]]] = ()
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the pass must have before it runs."""
+        return frozenset()
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        """Change the model in place, through ``ctx.rewriter`` only.
+
+        Raises:
+            PassError: The pass cannot do what was asked on this model.
+        """
+        raise NotImplementedError
+
+
+class RewritePass(Pass, Rule):
+    """A pass that is one rule, or several: write ``pattern`` and ``rewrite``, or return rules from `rules`."""
+
+    guarantee = Guarantee.EQUIVALENT
+
+    def rules(self) -> Sequence[Rule]:
+        """Return the rules to drive to a fixpoint; by default the pass itself is the one rule."""
+        return (self,)
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        """Apply the rules until none matches, and note what was held back and why."""
+        outcome = apply_rules(self.rules(), model, ctx.rewriter, check=ctx.check_rewrite)
+        for (rule, reason), count in sorted(outcome.held_back.items()):
+            ctx.note(f"{rule} held back {count}×: {reason}")

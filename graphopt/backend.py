@@ -1,0 +1,76 @@
+"""The border to runtimes: what graphopt asks of one, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+
+
+class Session(Protocol):
+    """A model opened in a runtime, ready to run."""
+
+    @property
+    def input_names(self) -> Sequence[str]:
+        """Names of the inputs a feed must give."""
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        """Names of the outputs, in the model's order."""
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the model once and return its outputs by name.
+
+        Raises:
+            BackendError: The runtime refused the feeds or failed on them.
+        """
+
+    def close(self) -> None:
+        """Free what the session holds."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Backend(Protocol):
+    """A runtime. Implementations are frozen dataclasses whose fields are their options."""
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+
+    def missing(self) -> str | None:
+        """Return why this backend cannot run on this machine and what to install, or None if it can."""
+
+    def describe(self) -> str:
+        """Return a short name for tables, for example ``onnxruntime cpu``."""
+
+    def open(
+        self, model: ir.Model | Path, *, threads: int = 0, optimize: bool = True, profile: Path | None = None
+    ) -> Session:
+        """Open a model.
+
+        Args:
+            model: A model in memory, or a file.
+            threads: Threads inside an operator; 0 leaves it to the runtime.
+            optimize: Whether the runtime's own graph optimizations are fully on, or off.
+            profile: File prefix for the runtime's operator profile, or None for no profile.
+
+        Raises:
+            BackendError: The runtime is missing or refuses the model.
+        """
+
+
+def as_feed(value: Any) -> Array:
+    """Return a value as the contiguous array a runtime takes."""
+    return np.ascontiguousarray(value)

@@ -1,0 +1,213 @@
+"""Numerics between two models: how far outputs of the same name are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from graphopt.backend import Array, Feeds, Session
+from graphopt.errors import ModelError
+
+# EQUIVALENT: |a - b| may reach this share of the largest |a| of the output, plus this much absolutely.
+RELATIVE_TOLERANCE = {"float16": 2e-2, "bfloat16": 1e-1, "float32": 2e-4, "float64": 1e-9}
+ABSOLUTE_TOLERANCE = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-5, "float64": 1e-12}
+SQNR_CEILING_DB = 200.0
+
+
+@dataclass
+class OutputError:
+    """Error of one output, accumulated over runs.
+
+    Attributes:
+        max_abs: Largest |a - b|.
+        peak: Largest |a|.
+        equal: Whether every bit agreed, NaN included.
+        mismatch: Why values could not be compared at all, or None.
+    """
+
+    name: str
+    dtype: str = ""
+    max_abs: float = 0.0
+    peak: float = 0.0
+    equal: bool = True
+    mismatch: str | None = None
+    elements: int = 0
+    agree: int = 0
+    rows: int = 0
+    _noise: float = 0.0
+    _signal: float = 0.0
+    _other: float = 0.0
+    _dot: float = 0.0
+
+    @property
+    def max_rel(self) -> float:
+        """Largest error as a share of the largest value."""
+        return self.max_abs / self.peak if self.peak else (0.0 if self.max_abs == 0 else float("inf"))
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise ratio in dB, capped at 200."""
+        if self._noise == 0:
+            return SQNR_CEILING_DB
+        return float(min(SQNR_CEILING_DB, 10 * np.log10(max(self._signal, 1e-300) / self._noise)))
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between all values of the two sides."""
+        norm = float(np.sqrt(self._signal * self._other))
+        return self._dot / norm if norm else (1.0 if self.max_abs == 0 else 0.0)
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of rows whose largest entry is at the same place; None where rows make no sense."""
+        return self.agree / self.rows if self.rows else None
+
+    def update(self, a: Any, b: Any) -> None:
+        """Add one run's values of both sides; a sequence is compared item by item."""
+        if isinstance(a, (list, tuple)):
+            if not isinstance(b, (list, tuple)) or len(a) != len(b):
+                self._reject("sequences of different length")
+                return
+            for x, y in zip(a, b, strict=True):
+                self.update(x, y)
+            return
+        if isinstance(a, dict) or a is None:  # an ONNX map, or an empty optional
+            if a != b:
+                self._reject("values differ")
+            return
+        left, right = np.asarray(a), np.asarray(b)
+        self.dtype = str(left.dtype)
+        if left.dtype != right.dtype or left.shape != right.shape:
+            self._reject(f"{left.dtype}{list(left.shape)} against {right.dtype}{list(right.shape)}")
+            return
+        self.equal = self.equal and same_bits(left, right)
+        if left.size == 0 or left.dtype.kind in "OSU":
+            if not self.equal:
+                self._reject("values differ")
+            return
+        self.elements += left.size
+        self._accumulate(left, right)
+
+    def _accumulate(self, left: Array, right: Array) -> None:
+        x, y = left.astype(np.float64), right.astype(np.float64)
+        odd = ~np.isfinite(x) | ~np.isfinite(y)
+        if odd.any():
+            if not np.array_equal(x[odd], y[odd], equal_nan=True):
+                self._reject("NaN or infinity at different places")
+            x, y = np.where(odd, 0.0, x), np.where(odd, 0.0, y)
+        difference = x - y
+        self.max_abs = max(self.max_abs, float(np.abs(difference).max()))
+        self.peak = max(self.peak, float(np.abs(x).max()))
+        self._noise += float(np.vdot(difference, difference))
+        self._signal += float(np.vdot(x, x))
+        self._other += float(np.vdot(y, y))
+        self._dot += float(np.vdot(x, y))
+        if left.ndim >= 2 and left.shape[-1] > 1 and left.dtype.kind not in "biu":
+            self.agree += int((x.argmax(-1) == y.argmax(-1)).sum())
+            self.rows += x.size // x.shape[-1]
+
+    def _reject(self, why: str) -> None:
+        self.mismatch, self.equal, self.max_abs = self.mismatch or why, False, float("inf")
+
+    def within(self, tolerance: float | None = None) -> bool:
+        """Return whether the error is rounding: within the dtype's tolerance, or an absolute one given."""
+        if self.equal:
+            return True
+        if self.mismatch is not None:
+            return False
+        if tolerance is not None:
+            return self.max_abs <= tolerance
+        relative, absolute = RELATIVE_TOLERANCE.get(self.dtype, 0.0), ABSOLUTE_TOLERANCE.get(self.dtype, 0.0)
+        return self.max_abs <= relative * self.peak + absolute
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for a JSON report."""
+        return {
+            "max_abs_error": self.max_abs,
+            "max_rel_error": self.max_rel,
+            "cosine": self.cosine,
+            "sqnr_db": self.sqnr_db,
+            "top1_agreement": self.top1_agreement,
+            "equal": self.equal,
+            "mismatch": self.mismatch,
+        }
+
+
+@dataclass
+class Comparison:
+    """Errors of all outputs of two models, by output name.
+
+    Attributes:
+        runs: How many feeds were run.
+        metrics: Metric name to its value on each side, where labels were given.
+    """
+
+    outputs: dict[str, OutputError] = field(default_factory=dict)
+    runs: int = 0
+    metrics: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+
+    @property
+    def equal(self) -> bool:
+        """Whether every bit of every output agreed."""
+        return all(output.equal for output in self.outputs.values())
+
+    @property
+    def max_abs_error(self) -> float:
+        """The largest absolute error of any output."""
+        return max((output.max_abs for output in self.outputs.values()), default=0.0)
+
+    @property
+    def sqnr_db(self) -> float:
+        """The SQNR of the worst output, in dB."""
+        return min((output.sqnr_db for output in self.outputs.values()), default=SQNR_CEILING_DB)
+
+    @property
+    def worst(self) -> OutputError | None:
+        """The output with the largest error relative to its own values."""
+        return max(self.outputs.values(), key=lambda output: (output.mismatch is not None, output.max_rel), default=None)
+
+    def within(self, tolerance: float | None = None) -> bool:
+        """Return whether every output is within tolerance."""
+        return all(output.within(tolerance) for output in self.outputs.values())
+
+    def update(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+        """Add one run: outputs of both sides by name.
+
+        Raises:
+            ModelError: The two sides have different output names.
+        """
+        require_same_names("output", a, b)
+        for name, value in a.items():
+            self.outputs.setdefault(name, OutputError(name)).update(value, b[name])
+        self.runs += 1
+
+
+def require_same_names(kind: str, a: Iterable[str], b: Iterable[str]) -> None:
+    """Raise a ModelError unless both sides have the same names."""
+    left, right = set(a), set(b)
+    if left != right:
+        only = ", ".join(f"`{name}`" for name in sorted(left ^ right))
+        raise ModelError(f"the two models have different {kind}s: {only}", hint=f"{kind}s are matched by name")
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Return whether two arrays of one dtype agree in every bit; all NaNs count as one."""
+    if a.dtype.kind in "OSU":
+        return bool(np.array_equal(a, b))
+    if a.tobytes() == b.tobytes():
+        return True
+    if a.dtype.kind in "biu":
+        return False
+    differs = a.view(np.uint8).reshape(a.size, -1) != b.view(np.uint8).reshape(b.size, -1)
+    return bool((~differs.any(axis=1) | (np.isnan(a) & np.isnan(b)).reshape(-1)).all())
+
+
+def run_both(a: Session, b: Session, feeds: Iterable[Feeds]) -> Comparison:
+    """Run two sessions on the same feeds and compare their outputs."""
+    comparison = Comparison()
+    for feed in feeds:
+        comparison.update(a.run(feed), b.run(feed))
+    return comparison

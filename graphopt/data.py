@@ -1,0 +1,425 @@
+"""Calibration and evaluation data: where samples come from, checked against the model's inputs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.backend import Array
+from graphopt.errors import DataError, did_you_mean
+
+DEFAULT_LABELS = "labels"
+HELD_BACK_SHARE = 4  # a quarter is scored, the rest calibrated on
+HELD_BACK_LIMIT = 1000
+GENERATED_SETS = 2
+# Sizes stood in for dynamic dimensions when inputs have to be made up.
+GENERATED_BATCH, GENERATED_LENGTH, GENERATED_PIXELS = 2, 8, 64
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input a caller must feed: dims are ints where static, None where dynamic; dims None if rank unknown."""
+
+    name: str
+    dtype: np.dtype[Any] | None
+    dims: tuple[int | None, ...] | None
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The first dimension where it is static."""
+        return self.dims[0] if self.dims else None
+
+    def __str__(self) -> str:
+        shown = "?" if self.dims is None else "x".join("?" if dim is None else str(dim) for dim in self.dims)
+        return f"`{self.name}` ({self.dtype}, {shown or 'scalar'})"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Feeds for one run; the first ``count`` samples are real, the rest padding for a fixed batch size."""
+
+    feeds: dict[str, Array]
+    labels: Array | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples that came together: arrays whose first axis is samples, or one indivisible feed."""
+
+    arrays: dict[str, Array]
+    labels: Array | None
+    size: int
+    divisible: bool
+    stacked: frozenset[str] = frozenset()  # inputs of which each sample is a whole feed
+
+
+Chunks = Callable[[], Iterator[Chunk]]
+
+
+def input_specs(model: ir.Model) -> list[InputSpec]:
+    """Return the inputs a caller must feed; inputs with a default (initializers) need not be."""
+    return [
+        InputSpec(value.name or "", _numpy_dtype(value), _dims(value))
+        for value in model.graph.inputs
+        if not value.is_initializer()
+    ]
+
+
+def _numpy_dtype(value: ir.Value) -> np.dtype[Any] | None:
+    return np.dtype(value.dtype.numpy()) if value.dtype is not None and isinstance(value.type, ir.TensorType) else None
+
+
+def _dims(value: ir.Value) -> tuple[int | None, ...] | None:
+    if value.shape is None:
+        return None
+    return tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+
+
+class Dataset:
+    """Samples for a model, read anew at each pass over them.
+
+    Args:
+        chunks: Opens the source and yields its chunks.
+        specs: The model's inputs.
+        name: How messages call the source.
+        chosen: Indices of the samples that belong to this set; None for all.
+        total: Number of samples of the source.
+    """
+
+    def __init__(
+        self, chunks: Chunks, specs: Sequence[InputSpec], name: str, total: int, chosen: Array | None = None
+    ) -> None:
+        self._chunks = chunks
+        self._specs = list(specs)
+        self.name = name
+        self._total = total
+        self._chosen = chosen
+        self.has_labels = next(chunks()).labels is not None if total else False
+
+    def __len__(self) -> int:
+        return self._total if self._chosen is None else len(self._chosen)
+
+    def split(self, seed: int) -> tuple[Dataset, Dataset]:
+        """Return (for calibration, held back for scoring): a fixed seeded quarter, at most 1,000, is held back.
+
+        Raises:
+            DataError: Fewer than two samples.
+        """
+        if len(self) < 2:
+            raise DataError(
+                f"`{self.name}` has {len(self)} sample: too few to calibrate on some and score on others",
+                hint="give more samples, or other ones to score with `--eval`",
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        held = max(1, min(len(self) // HELD_BACK_SHARE, HELD_BACK_LIMIT))
+        return self._subset(order[held:]), self._subset(order[:held])
+
+    def take(self, count: int) -> Dataset:
+        """Return the first ``count`` samples."""
+        return self._subset(np.arange(min(count, len(self))))
+
+    def _subset(self, indices: Array) -> Dataset:
+        own = np.arange(self._total) if self._chosen is None else self._chosen
+        return Dataset(self._chunks, self._specs, self.name, self._total, np.sort(own[indices]))
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield the samples in batches of at most ``size``; a model's fixed batch size takes precedence."""
+        position = 0
+        for chunk in self._chunks():
+            rows = np.arange(chunk.size)
+            if self._chosen is not None:
+                rows = self._chosen[(self._chosen >= position) & (self._chosen < position + chunk.size)] - position
+            position += chunk.size
+            yield from self._batches_of(chunk, rows, size)
+
+    def _batches_of(self, chunk: Chunk, rows: Array, size: int) -> Iterator[Batch]:
+        if not chunk.divisible:
+            if len(rows):
+                yield Batch(chunk.arrays, chunk.labels, 1)
+            return
+        fixed = next((spec.fixed_batch for spec in self._specs if spec.fixed_batch and not chunk.stacked), None)
+        step = 1 if chunk.stacked else (fixed or size)
+        for start in range(0, len(rows), step):
+            picked = rows[start : start + step]
+            padded = np.resize(picked, fixed) if fixed and len(picked) < fixed else picked
+            feeds = {name: _rows(array, padded, name in chunk.stacked) for name, array in chunk.arrays.items()}
+            labels = chunk.labels[picked] if chunk.labels is not None else None
+            yield Batch(feeds, labels, len(picked))
+
+
+def _rows(array: Array, rows: Array, stacked: bool) -> Array:
+    if array.ndim == 0:
+        return array
+    return np.ascontiguousarray(array[rows[0]] if stacked else array[rows])
+
+
+def open_data(source: Any, model: ir.Model, *, labels: str | None = None) -> Dataset:
+    """Open data for a model and check every sample against its inputs.
+
+    Args:
+        source: A path to an ``.npz`` file, to a folder of them or of ONNX ``test_data_set_*`` folders,
+            ``file.py:function`` yielding dicts of arrays, or such a function, dict or list itself.
+        model: The model the samples are for.
+        labels: Key of the labels; ``labels`` where None, and then they may be missing.
+
+    Raises:
+        DataError: Nothing there, empty, an input missing or misshaped, NaN, or labels of the wrong length.
+    """
+    specs = input_specs(model)
+    raw, name = _open_source(source)
+    key = labels or DEFAULT_LABELS
+
+    def chunks() -> Iterator[Chunk]:
+        for where, arrays, divisible in raw([spec.name for spec in specs]):
+            yield _checked_chunk(arrays, specs, key, labels is not None, divisible, where)
+
+    total = sum(chunk.size for chunk in chunks())
+    if not total:
+        raise DataError(f"data `{name}` is empty", hint="give at least one sample")
+    return Dataset(chunks, specs, name, total)
+
+
+# A raw source yields (where it is, arrays by name, whether the first axis is known to be samples).
+Raw = Iterator[tuple[str, Mapping[str, Any], bool]]
+OpenRaw = Callable[[list[str]], Raw]
+
+
+def _open_source(source: Any) -> tuple[OpenRaw, str]:
+    if isinstance(source, Mapping):
+        return (lambda _: iter([("data", source, True)])), "data"
+    if callable(source):
+        return functools.partial(_from_function, source), getattr(source, "__name__", "data")
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return functools.partial(_from_function, lambda: source), "data"
+    text = str(source)
+    file, colon, function = text.rpartition(":")
+    if colon and file.endswith(".py"):
+        return functools.partial(_from_function, load_function(file, function)), text
+    path = Path(text)
+    if path.is_dir():
+        return functools.partial(_from_folder, path), text
+    if not path.exists():
+        raise DataError(f"data `{text}` does not exist", hint="a .npz file, a folder, or file.py:function")
+    return functools.partial(_from_npz, path), text
+
+
+def load_function(file: str, function: str) -> Callable[..., Any]:
+    """Return a function of a Python file by name.
+
+    Raises:
+        DataError: No such file or function, or the file fails to run.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise DataError(f"`{file}` does not exist", hint="write `file.py:function`")
+    module = _run_file(path)
+    found = getattr(module, function, None)
+    if not callable(found):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise DataError(f"`{file}` has no function `{function}`", hint=did_you_mean(function, names))
+    result: Callable[..., Any] = found
+    return result
+
+
+def _run_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise DataError(f"`{path}` is not a Python file", hint="write `file.py:function`")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise DataError(f"`{path}` fails to run: {type(error).__name__}: {error}", hint="run it by itself") from error
+    return module
+
+
+def _from_npz(path: Path, _: list[str]) -> Raw:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("not an archive of named arrays")
+            yield str(path), {name: archive[name] for name in archive.files}, True
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"cannot read `{path}`: {error}", hint="write it with numpy.savez(FILE, input_name=array, labels=labels)"
+        ) from error
+
+
+def _from_folder(path: Path, inputs: list[str]) -> Raw:
+    files = sorted(path.glob("*.npz"))
+    sets = sorted(path.glob("test_data_set_*"))
+    if not files and not sets:
+        raise DataError(f"`{path}` holds no data", hint="put .npz files or test_data_set_* folders there")
+    for file in files:
+        yield from _from_npz(file, inputs)
+    for folder in sets:
+        yield str(folder), _test_data_set(folder, inputs), False
+
+
+def _test_data_set(folder: Path, inputs: list[str]) -> dict[str, Array]:
+    arrays = {}
+    for index, name in enumerate(inputs):
+        file = folder / f"input_{index}.pb"
+        try:
+            tensor = onnx.TensorProto.FromString(file.read_bytes())
+            arrays[tensor.name or name] = onnx.numpy_helper.to_array(tensor)
+        except Exception as error:
+            raise DataError(f"cannot read `{file}` for input `{name}`: {error}") from error
+    return arrays
+
+
+def _from_function(function: Callable[[], Any], _: list[str]) -> Raw:
+    where = getattr(function, "__name__", "data")
+    try:
+        produced = function()
+        for index, arrays in enumerate([produced] if isinstance(produced, Mapping) else produced):
+            if not isinstance(arrays, Mapping):
+                raise DataError(f"`{where}` yields {type(arrays).__name__}", hint="yield dicts: input name to array")
+            yield f"{where}, item {index}", arrays, False
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"`{where}` fails: {type(error).__name__}: {error}", hint="run it by itself") from error
+
+
+def _checked_chunk(
+    arrays: Mapping[str, Any],
+    specs: Sequence[InputSpec],
+    labels_key: str,
+    labels_wanted: bool,
+    divisible: bool,
+    where: str,
+) -> Chunk:
+    feeds, stacked = {}, set()
+    for spec in specs:
+        if spec.name not in arrays:
+            raise DataError(f"{where} lacks input {spec}", hint=_missing_hint(spec, arrays))
+        feeds[spec.name] = _fit_dtype(np.asarray(arrays[spec.name]), spec, where)
+        if _fit_shape(feeds[spec.name], spec, where):
+            stacked.add(spec.name)
+        _check_finite(feeds[spec.name], spec, where)
+    labels = np.asarray(arrays[labels_key]) if labels_key in arrays else None
+    if labels is None and labels_wanted:
+        raise DataError(f"{where} has no labels `{labels_key}`", hint=did_you_mean(labels_key, arrays))
+    sizes = {name: len(array) for name, array in feeds.items() if array.ndim}
+    size = next(iter(sizes.values()), 1)
+    if len(set(sizes.values())) > 1:
+        if divisible:
+            counts = ", ".join(f"`{name}` has {count}" for name, count in sizes.items())
+            raise DataError(f"{where}: inputs differ in their number of samples: {counts}", hint="one row per sample")
+        return Chunk(feeds, labels, 1, divisible=False)
+    if labels is not None and (labels.ndim == 0 or len(labels) != size):
+        found = len(labels) if labels.ndim else "no"
+        raise DataError(f"{where}: {size} samples but {found} labels in `{labels_key}`", hint="one label per sample")
+    return Chunk(feeds, labels, size, divisible=True, stacked=frozenset(stacked))
+
+
+def _missing_hint(spec: InputSpec, arrays: Mapping[str, Any]) -> str:
+    return f"it has: {', '.join(sorted(arrays)) or 'nothing'}; name an array `{spec.name}`"
+
+
+def _fit_dtype(array: Array, spec: InputSpec, where: str) -> Array:
+    """Return the array in the input's dtype; only a change of width within a kind is made silently."""
+    if spec.dtype is None or array.dtype == spec.dtype:
+        return array
+    same_kind = np.can_cast(array.dtype, spec.dtype, "same_kind") and array.dtype.kind == spec.dtype.kind
+    if not same_kind:
+        raise DataError(
+            f"{where}: `{array.dtype}` array for input {spec}",
+            hint=f"preprocess as the model expects and store {spec.dtype}",
+        )
+    cast = array.astype(spec.dtype)
+    if array.dtype.kind in "iu" and not np.array_equal(cast, array):
+        raise DataError(f"{where}: values do not fit input {spec}", hint=f"store {spec.dtype}")
+    return cast
+
+
+def _fit_shape(array: Array, spec: InputSpec, where: str) -> bool:
+    """Check an array against an input; return whether each row of it is a whole feed rather than one sample."""
+    if spec.dims is None:
+        return False
+    stacked = array.ndim == len(spec.dims) + 1
+    wanted = spec.dims if stacked else spec.dims[1:]
+    actual = array.shape[1:]
+    same_rank = array.ndim == len(spec.dims) or stacked
+    if not same_rank or any(want is not None and want != have for want, have in zip(wanted, actual, strict=False)):
+        raise DataError(
+            f"{where}: array of shape {'x'.join(map(str, array.shape)) or 'scalar'} for input {spec}",
+            hint="the first axis is samples, the others as the input's",
+        )
+    return stacked
+
+
+def _check_finite(array: Array, spec: InputSpec, where: str) -> None:
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
+        raise DataError(f"{where}: NaN or infinity in input `{spec.name}`, sample {row}", hint="clean the data")
+
+
+def generated_feeds(
+    model: ir.Model, seed: int, *, sets: int = GENERATED_SETS, batch: int = GENERATED_BATCH
+) -> list[dict[str, Array]]:
+    """Return made-up feeds for a model without data; equal symbolic dimensions get equal sizes.
+
+    Integers stay below the size of the table they index where that can be seen, and are 0 or 1 elsewhere.
+
+    Raises:
+        DataError: An input is no tensor, or its rank is unknown.
+    """
+    rng = np.random.default_rng(seed)
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    return [{value.name or "": _generated(value, rng, batch) for value in inputs} for _ in range(sets)]
+
+
+def _generated(value: ir.Value, rng: np.random.Generator, batch: int) -> Array:
+    dtype, hint = _numpy_dtype(value), "give real samples with `--data`"
+    if dtype is None or value.shape is None:
+        raise DataError(f"cannot make up input `{value.name}`: its type or rank is unknown", hint=hint)
+    rank = len(value.shape)
+    shape = [dim if isinstance(dim, int) else _stand_in(axis, rank, batch) for axis, dim in enumerate(value.shape)]
+    if dtype.kind == "b":
+        return rng.random(shape) < 0.5
+    if dtype.kind in "iu":
+        return rng.integers(0, index_bound(value), shape).astype(dtype)
+    if dtype.kind in "OSU":
+        return np.full(shape, "text", dtype=object)
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def _stand_in(axis: int, rank: int, batch: int) -> int:
+    if axis == 0:
+        return batch
+    return GENERATED_PIXELS if rank == 4 else GENERATED_LENGTH
+
+
+_PASSES_INDICES_ON = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Transpose")
+
+
+def index_bound(value: ir.Value) -> int:
+    """Return how many rows the table has that an integer input indexes; 2 where none is seen."""
+    bounds, seen, frontier = [], {value}, [value]
+    while frontier:
+        for use in frontier.pop().uses():
+            node = use.node
+            if walk.is_onnx_op(node, "Gather") and use.idx == 1 and node.inputs[0] is not None:
+                axis = node.attributes.get_int("axis", 0)
+                shape = node.inputs[0].shape
+                if shape is not None and isinstance(shape[axis], int):
+                    bounds.append(int(shape[axis]))  # type: ignore[arg-type]
+            elif walk.is_onnx_op(node, *_PASSES_INDICES_ON) and use.idx == 0:
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                frontier.extend(fresh)
+    return min(bounds, default=2)

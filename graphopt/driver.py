@@ -1,0 +1,529 @@
+"""The main job: load, run the passes, check, measure, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from graphopt import latency, provenance, registry
+from graphopt.authoring import Guarantee, Pass
+from graphopt.backend import Array, Backend
+from graphopt.comparison import Comparison, require_same_names
+from graphopt.data import Batch, Dataset, generated_feeds, open_data
+from graphopt.errors import BackendError, UsageError, VerificationError, did_you_mean
+from graphopt.evaluation import SCORING_BATCH, Judge
+from graphopt.instruments import (
+    Gate,
+    Instrument,
+    ProgressBar,
+    Timing,
+    VerifyNumerics,
+    VerifyStructure,
+    enforce,
+    judged,
+    measured,
+)
+from graphopt.latency import Latency
+from graphopt.manager import PassManager, Setting
+from graphopt.metrics import BUILTIN, Budget, Metric, default_metrics, user_metric
+from graphopt.model_io import gzip_bytes, load, save, stored_bytes
+from graphopt.pipeline import Pipeline, schedule, weakest
+from graphopt.report import Check, Report, Side
+from graphopt.rewrite_check import RewriteChecker
+from graphopt.summary import summarize
+from graphopt.target import Target
+from graphopt.verify import Signature, verify
+
+Verify = Literal["off", "final", "each", "rewrites"]
+ModelLike = ir.Model | str | Path
+LATENCY_SECONDS = 2.0
+
+
+@dataclass
+class Result:
+    """What `optimize` returns.
+
+    Attributes:
+        model: The optimized model, in memory.
+        report: What was done and measured.
+        output: The file written, or None.
+    """
+
+    model: ir.Model
+    report: Report
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything the user asked for, before anything was opened; see `optimize` for the meanings."""
+
+    model: ModelLike
+    passes: str | Pipeline | Pass | Sequence[str | Pass]
+    output: Path | None = None
+    data: Any = None
+    evaluation: Any = None
+    labels: str | None = None
+    metric: str | None = None
+    budget: Sequence[str] = ()
+    target: str | None = None
+    backend: str | None = None
+    verify: Verify = "each"
+    seed: int = 0
+    threads: int = 0
+    keep_failed: bool = False
+    progress: bool = False
+
+
+def optimize(
+    model: ModelLike,
+    passes: str | Pipeline | Pass | Sequence[str | Pass],
+    *,
+    output: str | Path | None = None,
+    data: Any = None,
+    evaluation: Any = None,
+    labels: str | None = None,
+    metric: str | None = None,
+    budget: str | Sequence[str] = (),
+    target: str | None = None,
+    backend: str | None = None,
+    verify: Verify = "each",
+    seed: int = 0,
+    threads: int = 0,
+    keep_failed: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Optimize a model and prove the result.
+
+    Args:
+        model: A model, which is not changed, or a path to one.
+        passes: Pipeline text, or passes and names of passes in a list.
+        output: File to write; nothing is written where None.
+        data: Samples to calibrate on: a path, ``file.py:function``, a function, a dict of arrays or a list of dicts.
+        evaluation: Samples to score; where None, a seeded quarter of ``data`` (at most 1,000) is held back for it.
+        labels: Key of the labels in the data; ``labels`` by default.
+        metric: Name of a metric, or ``file.py:function``; chosen by the outputs and labels where None.
+        budget: The most a metric may lose, ``METRIC=DROP``, or several.
+        target: Name of the target; this machine's CPU where None.
+        backend: Backend text, such as ``onnxruntime:provider=cuda``; the target's own where None.
+        verify: When to check: ``off``, ``final``, ``each`` step, or ``rewrites`` too, each by itself.
+        seed: Seed of everything random.
+        threads: Threads for the backend; 0 leaves it to the runtime.
+        keep_failed: Write the result even if a check or the budget failed.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        GraphoptError: One line that says what is wrong, where, and what to do; `VerificationError` if a check or
+            the budget failed, its ``report`` attribute holding the report.
+    """
+    request = Request(
+        model=model,
+        passes=passes,
+        output=Path(output) if output is not None else None,
+        data=data,
+        evaluation=evaluation,
+        labels=labels,
+        metric=metric,
+        budget=[budget] if isinstance(budget, str) else list(budget),
+        target=target,
+        backend=backend,
+        verify=verify,
+        seed=seed,
+        threads=threads,
+        keep_failed=keep_failed,
+        progress=progress,
+    )
+    return _Run(request).run()
+
+
+def check_output(output: Path, source: ModelLike) -> None:
+    """Raise an error, before any work, if a file cannot be written where it is wanted.
+
+    Raises:
+        UsageError: It is the input itself, a folder, or in a folder that is missing or not writable.
+    """
+    if not isinstance(source, ir.Model) and output.exists() and output.samefile(source):
+        raise UsageError(f"output `{output}` is the input", hint="graphopt never changes its input; choose another name")
+    if output.is_dir():
+        raise UsageError(f"output `{output}` is a folder", hint="name a file in it")
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder of output `{output}` does not exist", hint=f"create `{output.parent}` first")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to `{output.parent}`: {error.strerror}", hint="choose another folder") from error
+
+
+def open_model(model: ModelLike) -> ir.Model:
+    """Return a model of its own to work on: loaded, or a clone that shares weights, with origins stamped."""
+    opened = model.clone() if isinstance(model, ir.Model) else load(model)
+    provenance.stamp(opened)
+    return opened
+
+
+def find_target(name: str | None) -> Target:
+    """Return a target by name, or the one of this machine's CPU."""
+    found: Target = registry.find("TARGETS", name or registry.host_target())
+    return found
+
+
+def find_backend(text: str | None, target: Target) -> Backend:
+    """Return the backend asked for, or the target's own.
+
+    Raises:
+        BackendError: It cannot run on this machine.
+    """
+    if text is None:
+        found: Backend = registry.backend(target.backend, provider=target.provider)
+    else:
+        found = registry.backend(text)
+    why = found.missing()
+    if why is not None:
+        reason, _, todo = why.partition("; ")
+        raise BackendError(f"backend `{found.describe()}` cannot run here: {reason}", hint=todo or None)
+    return found
+
+
+def known_metrics(text: str | None) -> dict[str, type[Metric]]:
+    """Return every metric by name, with the user's own if ``text`` is ``file.py:function``.
+
+    Raises:
+        UsageError: ``text`` names no metric.
+    """
+    metrics = {**BUILTIN, **registry.table("METRICS")}
+    if text is None:
+        return metrics
+    if ":" in text:
+        own = user_metric(text)
+        return {**metrics, own.name: own}
+    if text not in metrics:
+        raise UsageError(f"unknown metric `{text}`", hint=did_you_mean(text, metrics))
+    return metrics
+
+
+def chosen_metrics(text: str | None, model: ir.Model, data: Dataset | None) -> list[type[Metric]]:
+    """Return what to score by: what the user named first, then what fits the outputs and labels."""
+    known = known_metrics(text)
+    if data is None:
+        return []
+    fitting = default_metrics(model, next(iter(data.take(1).batches(1))))
+    if text is None:
+        return fitting
+    named = known[text.rpartition(":")[2]]
+    if named.needs_labels and not data.has_labels:
+        raise UsageError(f"metric `{named.name}` needs labels and `{data.name}` has none", hint="see `--labels`")
+    return [named, *(metric for metric in fitting if metric.against_original and metric is not named)]
+
+
+class _Run:
+    """One optimization from request to result; each method is one stage."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        # All that can be refused is refused here, before any work.
+        self.pipeline = Pipeline.of(request.passes)
+        self.target = find_target(request.target)
+        self.backend = find_backend(request.backend, self.target)
+        if request.output is not None:
+            check_output(request.output, request.model)
+        known_metrics(request.metric)
+        self.model = open_model(request.model)
+        self.original = self.model.clone()
+        self.calibration, self.scored = self._open_data()
+        self.steps = schedule(self.pipeline, has_data=self.calibration is not None)
+        self.metrics = chosen_metrics(request.metric, self.original, self.scored)
+        self.metric_types = {**known_metrics(request.metric), **{metric.name: metric for metric in self.metrics}}
+        self.budgets = [Budget.parse(text, self.metric_types) for text in request.budget]
+        self._check_budgets()
+
+    def _open_data(self) -> tuple[Dataset | None, Dataset | None]:
+        request = self.request
+        scored = None
+        if request.evaluation is not None:
+            scored = open_data(request.evaluation, self.model, labels=request.labels)
+        if request.data is None:
+            return None, scored
+        # Labels of calibration samples are not read, so they may be missing where others are scored.
+        labels = request.labels if scored is None else None
+        calibration = open_data(request.data, self.model, labels=labels)
+        return (calibration, scored) if scored is not None else calibration.split(request.seed)
+
+    def _check_budgets(self) -> None:
+        computed = [metric.name for metric in self.metrics]
+        for budget in self.budgets:
+            if budget.metric not in computed:
+                metric = self.metric_types[budget.metric]
+                if self.scored is None:
+                    raise UsageError(f"budget on `{budget.metric}` needs data to score", hint="add `--data` or `--eval`")
+                if metric.needs_labels and not self.scored.has_labels:
+                    raise UsageError(f"budget on `{budget.metric}` needs labels", hint="see `--labels`")
+                self.metrics.append(metric)
+
+    def run(self) -> Result:
+        """Run every stage."""
+        request = self.request
+        self.judge = Judge(
+            self.original, self.backend, self.scored, self.metrics, seed=request.seed, threads=request.threads
+        )
+        with _staging(request.output) as folder:
+            report = self._report_of_original(folder)
+            failure = self._transform(report)
+            delivered = None
+            if failure is None or request.keep_failed:
+                staged = folder / (request.output.name if request.output is not None else "after.onnx")
+                files = save(self.model, staged)
+                failure = self._measure(report, staged) or failure
+                if request.output is not None and (failure is None or request.keep_failed):
+                    delivered = _move_into_place(files, request.output)
+        if failure is not None:
+            report.ok, report.failure = False, failure.message
+            failure.report = report
+            raise failure
+        return Result(self.model, report, delivered)
+
+    def _report_of_original(self, folder: Path) -> Report:
+        request = self.request
+        if isinstance(request.model, ir.Model):
+            self.source = folder / "before.onnx"
+            save(self.original, self.source)
+        else:
+            self.source = Path(request.model)
+        before = _side(self.original, self.source)
+        before.metrics = {
+            name: value
+            for name, value in self.judge.score(self.source).items()
+            if not self.metric_types[name].against_original
+        }
+        return Report(
+            graphopt=installed_version(),
+            pipeline=str(self.pipeline),
+            target=self.target.name,
+            backend=self.backend.describe(),
+            seed=request.seed,
+            threads=request.threads,
+            scored=self.judge.scored_on,
+            steps=[],
+            before=before,
+            after=None,
+            ok=True,
+            metric_types=self.metric_types,
+        )
+
+    def _transform(self, report: Report) -> VerificationError | None:
+        """Run the passes and return what failed, if anything."""
+        manager = PassManager(self.steps, self._setting(), self._instruments(report))
+        report.steps = manager.records
+        try:
+            manager.run(self.model)
+            if self.request.verify == "final":
+                self._verify_at_end(report)
+        except VerificationError as error:
+            return error
+        return None
+
+    def _setting(self) -> Setting:
+        checker = RewriteChecker(self.backend, self.request.seed) if self.request.verify == "rewrites" else None
+        return Setting(
+            target=self.target,
+            backend=self.backend,
+            seed=self.request.seed,
+            threads=self.request.threads,
+            data=self.calibration,
+            check_rewrite=checker,
+        )
+
+    def _instruments(self, report: Report) -> list[Instrument]:
+        instruments: list[Instrument] = [Timing()]
+        if self.request.verify in ("each", "rewrites"):
+            instruments += [VerifyStructure(), VerifyNumerics(self.judge)]
+        if self.budgets:
+            instruments.append(Gate(self.judge, self.budgets, self._baseline(report), self.metric_types))
+        if self.request.progress:
+            instruments.append(ProgressBar())
+        return instruments
+
+    def _baseline(self, report: Report) -> dict[str, float]:
+        """Return what the original scores, metrics against itself included."""
+        if not any(self.metric_types[budget.metric].against_original for budget in self.budgets):
+            return report.before.metrics
+        return self.judge.score(self.source)
+
+    def _verify_at_end(self, report: Report) -> None:
+        """Check the finished model once, by the weakest guarantee of all steps."""
+        verify(self.model, Signature.of(self.original), provenance_too=True)
+        changed = [record for record in report.steps if record.edits]
+        if not changed:
+            return
+        record = changed[-1]
+        guarantee = weakest(step.guarantee for step in self.steps)
+        if self.judge.reference is None or self.judge.cannot_probe is not None:
+            record.check = Check("none", None, why=self.judge.cannot_probe)
+        elif guarantee is Guarantee.LOSSY:
+            record.check = measured(self.judge, self.model)
+        else:
+            record.check = judged(guarantee, self.judge.reference, self.judge.probe(self.model))
+        if record.check.ok is False:
+            raise VerificationError(f"the passes changed the model: {record.check.why}")
+
+    def _measure(self, report: Report, staged: Path) -> VerificationError | None:
+        """Measure the file that will be delivered and return what failed, if anything."""
+        report.after = _side(self.model, staged)
+        try:
+            report.after.metrics = self.judge.score(staged)
+            if self.request.verify != "off" and all(step.guarantee is not Guarantee.LOSSY for step in self.steps):
+                report.deployed = self.judge.deployed(self.source, staged)
+            self._time(report, staged)
+            if report.deployed is not None and report.deployed.ok is False:
+                raise VerificationError(f"as deployed, the model changed: {report.deployed.why}")
+            enforce(self.budgets, self._baseline(report), report.after.metrics, self.metric_types, "in the end")
+        except VerificationError as error:
+            return error
+        except BackendError as error:
+            return VerificationError(f"the written model does not run: {error.message}", hint=error.hint)
+        return None
+
+    def _time(self, report: Report, staged: Path) -> None:
+        feed = self.judge.single_feed()
+        if feed is None or report.after is None:
+            return
+        with contextlib.ExitStack() as stack:
+            sessions = [
+                stack.enter_context(self.backend.open(file, threads=self.request.threads))
+                for file in (self.source, staged)
+            ]
+            before, after = latency.measure(sessions, [feed, feed], seconds=LATENCY_SECONDS)
+        report.before.latency_ms, report.after.latency_ms = before.median, after.median
+        report.latency_ratio = after.ratio
+
+
+def _side(model: ir.Model, file: Path) -> Side:
+    summary = summarize(model)
+    return Side(
+        nodes=summary.nodes,
+        parameters=summary.parameters,
+        nonzero=summary.nonzero,
+        bytes=stored_bytes(file),
+        bytes_gzip=gzip_bytes(file),
+        macs=summary.macs,
+    )
+
+
+@contextlib.contextmanager
+def _staging(output: Path | None) -> Iterator[Path]:
+    """Yield a folder that goes away again, on the disk of the output so that files can be renamed into place."""
+    parent = output.parent if output is not None else None
+    with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _move_into_place(files: Sequence[Path], output: Path) -> Path:
+    """Rename staged files to where the output is wanted, the model itself last."""
+    model, *rest = sorted(files, key=lambda file: file.name != output.name)
+    for file in (*rest, model):
+        os.replace(file, output.parent / file.name)
+    return output
+
+
+def installed_version() -> str:
+    """Return graphopt's version."""
+    try:
+        return version("graphopt")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def compare(
+    a: ModelLike,
+    b: ModelLike,
+    *,
+    data: Any = None,
+    labels: str | None = None,
+    metric: str | None = None,
+    backend: str | None = None,
+    seed: int = 0,
+    threads: int = 0,
+) -> Comparison:
+    """Compare two models' outputs, matched by name, on the same inputs, as deployed.
+
+    Args:
+        a: A model or path; the reference.
+        b: Another.
+        data: Samples, as for `optimize`; made-up inputs where None.
+        labels: Key of the labels; metrics are scored where there are any.
+        metric: Metric to score by.
+        backend: Backend text.
+        seed: Seed of made-up inputs.
+        threads: Threads for the backend.
+
+    Raises:
+        ModelError: The two have different inputs or outputs.
+        BackendError: The runtime refuses one of them.
+    """
+    runtime = find_backend(backend, find_target(None))
+    models = [open_model(one) for one in (a, b)]
+    for kind in ("input", "output"):
+        names = [[value.name or "" for value in getattr(model.graph, kind + "s")] for model in models]
+        require_same_names(kind, *names)
+    samples = open_data(data, models[0], labels=labels) if data is not None else None
+    metrics = chosen_metrics(metric, models[0], samples)
+    comparison = Comparison()
+    scores = [[one() for one in metrics if not one.against_original] for _ in models]
+    with runtime.open(models[0], threads=threads) as left, runtime.open(models[1], threads=threads) as right:
+        for batch in _comparison_batches(models[0], samples, seed):
+            outputs = left.run(batch.feeds), right.run(batch.feeds)
+            comparison.update(*outputs)
+            for side, out in zip(scores, outputs, strict=True):
+                for one in side:
+                    one.update(out, outputs[0], batch)
+    for first, second in zip(*scores, strict=True):
+        comparison.metrics[first.name] = (first.value(), second.value())
+    return comparison
+
+
+def _comparison_batches(model: ir.Model, data: Dataset | None, seed: int) -> Iterable[Batch]:
+    if data is not None:
+        return data.batches(SCORING_BATCH)
+    return [Batch(feed, None, 1) for feed in generated_feeds(model, seed)]
+
+
+def bench(
+    models: Sequence[str | Path],
+    *,
+    data: Any = None,
+    batch: int = 1,
+    backend: str | None = None,
+    threads: int = 0,
+    seconds: float = LATENCY_SECONDS,
+    seed: int = 0,
+) -> list[Latency]:
+    """Time model files in turn, each on the same inputs.
+
+    Args:
+        models: Model files with the same inputs.
+        data: Samples to run on, as for `optimize`; made-up inputs where None.
+        batch: Samples per run, where the model's batch dimension is dynamic.
+        backend: Backend text.
+        threads: Threads for the backend; 0 leaves it to the runtime.
+        seconds: Time to spend in all.
+        seed: Seed of made-up inputs.
+    """
+    runtime = find_backend(backend, find_target(None))
+    feeds = [_bench_feed(open_model(model), data, batch, seed) for model in models]
+    with contextlib.ExitStack() as stack:
+        sessions = [stack.enter_context(runtime.open(Path(model), threads=threads)) for model in models]
+        return latency.measure(sessions, feeds, seconds=seconds)
+
+
+def _bench_feed(model: ir.Model, data: Any, batch: int, seed: int) -> dict[str, Array]:
+    if data is not None:
+        return next(iter(open_data(data, model).batches(batch))).feeds
+    return generated_feeds(model, seed, sets=1, batch=batch)[0]

@@ -1,0 +1,66 @@
+"""Errors a user can act on: what went wrong, where, and a hint what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+EXIT_CHECK_FAILED = 1
+EXIT_USAGE = 2
+
+
+class GraphoptError(Exception):
+    """A mistake or a failed check that graphopt explains in one line instead of a traceback.
+
+    Args:
+        message: One line: what is wrong and where.
+        hint: One line: what to do about it.
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(GraphoptError):
+    """A wrong option, pass name, pipeline text or argument."""
+
+
+class ModelError(GraphoptError):
+    """A model file that cannot be read, understood in full, or written."""
+
+
+class DataError(GraphoptError):
+    """Calibration or evaluation data that does not fit the model."""
+
+
+class BackendError(GraphoptError):
+    """A runtime that is missing, or that refuses the model."""
+
+
+class PassError(GraphoptError):
+    """A pass that cannot do what it was asked on this model."""
+
+
+class VerificationError(GraphoptError):
+    """A model that failed a structural or numeric check, or its budget.
+
+    Attributes:
+        report: What the run had done and measured until then, or None.
+    """
+
+    exit_code = EXIT_CHECK_FAILED
+    report: Any = None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint naming the closest known word, or all of them when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean `{close[0]}`?"
+    return f"known: {', '.join(names)}" if names else "none are known"

@@ -1,0 +1,168 @@
+"""The judge: runs models against the original on the same samples, and scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.backend import Array, Backend
+from graphopt.comparison import Comparison
+from graphopt.data import Batch, Dataset, generated_feeds
+from graphopt.errors import BackendError, DataError
+from graphopt.metrics import SQNR, Metric
+from graphopt.report import Check
+
+PROBE_SAMPLES = 4
+SCORING_BATCH = 32
+
+Outputs = list[dict[str, Any]]
+
+
+class Judge:
+    """Runs models on the same samples as the original.
+
+    Args:
+        original: The model to be judged against.
+        backend: Runs both.
+        data: Samples to score on, or None: then inputs are made up.
+        metrics: What to score by.
+        seed: Seed of made-up inputs.
+        threads: Threads for the backend.
+
+    Attributes:
+        cannot_probe: Why outputs cannot be compared, or None.
+    """
+
+    def __init__(
+        self,
+        original: ir.Model,
+        backend: Backend,
+        data: Dataset | None,
+        metrics: Sequence[type[Metric]],
+        *,
+        seed: int = 0,
+        threads: int = 0,
+    ) -> None:
+        self.original = original
+        self.backend = backend
+        self.data = data
+        self.metrics = list(metrics)
+        self.threads = threads
+        self.cannot_probe: str | None = None
+        self.feeds = self._probe_feeds(seed)
+        self.reference: Outputs | None = None
+        if self.feeds:
+            self._run_original()
+
+    @property
+    def samples(self) -> int:
+        """How many samples are scored."""
+        return len(self.data) if self.data is not None else 0
+
+    @property
+    def scored_on(self) -> str:
+        """What figures come from, for people."""
+        return f"{self.samples} samples of `{self.data.name}`" if self.data is not None else "generated inputs"
+
+    def _probe_feeds(self, seed: int) -> list[dict[str, Array]]:
+        if self.data is not None:
+            return [batch.feeds for batch in self.data.take(PROBE_SAMPLES).batches(PROBE_SAMPLES)]
+        try:
+            return generated_feeds(self.original, seed)
+        except DataError as error:
+            self.cannot_probe = error.message
+            return []
+
+    def _run_original(self) -> None:
+        try:
+            self.reference = self.probe(self.original)
+            if _has_random_ops(self.original) and not compare_outputs(self.reference, self.probe(self.original)).equal:
+                self.cannot_probe = "the original's outputs differ from run to run (random operators)"
+        except BackendError as error:
+            source = "the given data" if self.data is not None else "generated inputs"
+            self.cannot_probe = f"the original does not run on {source}: {error.message}"
+
+    def probe(self, model: ir.Model) -> Outputs:
+        """Return a model's outputs on the probe feeds, the runtime's own optimizations off.
+
+        Raises:
+            BackendError: The runtime refuses the model.
+        """
+        with self.backend.open(model, threads=self.threads, optimize=False) as session:
+            return [session.run(feed) for feed in self.feeds]
+
+    def score(self, model: ir.Model | Path) -> dict[str, float]:
+        """Return a model's metrics as deployed: the runtime's own optimizations fully on.
+
+        Without data, the SQNR on the probe feeds is all there is.
+        """
+        if self.cannot_probe is not None and self.data is None:
+            return {}
+        metrics = [metric() for metric in self.metrics] if self.data is not None else [SQNR()]
+        with (
+            self.backend.open(self.original, threads=self.threads) as original,
+            self.backend.open(model, threads=self.threads) as session,
+        ):
+            for batch in self._batches():
+                outputs, reference = session.run(batch.feeds), original.run(batch.feeds)
+                for metric in metrics:
+                    metric.update(outputs, reference, batch)
+        return {metric.name: metric.value() for metric in metrics}
+
+    def _batches(self) -> Iterable[Batch]:
+        if self.data is not None:
+            return self.data.batches(SCORING_BATCH)
+        return [Batch(feed, None, 1) for feed in self.feeds]
+
+    def deployed(self, original: Path, result: Path) -> Check:
+        """Compare two files by rounding, the runtime's own optimizations fully on.
+
+        Where those optimizations already change the original beyond rounding, no pass is blamed.
+        """
+        if self.reference is None or self.cannot_probe is not None:
+            return Check("none", None, why=self.cannot_probe)
+        before, after = (self._run_optimized(file) for file in (original, result))
+        comparison = compare_outputs(before, after)
+        runtime = compare_outputs(self.reference, before)
+        if not runtime.within() and not comparison.within():
+            why = f"the runtime's own optimizations change the original by {runtime.max_abs_error:.3g}"
+            return Check("none", None, comparison.max_abs_error, why=why)
+        kind = "equal" if comparison.equal else "equivalent"
+        why = None if comparison.within() else f"off by {comparison.max_abs_error:.3g}"
+        return Check(kind, comparison.within(), comparison.max_abs_error, why=why)
+
+    def _run_optimized(self, file: Path) -> Outputs:
+        with self.backend.open(file, threads=self.threads) as session:
+            return [session.run(feed) for feed in self.feeds]
+
+    def single_feed(self) -> dict[str, Array] | None:
+        """Return a feed of one sample to time runs with, or None where there is none."""
+        if self.data is not None:
+            return next(iter(self.data.take(1).batches(1))).feeds
+        if self.cannot_probe is not None or not self.feeds:
+            return None
+        return {name: _first_sample(self.original, name, array) for name, array in self.feeds[0].items()}
+
+
+def _first_sample(model: ir.Model, name: str, array: Array) -> Array:
+    """Cut a made-up feed down to batch 1 where the first dimension is dynamic."""
+    value = next(value for value in model.graph.inputs if value.name == name)
+    dynamic = value.shape is not None and len(value.shape) > 0 and not isinstance(value.shape[0], int)
+    return np.ascontiguousarray(array[:1]) if dynamic else array
+
+
+def compare_outputs(before: Outputs, after: Outputs) -> Comparison:
+    """Compare two models' outputs on the same feeds."""
+    comparison = Comparison()
+    for a, b in zip(before, after, strict=True):
+        comparison.update(a, b)
+    return comparison
+
+
+def _has_random_ops(model: ir.Model) -> bool:
+    return any(node.op_type in walk.NONDETERMINISTIC_OPS for node in walk.every_node(model))

@@ -1,0 +1,204 @@
+"""Instruments: what watches and gates a run, step by step, without the passes knowing."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from graphopt.authoring import Guarantee, Pass
+from graphopt.errors import BackendError, VerificationError
+from graphopt.evaluation import Judge, Outputs, compare_outputs
+from graphopt.metrics import Budget, Metric
+from graphopt.pipeline import Step
+from graphopt.report import Check, StepRecord
+from graphopt.verify import Signature, verify
+
+_MB = 1 << 20
+
+
+class Instrument:
+    """Watches a run; every hook does nothing unless overridden, and may raise a VerificationError."""
+
+    def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
+        """Called once, before the first step."""
+
+    def step_started(self, step: Step, model: ir.Model) -> None:
+        """Called before a step."""
+
+    def pass_finished(self, one: Pass, model: ir.Model) -> None:
+        """Called after each pass of a step."""
+
+    def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
+        """Called after a step; may add to its record."""
+
+    def run_finished(self) -> None:
+        """Called once at the end, however the run ended."""
+
+
+class Timing(Instrument):
+    """Records seconds and peak resident memory of each step."""
+
+    def step_started(self, step: Step, model: ir.Model) -> None:
+        _reset_peak_rss()
+        self._start = time.perf_counter()
+
+    def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
+        record.seconds = time.perf_counter() - self._start
+        record.peak_rss_mb = peak_rss_mb()
+
+
+def _reset_peak_rss() -> None:
+    """Let Linux count the peak anew; elsewhere the peak since the start is all there is."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_rss_mb() -> float:
+    """Return the peak resident memory in MiB since it was last reset."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / _MB if sys.platform == "darwin" else peak / 1024  # bytes there, KiB elsewhere
+
+
+class VerifyStructure(Instrument):
+    """Checks the structure of the model after every pass."""
+
+    def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
+        self._signature = Signature.of(model)
+
+    def pass_finished(self, one: Pass, model: ir.Model) -> None:
+        try:
+            verify(model, self._signature, provenance_too=True)
+        except VerificationError as error:
+            raise VerificationError(f"after pass `{one.name}`: {error.message}", hint=_BUG_HINT) from error
+
+
+_BUG_HINT = "this is a mistake of the pass, not yours; leave it out, or report it"
+
+
+class VerifyNumerics(Instrument):
+    """Checks each step by its guarantee: equal bits, equal within rounding, or measured.
+
+    An exact or equivalent step is compared with the step before it, so that each step answers for itself.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+
+    def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
+        self._before: Outputs | None = self.judge.reference
+
+    def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
+        record.check = self._check(step, model, record)
+        if record.check.ok is False:
+            raise VerificationError(f"pass `{step.spec}` changed the model: {record.check.why}", hint=_BUG_HINT)
+
+    def _check(self, step: Step, model: ir.Model, record: StepRecord) -> Check:
+        if record.edits == 0:
+            return Check("equal", True, 0.0, why="nothing was changed")
+        if self._before is None or self.judge.cannot_probe is not None:
+            return Check("none", None, why=self.judge.cannot_probe)
+        try:
+            after = self.judge.probe(model)
+        except BackendError as error:
+            return Check("none", False, why=f"the result does not run: {error.message}")
+        before, self._before = self._before, after
+        if step.guarantee is Guarantee.LOSSY:
+            return measured(self.judge, model)
+        return judged(step.guarantee, before, after)
+
+
+def judged(guarantee: Guarantee, before: Outputs, after: Outputs) -> Check:
+    """Compare outputs by an exact or equivalent guarantee."""
+    comparison = compare_outputs(before, after)
+    ok = comparison.equal if guarantee is Guarantee.EXACT else comparison.within()
+    kind = "equal" if comparison.equal else "equivalent"
+    worst = comparison.worst
+    why = None
+    if not ok and worst is not None:
+        why = f"output `{worst.name}` is off by {worst.max_abs:.3g} ({worst.mismatch or f'values up to {worst.peak:.3g}'})"
+    return Check(kind, ok, comparison.max_abs_error, why=why)
+
+
+def measured(judge: Judge, model: ir.Model | Path) -> Check:
+    """Score a model; a lossy step passes whatever comes out, as long as it runs."""
+    try:
+        metrics = judge.score(model)
+    except BackendError as error:
+        return Check("measured", False, why=f"the result does not run: {error.message}")
+    return Check("measured", True, metrics=metrics, samples=judge.samples)
+
+
+class Gate(Instrument):
+    """Stops the run when a lossy step has cost more than the budget."""
+
+    def __init__(
+        self, judge: Judge, budgets: Sequence[Budget], before: dict[str, float], metrics: dict[str, type[Metric]]
+    ) -> None:
+        self.judge = judge
+        self.budgets = list(budgets)
+        self.before = before
+        self.metrics = metrics
+
+    def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
+        if step.guarantee is not Guarantee.LOSSY or not record.edits:
+            return
+        if not record.check.metrics:
+            record.check = measured(self.judge, model)
+        enforce(self.budgets, self.before, record.check.metrics, self.metrics, f"after pass `{step.spec}`")
+
+
+def enforce(
+    budgets: Sequence[Budget],
+    before: dict[str, float],
+    after: dict[str, float],
+    metrics: dict[str, type[Metric]],
+    where: str,
+) -> None:
+    """Raise a VerificationError if a metric lost more than its budget allows."""
+    for budget in budgets:
+        metric, old, new = metrics[budget.metric], before[budget.metric], after[budget.metric]
+        if not budget.allows(old, new, metric):
+            raise VerificationError(
+                f"over budget {where}: {budget.metric} went from {metric.show(old)} to {metric.show(new)}",
+                hint="a gentler setting, or a larger `--budget`; `--keep-failed` writes the model all the same",
+            )
+
+
+class ProgressBar(Instrument):
+    """Shows on stderr which step runs; nothing where that is no terminal."""
+
+    def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("starting", total=len(steps))
+
+    def step_started(self, step: Step, model: ir.Model) -> None:
+        self._progress.update(self._task, description=step.spec)
+
+    def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
+        self._progress.advance(self._task)
+
+    def run_finished(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,467 @@
+"""Load and save models: weights stay on disk, files are replaced whole or not at all, nothing is lost unsaid."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+
+from graphopt.data_files import DataFiles, foreign_format, open_model_file
+from graphopt.errors import ModelError
+from graphopt.fidelity import first_loss, unknown_field
+from graphopt.header import each_tensor, from_proto, graphs, reference, replace_tensors, to_proto
+from graphopt.mapped import COPY_CHUNK, MappedFile, MappedTensor
+from graphopt.wire import HELD_ELSEWHERE, Hole, WireError, open_holes, size_of, strip_payloads
+
+PAYLOAD_THRESHOLD = 1024
+"""Bytes from which a tensor stays in its file; below, a reference is hardly smaller than the tensor."""
+
+EXTERNAL_THRESHOLD = 1 << 30
+"""Tensor bytes from which a model is saved with a data file: half of what protobuf can hold in one file."""
+
+PROTOBUF_LIMIT = (1 << 31) - 1
+GZIP_LIMIT = 256 << 20
+
+DATA_ALIGNMENT = 64
+"""A cache line, and the widest vector load."""
+
+PAGE_ALIGNMENT, PAGE_ALIGNED_FROM = 4096, 1 << 20
+"""ONNX Runtime maps large tensors that begin on a page."""
+
+MEMORY_LOCATION = "graphopt-memory"
+_SOURCE = "graphopt.source"
+_GZIP_LEVEL = 1
+
+_WRITE_HINTS = {
+    errno.ENOSPC: "free some space, or save to another disk",
+    errno.EDQUOT: "free some space, or save to another disk",
+    errno.EFBIG: "raise the limit on file sizes, see `ulimit -f`",
+    errno.EACCES: "save to a folder you may write to",
+    errno.EPERM: "save to a folder you may write to",
+    errno.EROFS: "save to a folder you may write to",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was loaded from.
+
+    Attributes:
+        path: The model file, absolute.
+        data_files: The data files it refers to, absolute; empty when all tensors are in the model file.
+    """
+
+    path: str
+    data_files: tuple[str, ...]
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Load an ONNX model and leave its weights on disk.
+
+    Tensors of 1 KiB or more become `MappedTensor`s on one mapping per file; the rest is parsed.
+
+    Args:
+        path: A binary .onnx file; its external data, if any, must lie in the same folder.
+
+    Raises:
+        ModelError: The file cannot be read, or holds something that would be lost when it is saved again.
+    """
+    text = os.fspath(path)
+    file = open_model_file(text)
+    proto = _parse(file, text)
+    model = from_proto(proto, text)
+    _refuse_doubled_inputs(model, text)
+    data_files = DataFiles(text)
+    replace_tensors(model, lambda tensor: _mapped(tensor, file, data_files))
+    model.graph.meta[_SOURCE] = Source(os.path.abspath(text), tuple(data_files.entries))
+    again = to_proto(model, lambda tensor, name, _: _reference_if_mapped(tensor, name))
+    loss = first_loss(proto, again)
+    if loss is not None:
+        raise ModelError(f"`{text}` holds what graphopt would lose: {loss}", hint=_loss_hint(loss))
+    return model
+
+
+def source(model: ir.Model) -> Source | None:
+    """Return where a model, or the model it was cloned from, was loaded from."""
+    found = model.graph.meta.get(_SOURCE)
+    return found if isinstance(found, Source) else None
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> list[Path]:
+    """Write a model, and its data file if it has one, whole or not at all.
+
+    Bytes go straight from the files they lie in to the new one; tensors made in memory are written one at a time. The
+    model is left as it is, and may be saved over the file it was loaded from.
+
+    Args:
+        model: The model to write.
+        path: The .onnx file to write. A link is replaced, not followed.
+        external: True to put tensors of 1 KiB or more into a data file, the path with `.data` appended; False for one
+            file; None for a data file if the model was loaded with one or holds more than 1 GiB.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ModelError: The files cannot be written. What was there before is untouched.
+    """
+    target = Path(path)
+    if external is None:
+        external = _wants_data_file(model)
+    staged = _Staged()
+    try:
+        data = target.with_name(target.name + ".data")
+        _check_target(model, target, [target, data] if external else [target])
+        if external:
+            _write_external(model, target, data, staged)
+        else:
+            _write_inline(model, target, staged)
+        return staged.publish()
+    except OSError as error:
+        hint = _WRITE_HINTS.get(error.errno or 0, "check the path and the disk")
+        raise ModelError(f"cannot write `{target}`: {error.strerror or error}", hint=hint) from error
+    finally:
+        staged.discard()
+
+
+def serialize(model: ir.Model, *, inline_limit: int = PAYLOAD_THRESHOLD) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
+    """Return the model as bytes for a runtime in this process, and the large initializers beside it.
+
+    Initializers of the main graph above the limit are marked external, for a runtime to be given by name. Those of
+    fewer than 8 bits stay inline: numpy has no packed form of them that a runtime could use without a copy.
+
+    Args:
+        model: The model to serialise; it is left as it is.
+        inline_limit: Bytes up to which an initializer stays inline.
+
+    Raises:
+        ModelError: What stays inline is more than protobuf can hold.
+    """
+    beside: dict[str, ir.TensorProtocol] = {}
+
+    def hold(tensor: ir.TensorProtocol, name: str, is_main: bool) -> ir.ExternalTensor | None:
+        if not is_main or not _has_payload(tensor) or tensor.dtype.bitwidth < 8 or tensor.nbytes <= inline_limit:
+            return None
+        beside[name] = tensor
+        return reference(tensor, name, MEMORY_LOCATION, 0)
+
+    return _to_bytes(to_proto(model, hold)), beside
+
+
+def stored_bytes(path: str | os.PathLike[str]) -> int:
+    """Return the size on disk of a model file and of the data files it refers to, in bytes."""
+    return sum(os.path.getsize(name) for name in _files_of(path))
+
+
+def gzip_bytes(path: str | os.PathLike[str]) -> int | None:
+    """Return what a model and its data files take when compressed, None above 256 MiB, where it would take too long.
+
+    Level 1 is used: for weights it is a few per cent larger than level 6 and several times faster.
+    """
+    names = _files_of(path)
+    if sum(os.path.getsize(name) for name in names) > GZIP_LIMIT:
+        return None
+    compressor = zlib.compressobj(_GZIP_LEVEL)
+    size = 0
+    for name in names:
+        with open(name, "rb") as file:
+            while chunk := file.read(COPY_CHUNK):
+                size += len(compressor.compress(chunk))
+    return size + len(compressor.flush())
+
+
+# Loading
+
+
+def _parse(file: MappedFile, path: str) -> onnx.ModelProto:
+    data = file.mapping()
+    head = data[:256]
+    try:
+        proto = onnx.ModelProto.FromString(strip_payloads(data, PAYLOAD_THRESHOLD))
+    except (WireError, DecodeError) as error:
+        what, hint = foreign_format(head) or (f"damaged or cut short: {error}", "get the file again")
+        raise ModelError(f"`{path}` is {what}", hint=hint) from error
+    if not proto.HasField("graph"):
+        what, hint = foreign_format(head) or _graphless(file)
+        raise ModelError(f"`{path}` is {what}", hint=hint)
+    known = onnx.ModelProto()
+    known.CopyFrom(proto)
+    known.DiscardUnknownFields()
+    if known.ByteSize() != proto.ByteSize():
+        raise ModelError(
+            f"`{path}` holds what onnx {onnx.__version__} does not know: {unknown_field(proto)}",
+            hint="upgrade onnx, or export for an earlier IR version",
+        )
+    return proto
+
+
+def _graphless(file: MappedFile) -> tuple[str, str]:
+    if file.size < EXTERNAL_THRESHOLD:
+        with contextlib.suppress(DecodeError):
+            tensor = onnx.TensorProto.FromString(file.mapping()[:])
+            if tensor.data_type and unknown_field(tensor) is None:
+                return f"a single tensor, `{tensor.name}`, not a model", "give the model's .onnx file"
+    return "a model without a graph", "export the model again"
+
+
+def _mapped(tensor: ir.TensorProtocol, file: MappedFile, data_files: DataFiles) -> ir.TensorProtocol:
+    if isinstance(tensor, ir.serde.TensorProtoTensor):
+        _check_raw_size(tensor)
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    location = os.fspath(tensor.location)
+    return MappedTensor(
+        file if location == HELD_ELSEWHERE else data_files.open(location, tensor.name),
+        tensor.offset or 0,
+        tensor.nbytes if tensor.length is None else tensor.length,
+        tensor.dtype,
+        tensor.shape,
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
+
+
+def _check_raw_size(tensor: ir.serde.TensorProtoTensor) -> None:
+    try:
+        needed = tensor.nbytes
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"tensor `{tensor.name}`: {error}", hint="upgrade onnx_ir, or export again") from error
+    if tensor.raw.HasField("raw_data") and len(tensor.raw.raw_data) != needed:
+        raise ModelError(
+            f"tensor `{tensor.name}` ({tensor.dtype.name}{list(tensor.shape.numpy())}) needs {needed} bytes"
+            f" and has {len(tensor.raw.raw_data)}",
+            hint="the model is damaged: get the file again",
+        )
+
+
+def _refuse_doubled_inputs(model: ir.Model, path: str) -> None:
+    for graph in graphs(model):
+        seen: set[str | None] = set()
+        for value in graph.inputs:
+            if value.name in seen:
+                raise ModelError(f"`{path}` has two inputs named `{value.name}`", hint="export the model again")
+            seen.add(value.name)
+
+
+def _reference_if_mapped(tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor | None:
+    return reference(tensor, name, HELD_ELSEWHERE, 0) if isinstance(tensor, MappedTensor) else None
+
+
+def _loss_hint(loss: str) -> str:
+    if "training_info" in loss:
+        return "export for inference only"
+    if "sparse_initializer" in loss:
+        return "store the initializers densely"
+    if "same name" in loss:
+        return "export the model again: names must be unique"
+    return "report it; until then remove that part from the model"
+
+
+# Saving
+
+
+class _Staged:
+    """Files written under temporary names, which take their real ones together or not at all."""
+
+    def __init__(self) -> None:
+        self._files: list[tuple[Path, Path]] = []
+
+    @contextlib.contextmanager
+    def open(self, target: Path) -> Iterator[BinaryIO]:
+        """Open a new file that is to become `target`, and make sure it is on the disk when done."""
+        temporary = _fresh_name(target)
+        self._files.append((temporary, target))
+        with open(temporary, "xb", buffering=COPY_CHUNK) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, temporary)
+
+    def publish(self) -> list[Path]:
+        """Give all files their real names, the last one opened last."""
+        done: list[tuple[Path, Path | None]] = []
+        try:
+            for temporary, target in self._files:
+                done.append((target, _second_name(target)))
+                os.replace(temporary, target)
+        except BaseException:
+            for target, before in done:
+                _put_back(target, before)
+            raise
+        finally:
+            for _, before in done:
+                if before is not None:
+                    before.unlink(missing_ok=True)
+        _sync_folder(self._files[-1][1].parent)
+        return [target for _, target in reversed(self._files)]
+
+    def discard(self) -> None:
+        """Remove what has no real name yet."""
+        for temporary, _ in self._files:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _fresh_name(target: Path) -> Path:
+    return target.with_name(f".graphopt-{secrets.token_hex(8)}.tmp")
+
+
+def _second_name(target: Path) -> Path | None:
+    """Give an existing file a second name to be put back from."""
+    second = _fresh_name(target)
+    try:
+        os.link(target, second, follow_symlinks=False)
+    except OSError:
+        return None
+    return second
+
+
+def _put_back(target: Path, before: Path | None) -> None:
+    with contextlib.suppress(OSError):
+        if before is None:
+            target.unlink(missing_ok=True)
+        else:
+            os.replace(before, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new names last, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _check_target(model: ir.Model, target: Path, written: list[Path]) -> None:
+    if not target.parent.is_dir():
+        raise ModelError(f"cannot write `{target}`: there is no folder `{target.parent}`", hint="create it first")
+    origin = source(model)
+    folder = os.path.realpath(target.parent)
+    for path in written:
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            raise ModelError(f"cannot write `{path}`: it exists and is not a regular file", hint="give another name")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ModelError(f"cannot write `{path}`: it is write-protected", hint="give another name")
+        if origin is None or os.path.join(folder, path.name) not in origin.data_files:
+            continue
+        if os.path.realpath(origin.path) != os.path.realpath(target):
+            raise ModelError(
+                f"cannot write `{path}`: `{origin.path}` keeps its tensors there", hint="give another name"
+            )
+
+
+def _wants_data_file(model: ir.Model) -> bool:
+    origin = source(model)
+    if origin is not None and origin.data_files:
+        return True
+    return sum(tensor.nbytes for tensor in each_tensor(model) if _has_payload(tensor)) > EXTERNAL_THRESHOLD
+
+
+def _write_inline(model: ir.Model, target: Path, staged: _Staged) -> None:
+    held: list[ir.TensorProtocol] = []
+
+    def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
+        # A tensor that onnx parsed is in memory already, and is kept in the field it came in.
+        if isinstance(tensor, ir.serde.TensorProtoTensor) or not _is_large(tensor):
+            return None
+        held.append(tensor)
+        return reference(tensor, name, HELD_ELSEWHERE, len(held) - 1)
+
+    pieces = open_holes(_to_bytes(to_proto(model, hold)))
+    if size_of(pieces) > PROTOBUF_LIMIT:
+        raise ModelError(
+            f"cannot write `{target}` as one file: {size_of(pieces):,} bytes are more than protobuf's 2 GB",
+            hint="save with external data",
+        )
+    with staged.open(target) as file:
+        for piece in pieces:
+            if isinstance(piece, Hole):
+                _write_tensor(file, held[piece.index], piece.length)
+            else:
+                file.write(piece)
+
+
+def _write_external(model: ir.Model, target: Path, data: Path, staged: _Staged) -> None:
+    placed: dict[object, tuple[ir.TensorProtocol, int]] = {}
+    end = 0
+
+    def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
+        nonlocal end
+        if not _is_large(tensor):
+            return None
+        key = _identity(tensor)
+        if key not in placed:
+            alignment = PAGE_ALIGNMENT if tensor.nbytes >= PAGE_ALIGNED_FROM else DATA_ALIGNMENT
+            offset = -(-end // alignment) * alignment
+            placed[key] = (tensor, offset)
+            end = offset + tensor.nbytes
+        return reference(tensor, name, data.name, placed[key][1])
+
+    header = _to_bytes(to_proto(model, hold))
+    if placed:
+        with staged.open(data) as file:
+            for tensor, offset in placed.values():
+                file.write(b"\0" * (offset - file.tell()))
+                _write_tensor(file, tensor, tensor.nbytes)
+    with staged.open(target) as file:
+        file.write(header)
+
+
+def _write_tensor(file: BinaryIO, tensor: ir.TensorProtocol, length: int) -> None:
+    start = file.tell()
+    if isinstance(tensor, MappedTensor | ir.ExternalTensor):
+        tensor.tofile(file)
+    else:
+        file.write(tensor.tobytes())
+    written = file.tell() - start
+    if written != length:
+        raise ModelError(
+            f"tensor `{tensor.name}` gave {written} bytes and its type and shape say {length}",
+            hint="the pass that made it is wrong: its array must have the tensor's dtype and shape",
+        )
+
+
+def _identity(tensor: ir.TensorProtocol) -> object:
+    """Return what two tensors share if one copy of their bytes is enough."""
+    if isinstance(tensor, MappedTensor):
+        return tensor.file.path, tensor.offset, tensor.length
+    return id(tensor)
+
+
+def _has_payload(tensor: ir.TensorProtocol) -> bool:
+    # Strings have no raw form: they stay in fields of their own.
+    return tensor.dtype != ir.DataType.STRING
+
+
+def _is_large(tensor: ir.TensorProtocol) -> bool:
+    return _has_payload(tensor) and tensor.nbytes >= PAYLOAD_THRESHOLD
+
+
+def _to_bytes(proto: onnx.ModelProto) -> bytes:
+    try:
+        return bytes(proto.SerializeToString(deterministic=True))
+    except (EncodeError, ValueError) as error:
+        raise ModelError(
+            "the model is more than protobuf's 2 GB without its external tensors", hint="save with external data"
+        ) from error
+
+
+def _files_of(path: str | os.PathLike[str]) -> list[str]:
+    origin = source(load(path))
+    assert origin is not None, "load() says where a model came from"
+    return [origin.path, *dict.fromkeys(origin.data_files)]

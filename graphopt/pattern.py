@@ -1,0 +1,451 @@
+"""Rules that read like algebra: a pattern, a replacement, and a worklist that drives them to a fixpoint."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from graphopt import provenance, walk
+from graphopt.backend import Array
+from graphopt.errors import PassError
+from graphopt.rewriter import Rewriter
+
+COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"})
+# A rewrite that fires this often per node of the graph is taken for rules undoing each other.
+REWRITES_PER_NODE_LIMIT = 50
+
+
+@dataclass(frozen=True, eq=False)
+class PatternValue:
+    """A variable of a pattern (``node`` is None) or an output of one of its operators."""
+
+    name: str | None = None
+    optional: bool = False
+    node: PatternNode | None = None
+    index: int = 0
+
+
+Operand = PatternValue | float | None
+
+
+@dataclass(frozen=True, eq=False)
+class PatternNode:
+    """An operator of a pattern; a number among its inputs matches a constant equal to it everywhere."""
+
+    op_type: str
+    inputs: tuple[Operand, ...]
+    attributes: Mapping[str, Any]
+    id: str | None
+    domain: str = ""
+
+
+class PatternBuilder:
+    """What a pattern function writes with: ``op.Conv(x, w, _id="conv", group=1)``."""
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        def build(
+            *inputs: Operand, _id: str | None = None, _outputs: int = 1, _domain: str = "", **attributes: Any
+        ) -> PatternValue | tuple[PatternValue, ...]:
+            node = PatternNode(op_type, inputs, attributes, _id, _domain)
+            values = tuple(PatternValue(node=node, index=index) for index in range(_outputs))
+            return values[0] if _outputs == 1 else values
+
+        return build
+
+
+class Match:
+    """What a pattern bound: values by variable name, nodes by ``_id``, both as attributes."""
+
+    def __init__(self, root: ir.Node) -> None:
+        self.root = root
+        self.values: dict[str, ir.Value | None] = {}
+        self.nodes: dict[PatternNode, ir.Node] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        values, nodes = self.__dict__.get("values", {}), self.__dict__.get("nodes", {})
+        if name in values:
+            return values[name]
+        for pattern_node, node in nodes.items():
+            if pattern_node.id == name:
+                return node
+        raise AttributeError(f"the pattern binds no `{name}`")
+
+    def all_constant(self, *names: str) -> bool:
+        """Return whether every named variable that is bound holds a constant."""
+        bound = [self.values[name] for name in names]
+        return all(value is None or walk.constant_tensor(value) is not None for value in bound)
+
+    def array(self, name: str) -> Array:
+        """Return what a constant variable holds.
+
+        Raises:
+            ValueError: The variable is not constant.
+        """
+        tensor = walk.constant_tensor(self.values[name])
+        if tensor is None:
+            raise ValueError(f"`{name}` is not constant")
+        return tensor.numpy()
+
+    def copy(self) -> Match:
+        """Return an independent copy, for the matcher to backtrack to."""
+        other = Match(self.root)
+        other.values, other.nodes = dict(self.values), dict(self.nodes)
+        return other
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a rule held back although its pattern matched."""
+
+    reason: str
+    node: ir.Node | None = None
+
+
+class ReplacementBuilder:
+    """What a replacement function writes with; nothing enters the graph until the rule has succeeded."""
+
+    def __init__(self, rewriter: Rewriter, match: Match) -> None:
+        self._rewriter = rewriter
+        self._match = match
+        self.nodes: list[ir.Node] = []
+        self.constants: list[ir.Value] = []
+
+    def __getattr__(self, op_type: str) -> Callable[..., Any]:
+        def build(
+            *inputs: ir.Value | None, _outputs: int = 1, _domain: str = "", _name: str | None = None, **attributes: Any
+        ) -> ir.Value | tuple[ir.Value, ...]:
+            node = self._rewriter.make(
+                op_type,
+                inputs,
+                attributes,
+                sources=self._match.nodes.values(),
+                outputs=_outputs,
+                domain=_domain,
+                name=_name or self._match.root.name,
+            )
+            self.nodes.append(node)
+            return node.outputs[0] if _outputs == 1 else tuple(node.outputs)
+
+        return build
+
+    def like(self, node: ir.Node, *inputs: ir.Value | None) -> ir.Value:
+        """Return the output of a node equal to ``node`` but for its inputs: operator, attributes, name kept."""
+        value: ir.Value = getattr(self, node.op_type)(
+            *inputs, _domain=node.domain, _name=node.name, **dict(node.attributes)
+        )
+        return value
+
+    def const(self, content: Array | ir.TensorProtocol, name: str) -> ir.Value:
+        """Return a new constant."""
+        value = self._rewriter.make_const(content, name)
+        self.constants.append(value)
+        return value
+
+
+class Rule:
+    """A rewrite: what to look for, and what to put in its place.
+
+    Subclasses set ``name`` and write ``pattern(self, op, ...)``, whose further parameters are the pattern's
+    variables (one with a default of None is an optional input), and ``rewrite(self, op, m)``. The last operator of
+    the pattern is its root; operators inside the pattern must feed nothing else.
+    """
+
+    name: str = ""
+
+    def pattern(self, op: Any, *variables: Any) -> Any:
+        """Return the pattern's root value, built from variables."""
+        raise NotImplementedError
+
+    def check(self, m: Match) -> Miss | None:
+        """Return why a match must not be rewritten, or None; runs before anything is built."""
+        return None
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        """Return the value, or tuple of values, that replaces the root's outputs, or a Miss."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A rule with its pattern built once."""
+
+    rule: Rule
+    root: PatternNode
+    depth: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _default_attribute(op_type: str, name: str) -> Any:
+    try:
+        schema = onnx.defs.get_schema(op_type)
+    except onnx.defs.SchemaError:
+        return None
+    attribute = schema.attributes.get(name)
+    if attribute is None or not attribute.default_value.name:
+        return None
+    return onnx.helper.get_attribute_value(attribute.default_value)
+
+
+def compile_rule(rule: Rule) -> Compiled:
+    """Build a rule's pattern.
+
+    Raises:
+        TypeError: The pattern function does not return what an operator built.
+    """
+    # `self` is bound, so the first parameter is the builder.
+    parameters = list(inspect.signature(rule.pattern).parameters.values())[1:]
+    variables = [PatternValue(name=p.name, optional=p.default is None) for p in parameters]
+    built = rule.pattern(PatternBuilder(), *variables)
+    root = built[0] if isinstance(built, tuple) else built
+    if not isinstance(root, PatternValue) or root.node is None:
+        raise TypeError(f"the pattern of rule `{rule.name}` must return the output of an operator")
+    return Compiled(rule, root.node, _depth(root.node))
+
+
+def _depth(node: PatternNode) -> int:
+    inner = [operand.node for operand in node.inputs if isinstance(operand, PatternValue) and operand.node]
+    return 1 + max((_depth(child) for child in inner), default=0)
+
+
+def match_at(pattern: PatternNode, node: ir.Node) -> Match | None:
+    """Return the first way a pattern matches with its root at ``node``."""
+    return next(_match_node(pattern, node, Match(node)), None)
+
+
+def _match_node(pattern: PatternNode, node: ir.Node, found: Match) -> Iterator[Match]:
+    if node.op_type != pattern.op_type or _normal(node.domain) != _normal(pattern.domain):
+        return
+    known = found.nodes.get(pattern)
+    if known is not None:
+        if known is node:
+            yield found
+        return
+    if node.graph is not found.root.graph or not _attributes_fit(pattern, node):
+        return
+    for inputs in _input_orders(pattern, node):
+        attempt = found.copy()
+        attempt.nodes[pattern] = node
+        yield from _match_inputs(pattern.inputs, inputs, attempt)
+
+
+def _match_inputs(operands: Sequence[Operand], inputs: Sequence[ir.Value | None], found: Match) -> Iterator[Match]:
+    if len(inputs) > len(operands):
+        if any(value is not None for value in inputs[len(operands) :]):
+            return
+        inputs = inputs[: len(operands)]
+    if not operands:
+        yield found
+        return
+    value = inputs[0] if inputs else None
+    for attempt in _match_operand(operands[0], value, found):
+        yield from _match_inputs(operands[1:], inputs[1:], attempt)
+
+
+def _match_operand(operand: Operand, value: ir.Value | None, found: Match) -> Iterator[Match]:
+    if operand is None or value is None:
+        absent_is_fine = operand is None or (isinstance(operand, PatternValue) and operand.optional)
+        if value is None and absent_is_fine:
+            if isinstance(operand, PatternValue) and operand.name:
+                found.values[operand.name] = None
+            yield found
+        return
+    if not isinstance(operand, PatternValue):
+        tensor = walk.constant_tensor(value)
+        # Only small constants are compared: a weight is never the 0 or 1 of an identity.
+        if tensor is not None and 0 < tensor.size <= 4096 and np.all(tensor.numpy() == operand):
+            yield found
+        return
+    if operand.node is None:
+        assert operand.name is not None
+        bound = found.values.get(operand.name, value)
+        if bound is value:
+            found.values[operand.name] = value
+            yield found
+        return
+    producer = value.producer()
+    if producer is not None and value.index() == operand.index:
+        yield from _match_node(operand.node, producer, found)
+
+
+def _input_orders(pattern: PatternNode, node: ir.Node) -> Iterator[Sequence[ir.Value | None]]:
+    yield node.inputs
+    if pattern.op_type in COMMUTATIVE and len(node.inputs) == 2:
+        yield tuple(reversed(node.inputs))
+
+
+def _attributes_fit(pattern: PatternNode, node: ir.Node) -> bool:
+    for name, wanted in pattern.attributes.items():
+        attribute = node.attributes.get(name)
+        actual = attribute.value if attribute is not None else _default_attribute(node.op_type, name)
+        if isinstance(actual, tuple):
+            actual = list(actual)
+        if actual != wanted:
+            return False
+    return True
+
+
+def _normal(domain: str) -> str:
+    return "" if domain in walk.ONNX_DOMAINS else domain
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What driving rules over a model did.
+
+    Attributes:
+        fired: Rule name to number of rewrites.
+        held_back: (Rule name, reason) to number of matches not rewritten.
+    """
+
+    fired: Counter[str]
+    held_back: Counter[tuple[str, str]]
+
+
+RewriteCheck = Callable[[Rule, Match, Sequence[ir.Value], Sequence[ir.Node]], None]
+
+
+def apply_rules(
+    rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, *, check: RewriteCheck | None = None
+) -> Outcome:
+    """Rewrite until no rule matches, visiting after each rewrite only the nodes it may have made match.
+
+    Args:
+        rules: Rules; where several match at a node the first listed wins.
+        model: The model, changed in place.
+        rewriter: The edit surface.
+        check: Called with each rewrite before it is applied; raises to refuse it.
+
+    Raises:
+        PassError: Rules undo each other without end; names them.
+    """
+    return _Driver(rules, model, rewriter, check).run()
+
+
+class _Driver:
+    def __init__(
+        self, rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, check: RewriteCheck | None
+    ) -> None:
+        self.rewriter = rewriter
+        self.model = model
+        self.check = check
+        self.by_root: dict[tuple[str, str], list[Compiled]] = {}
+        for compiled in map(compile_rule, rules):
+            key = (_normal(compiled.root.domain), compiled.root.op_type)
+            self.by_root.setdefault(key, []).append(compiled)
+        self.reach = max((rule.depth for group in self.by_root.values() for rule in group), default=1)
+        self.queue: deque[ir.Node] = deque()
+        self.queued: set[ir.Node] = set()
+        self.fired: Counter[str] = Counter()
+        self.recent: deque[str] = deque(maxlen=16)
+        self.missed: dict[tuple[str, ir.Node], str] = {}
+
+    def run(self) -> Outcome:
+        nodes = list(walk.every_node(self.model))
+        limit = REWRITES_PER_NODE_LIMIT * (len(nodes) + 1)
+        for node in nodes:
+            self._push(node)
+        with self.rewriter.observed_by(self._disturbed):
+            while self.queue:
+                node = self.queue.popleft()
+                self.queued.discard(node)
+                if node.graph is not None:
+                    self._visit(node)
+                if self.fired.total() > limit:
+                    names = ", ".join(f"`{name}`" for name in sorted(set(self.recent)))
+                    raise PassError(f"rules undo each other without end: {names}", hint="leave one of them out")
+        held_back = Counter((rule, reason) for (rule, node), reason in self.missed.items() if node.graph is not None)
+        return Outcome(self.fired, held_back)
+
+    def _push(self, node: ir.Node) -> None:
+        if node not in self.queued and (_normal(node.domain), node.op_type) in self.by_root:
+            self.queue.append(node)
+            self.queued.add(node)
+
+    def _disturbed(self, node: ir.Node) -> None:
+        """Queue a changed node and every node downstream within a pattern's reach."""
+        frontier = {node}
+        for _ in range(self.reach):
+            for near in frontier:
+                self._push(near)
+            frontier = {use.node for near in frontier for value in near.outputs for use in value.uses()}
+
+    def _visit(self, node: ir.Node) -> None:
+        for compiled in self.by_root[(_normal(node.domain), node.op_type)]:
+            match = match_at(compiled.root, node)
+            if match is None:
+                continue
+            miss = self._apply(compiled.rule, match)
+            if miss is None:
+                self.fired[compiled.rule.name] += 1
+                self.recent.append(compiled.rule.name)
+                return
+            self.missed[compiled.rule.name, miss.node or node] = miss.reason
+
+    def _apply(self, rule: Rule, match: Match) -> Miss | None:
+        """Rewrite one match, or return why not; the graph changes only on success."""
+        busy = _read_elsewhere(match)
+        if busy is not None:
+            return Miss(f"`{busy.op_type}` also feeds other nodes", busy)
+        miss = rule.check(match)
+        if miss is not None:
+            return miss
+        builder = ReplacementBuilder(self.rewriter, match)
+        with self.rewriter.edit(rule.name, *match.nodes.values()):
+            result = rule.rewrite(builder, match)
+            if isinstance(result, Miss):
+                for node in reversed(builder.nodes):
+                    _let_go(node)
+                return result
+            values = result if isinstance(result, tuple) else (result,)
+            if self.check is not None:
+                self.check(rule, match, values, builder.nodes)
+            self._splice(match, builder, values)
+        return None
+
+    def _splice(self, match: Match, built: ReplacementBuilder, values: Sequence[ir.Value]) -> None:
+        for constant in built.constants:
+            self.rewriter.adopt(constant, near=match.root)
+        for node in built.nodes:
+            self.rewriter.insert(node, before=match.root)
+        for old, new in zip(match.root.outputs, values, strict=False):
+            self.rewriter.replace(old, new)
+        # Erasing a reader frees what it reads, so go on until nothing more is free.
+        left = list(match.nodes.values())
+        while dead := [node for node in left if not _is_read(node)]:
+            left = [node for node in left if node not in dead]
+            for node in dead:
+                self.rewriter.erase(node)
+
+
+def _read_elsewhere(match: Match) -> ir.Node | None:
+    """Return a matched node, other than the root, whose output something outside the match reads."""
+    inside = set(match.nodes.values())
+    for node in inside - {match.root}:
+        for value in node.outputs:
+            if value.is_graph_output() or any(use.node not in inside for use in value.uses()):
+                return node
+    return None
+
+
+def _is_read(node: ir.Node) -> bool:
+    return any(value.uses() or value.is_graph_output() for value in node.outputs)
+
+
+def _let_go(node: ir.Node) -> None:
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
+
+
+def describe_match(match: Match) -> str:
+    """Return the matched nodes and their origins, for messages."""
+    nodes = ", ".join(walk.label(node) for node in match.nodes.values())
+    origins = sorted(frozenset().union(*(provenance.origins(node) for node in match.nodes.values())))
+    return f"{nodes} (from {', '.join(origins)})"

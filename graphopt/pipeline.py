@@ -1,0 +1,186 @@
+"""Pipelines: lists of passes as text, TOML or objects, one and the same thing in three spellings."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tomli_w
+
+from graphopt import options, registry
+from graphopt.authoring import Guarantee, Need, Pass
+from graphopt.errors import UsageError, did_you_mean
+
+_STRENGTH = (Guarantee.LOSSY, Guarantee.EQUIVALENT, Guarantee.EXACT)
+# The preset that brings a model into the form passes with Need.CANONICAL are written for.
+CANONICALIZER = "simplify"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a pipeline: a pass, or the passes of a preset, repeated until they change nothing.
+
+    Attributes:
+        name: Name of the pass or preset.
+        passes: The passes; one unless it is a preset.
+        preset: Whether it is a preset.
+        reason: Why the manager added it, or None where the user asked for it.
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+    preset: bool = False
+    reason: str | None = None
+
+    @property
+    def spec(self) -> str:
+        """The step as pipeline text."""
+        if self.preset:
+            return self.name
+        text = options.to_text(self.passes[0])
+        return f"{self.name}:{text}" if text else self.name
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """The weakest guarantee of its passes."""
+        return weakest(one.guarantee for one in self.passes)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What any of its passes needs."""
+        return frozenset().union(*(one.needs for one in self.passes))
+
+
+def weakest(guarantees: Iterable[Guarantee]) -> Guarantee:
+    """Return the weakest of some guarantees; EXACT of none."""
+    return min(guarantees, key=_STRENGTH.index, default=Guarantee.EXACT)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Steps to run in order; ``str()`` gives its text."""
+
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read pipeline text such as ``simplify,prune:sparsity=0.5,quant``.
+
+        A backslash keeps the next character from separating.
+
+        Raises:
+            UsageError: Nothing in it, an unknown pass or option, a bad value.
+        """
+        parts = options.split(text.strip(), ",")
+        if not parts:
+            raise UsageError("no passes given", hint="for example `--passes prune,quant`; see `graphopt list passes`")
+        return cls(tuple(_step_from_text(part.strip()) for part in parts))
+
+    @classmethod
+    def of(cls, passes: str | Pipeline | Pass | Sequence[str | Pass]) -> Pipeline:
+        """Return what the Python API was given as a pipeline.
+
+        Raises:
+            UsageError: As `parse`; or something that is neither text nor a Pass.
+        """
+        if isinstance(passes, Pipeline):
+            return passes
+        if isinstance(passes, str):
+            return cls.parse(passes)
+        given = [passes] if isinstance(passes, Pass) else passes
+        steps: list[Step] = []
+        for one in given:
+            steps.extend(cls.parse(one).steps if isinstance(one, str) else [_step_of(one)])
+        if not steps:
+            raise UsageError("no passes given", hint='for example passes="prune,quant"')
+        return cls(tuple(steps))
+
+    @classmethod
+    def from_toml(cls, text: str) -> Pipeline:
+        """Read a recipe: one ``[[pass]]`` table a pass, its ``name`` and options.
+
+        Raises:
+            UsageError: Not TOML, a key that means nothing, or as `parse`.
+        """
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"the recipe is not TOML: {error}", hint="write one `[[pass]]` table a pass") from error
+        unknown = [key for key in document if key != "pass"]
+        if unknown:
+            raise UsageError(f"the recipe has an unknown key `{unknown[0]}`", hint=did_you_mean(unknown[0], ["pass"]))
+        tables = document.get("pass", [])
+        if not isinstance(tables, list) or not tables:
+            raise UsageError("the recipe has no `[[pass]]`", hint="write one `[[pass]]` table a pass")
+        return cls(tuple(_step_from_table(index, table) for index, table in enumerate(tables, 1)))
+
+    def to_toml(self) -> str:
+        """Return the pipeline as a recipe."""
+        tables = [{"name": step.name, **_toml_options(step)} for step in self.steps]
+        return tomli_w.dumps({"pass": tables})
+
+    def __str__(self) -> str:
+        return ",".join(step.spec for step in self.steps)
+
+
+def _toml_options(step: Step) -> dict[str, Any]:
+    if step.preset:
+        return {}
+    changed = options.changed(step.passes[0])
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+
+
+def _step_from_text(text: str) -> Step:
+    name, *rest = options.split(text, ":")
+    return _make_step(name, options.from_text(":".join(rest), where=f"pass `{name}`"))
+
+
+def _step_from_table(index: int, table: dict[str, Any]) -> Step:
+    values = dict(table)
+    name = values.pop("name", None)
+    if not isinstance(name, str):
+        raise UsageError(f"pass {index} of the recipe has no `name`", hint='for example name = "prune"')
+    return _make_step(name, {key.replace("-", "_"): value for key, value in values.items()})
+
+
+def _make_step(name: str, values: dict[str, Any]) -> Step:
+    presets = registry.table("PRESETS")
+    if name in presets:
+        if values:
+            raise UsageError(f"preset `{name}` takes no options", hint=f"it stands for `{presets[name].passes}`")
+        passes = tuple(one for step in Pipeline.parse(presets[name].passes).steps for one in step.passes)
+        return Step(name, passes, preset=True)
+    cls = registry.find("PASSES", name)
+    return Step(name, (options.build(cls, values, where=f"pass `{name}`"),))
+
+
+def _step_of(one: Any) -> Step:
+    if not isinstance(one, Pass):
+        raise UsageError(f"`{one!r}` is no pass", hint="give Pass objects, such as Prune(0.5), or their names")
+    options.check(one, where=f"pass `{one.name}`")
+    return Step(one.name, (one,))
+
+
+def schedule(pipeline: Pipeline, *, has_data: bool) -> tuple[Step, ...]:
+    """Return the steps to run: what passes need is put before them, and what is missing is an error now.
+
+    Raises:
+        UsageError: A pass needs calibration data and there is none.
+    """
+    steps: list[Step] = []
+    canonical = False
+    for position, step in enumerate(pipeline.steps, 1):
+        if Need.CALIBRATION in step.needs and not has_data:
+            raise UsageError(
+                f"pass `{step.spec}` ({position} of {len(pipeline.steps)}) needs calibration data and none was given",
+                hint="add `--data samples.npz` (in Python: data=...)",
+            )
+        canonical = canonical or step.name == CANONICALIZER
+        if Need.CANONICAL in step.needs and not canonical:
+            added = _make_step(CANONICALIZER, {})
+            steps.append(Step(added.name, added.passes, True, reason=f"`{step.name}` needs canonical form"))
+            canonical = True
+        steps.append(step)
+    return tuple(steps)

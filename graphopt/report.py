@@ -1,0 +1,208 @@
+"""The report of a run: a stable JSON document, and the table people read."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from graphopt.authoring import Note
+from graphopt.metrics import Metric
+
+
+@dataclass
+class Check:
+    """How a step was checked.
+
+    Attributes:
+        kind: ``equal`` bits, ``equivalent`` within rounding, ``measured`` against the original, or ``none``.
+        ok: Whether it passed; None where nothing could be checked.
+        max_abs_error: Largest error of any output, or None.
+        metrics: Metrics after the step, for lossy steps.
+        samples: How many samples were scored.
+        why: Why it failed, or why nothing could be checked.
+    """
+
+    kind: str
+    ok: bool | None
+    max_abs_error: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    why: str | None = None
+
+
+@dataclass
+class PassRecord:
+    """What one pass of a step did, over all its rounds."""
+
+    name: str
+    edits: int = 0
+    rounds: int = 0
+    notes: list[Note] = field(default_factory=list)
+
+
+@dataclass
+class StepRecord:
+    """What one step did; ``reason`` says why it was added where the user did not ask for it."""
+
+    name: str
+    spec: str
+    guarantee: str
+    nodes_before: int
+    bytes_before: int
+    edits: int = 0
+    nodes_after: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+    peak_rss_mb: float = 0.0
+    check: Check = field(default_factory=lambda: Check("none", None, why="verification is off"))
+    reason: str | None = None
+    passes: list[PassRecord] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[Note]:
+        """Every remark about the step."""
+        scheduled = [Note(f"scheduled because {self.reason}")] if self.reason else []
+        return scheduled + [note for one in self.passes for note in one.notes]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the step as JSON values."""
+        fields = asdict(self)
+        fields["pass"] = fields.pop("name")
+        fields["passes"] = [{"pass": one.name, "edits": one.edits, "rounds": one.rounds} for one in self.passes]
+        fields["notes"] = [{"text": n.text, "node": n.node, **n.facts} for n in self.notes]
+        return fields
+
+
+@dataclass
+class Side:
+    """The model before, or after.
+
+    Attributes:
+        bytes: Size of the file or files on disk.
+        bytes_gzip: Size after gzip, or None where it was not measured (files over 256 MiB).
+        macs: Multiply-accumulates of one sample.
+        latency_ms: Median of one run at batch 1, or None where it was not measured.
+        metrics: Task metrics on the scored samples.
+    """
+
+    nodes: int
+    parameters: int
+    nonzero: int
+    bytes: int
+    bytes_gzip: int | None
+    macs: int
+    latency_ms: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """Everything a run did and measured.
+
+    Attributes:
+        ok: Whether every check and the budget held.
+        deployed: How the written file compares with the original, the runtime's optimizations on; None if lossy.
+        latency_ratio: Median over paired runs of latency after / before.
+    """
+
+    graphopt: str
+    pipeline: str
+    target: str
+    backend: str
+    seed: int
+    steps: list[StepRecord]
+    before: Side
+    after: Side | None
+    ok: bool
+    threads: int = 0
+    scored: str = ""
+    deployed: Check | None = None
+    latency_ratio: float | None = None
+    failure: str | None = None
+    metric_types: dict[str, type[Metric]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON values; keys are stable."""
+        return {
+            "graphopt": self.graphopt,
+            "pipeline": self.pipeline,
+            "target": self.target,
+            "backend": self.backend,
+            "seed": self.seed,
+            "threads": self.threads,
+            "scored": self.scored,
+            "steps": [step.as_dict() for step in self.steps],
+            "before": asdict(self.before),
+            "after": asdict(self.after) if self.after is not None else None,
+            "deployed": asdict(self.deployed) if self.deployed is not None else None,
+            "latency_ratio": self.latency_ratio,
+            "ok": self.ok,
+            "failure": self.failure,
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON text; infinities and NaN, which JSON lacks, become null."""
+        return json.dumps(_finite(self.as_dict()), indent=2) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+def show_bytes(count: int) -> str:
+    """Return a number of bytes as people read it."""
+    size, units = float(count), ("B", "kB", "MB", "GB", "TB")
+    for unit in units:
+        if size < 1000 or unit == units[-1]:
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
+
+
+def show_count(count: int) -> str:
+    """Return a large count as people read it."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return str(count)
+
+
+def show_check(check: Check, metric_types: dict[str, type[Metric]], before: dict[str, float]) -> str:
+    """Return one table cell that says how a step was checked and what came out."""
+    if check.ok is None:
+        return f"not checked: {check.why}"
+    if not check.ok:
+        return f"FAILED: {check.why}"
+    if check.kind == "equal":
+        return "equal, every bit"
+    if check.kind == "equivalent":
+        return f"equal (max |Δ| {check.max_abs_error:.0e})"
+    name = next(iter(check.metrics), None)
+    if name is None:
+        return f"max |Δ| {check.max_abs_error:.2g}"
+    return f"{name} {show_metric(metric_types.get(name), check.metrics[name], before.get(name))}"
+
+
+def show_metric(metric: type[Metric] | None, value: float, before: float | None) -> str:
+    """Return a metric's value and how it moved."""
+    shown = metric.show(value) if metric is not None else f"{value:.4g}"
+    return f"{shown} ({show_change(metric, before, value)})" if before is not None else shown
+
+
+def show_change(metric: type[Metric] | None, before: float, after: float) -> str:
+    """Return a signed difference, in points for shares."""
+    difference = after - before
+    if metric is not None and metric.percent:
+        text = f"{100 * difference:+.1f}"
+        text = "±0.0" if float(text) == 0 else text
+    else:
+        text = f"{difference:+.3g}" if difference else "±0"
+    return text.replace("-", "−")

@@ -1,0 +1,353 @@
+"""The one edit surface: every change to a model goes through a Rewriter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import provenance, walk
+from graphopt.backend import Array
+
+Attributes = Mapping[str, Any]
+Observer = Callable[[ir.Node], None]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One entry of the journal: a change that is made, or taken back, as a whole.
+
+    Attributes:
+        number: Position in the run, from 1.
+        pass_name: The pass that made it.
+        rule: The rule or kind of edit.
+        origins: Origins of the nodes it touched.
+    """
+
+    number: int
+    pass_name: str
+    rule: str
+    origins: provenance.Origins
+
+
+@dataclass
+class Journal:
+    """Every edit of a run, in order."""
+
+    edits: list[Edit] = field(default_factory=list)
+
+    def of_pass(self, name: str) -> list[Edit]:
+        """Return the edits one pass made."""
+        return [edit for edit in self.edits if edit.pass_name == name]
+
+
+class Rewriter:
+    """Edits a model: makes fresh names, keeps output names, records provenance, counts and numbers edits.
+
+    Args:
+        model: The model to edit, in place.
+        journal: Where edits are written; shared by all passes of a run.
+        pass_name: Whose edits these are.
+    """
+
+    def __init__(self, model: ir.Model, journal: Journal | None = None, pass_name: str = "") -> None:
+        self.model = model
+        self.journal = journal if journal is not None else Journal()
+        self.pass_name = pass_name
+        self.edits = 0
+        self._touched: set[str] | None = None
+        self._names: set[str] | None = None
+        self._roots: dict[ir.Graph, ir.Graph | ir.Function] | None = None
+        self._observer: Observer | None = None
+
+    @property
+    def version(self) -> int:
+        """A number that grows with every edit of the run."""
+        return len(self.journal.edits)
+
+    @contextmanager
+    def edit(self, rule: str, *nodes: ir.Node) -> Iterator[None]:
+        """Group what happens inside into one numbered edit; a group that changes nothing is no edit."""
+        if self._touched is not None:  # already inside a larger edit
+            self._touched.update(*(provenance.origins(node) for node in nodes))
+            yield
+            return
+        self._touched = set()
+        self._changed = False
+        try:
+            self._touched.update(*(provenance.origins(node) for node in nodes))
+            yield
+        finally:
+            touched, self._touched = self._touched, None
+            if self._changed:
+                self._write(rule, frozenset(touched))
+
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Tell ``observer`` of every node whose surroundings change, for a worklist to visit again."""
+        outer, self._observer = self._observer, observer
+        try:
+            yield
+        finally:
+            self._observer = outer
+
+    def fresh_name(self, base: str) -> str:
+        """Return a name no value, node or initializer of any graph has: ``base``, with a suffix if taken."""
+        if self._names is None:
+            self._names = _all_names(self.model)
+        name, suffix = base, 0
+        while name in self._names:
+            suffix += 1
+            name = f"{base}_{suffix}"
+        self._names.add(name)
+        return name
+
+    def make(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Attributes | None = None,
+        *,
+        sources: Iterable[ir.Node] = (),
+        outputs: int = 1,
+        domain: str = "",
+        name: str | None = None,
+    ) -> ir.Node:
+        """Make a node that is in no graph yet; `insert` puts it in.
+
+        Args:
+            op_type: Operator.
+            inputs: Input values; None for an optional input left out.
+            attributes: Attribute name to Python value, tensor or `ir.Attr`; None values are left out.
+            sources: The nodes it stands for; their origins become its own.
+            outputs: How many outputs it has.
+            domain: Operator domain.
+            name: Base of its name and of its outputs' names; by default from the sources.
+        """
+        sources = list(sources)
+        base = name or (sources[0].name if sources and sources[0].name else op_type)
+        given = {key: value for key, value in (attributes or {}).items() if value is not None}
+        node = ir.Node(
+            domain,
+            op_type,
+            inputs,
+            ir.convenience.convert_attributes(given),
+            num_outputs=outputs,
+            name=self.fresh_name(base),
+        )
+        for value in node.outputs:
+            value.name = self.fresh_name(f"{node.name}_output")
+        provenance.record(node, sources)
+        return node
+
+    def insert(self, node: ir.Node, *, before: ir.Node | None = None, graph: ir.Graph | None = None) -> ir.Node:
+        """Insert a node before another, or at the end of a graph (the main graph by default)."""
+        with self.edit("insert", node):
+            if before is not None:
+                place = before.graph
+                assert place is not None, "the node to insert before is in no graph"
+                place.insert_before(before, node)
+            else:
+                (graph or self.model.graph).append(node)
+            self._note(node)
+        return node
+
+    def insert_after(self, node: ir.Node, anchor: ir.Node) -> ir.Node:
+        """Insert a node right after another."""
+        with self.edit("insert", node):
+            assert anchor.graph is not None, "the node to insert after is in no graph"
+            anchor.graph.insert_after(anchor, node)
+            self._note(node)
+        return node
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every reader of ``old`` read ``new``; a graph output keeps its name.
+
+        Raises:
+            ValueError: The two are known to have different dtypes.
+        """
+        if old is new:
+            return
+        if old.dtype is not None and new.dtype is not None and old.dtype != new.dtype:
+            raise ValueError(f"cannot replace `{old.name}` ({old.dtype}) by `{new.name}` ({new.dtype})")
+        sources = [node for node in (old.producer(),) if node is not None]
+        with self.edit("replace", *sources):
+            if new.type is None:
+                new.type = old.type
+            if new.shape is None and old.shape is not None:
+                new.shape = old.shape.copy()
+            readers = [use.node for use in old.uses()]
+            if old.is_graph_output():
+                new = self._take_over_output(old, new, sources)
+            old.replace_all_uses_with(new)
+            self._note(*readers, *([new.producer()] if new.producer() else []))
+
+    def erase(self, node: ir.Node) -> None:
+        """Remove a node none of whose outputs is read; nested graphs let go of what they captured."""
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            raise ValueError(f"cannot erase `{walk.label(node)}`: an output of it is still read")
+        with self.edit("erase", node):
+            producers = {producer for value in walk.values_read(node) if (producer := value.producer())}
+            # onnx_ir leaves the uses held by nested nodes behind, which would keep captured values alive.
+            for inner in walk.nodes_within(node):
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+            assert node.graph is not None, "the node was erased before"
+            node.graph.remove(node, safe=True)
+            self._note(*(producer for producer in producers if producer.graph is not None))
+
+    def const(self, content: ir.TensorProtocol | Array, name: str, *, near: ir.Node | None = None) -> ir.Value:
+        """Add a constant: an initializer of the main graph, or a Constant node inside a function.
+
+        Args:
+            content: What it holds.
+            name: Base of its name.
+            near: A node that will read it; decides which graph holds it.
+        """
+        value = self.make_const(content, name)
+        self.adopt(value, near)
+        return value
+
+    def make_const(self, content: ir.TensorProtocol | Array, name: str) -> ir.Value:
+        """Make a constant that is in no graph yet; `adopt` puts it in."""
+        if not isinstance(content, ir.TensorProtocol):
+            content = ir.tensor(np.ascontiguousarray(content))
+        content.name = self.fresh_name(name)
+        return ir.Value(
+            name=content.name,
+            shape=ir.Shape(content.shape),
+            type=ir.TensorType(content.dtype),
+            const_value=content,
+        )
+
+    def adopt(self, value: ir.Value, near: ir.Node | None = None) -> None:
+        """Put a constant made by `make_const` where the node ``near`` can read it."""
+        root = self._root(near.graph) if near is not None and near.graph is not None else self.model.graph
+        with self.edit("const", *([near] if near is not None else [])):
+            self._changed = True
+            if isinstance(root, ir.Graph):
+                root.register_initializer(value)
+                return
+            # A function has no initializers and captures nothing.
+            attribute = ir.AttrTensor("value", value.const_value)  # type: ignore[arg-type]
+            value.const_value = None
+            node = ir.Node("", "Constant", [], [attribute], outputs=[value], name=self.fresh_name("Constant"))
+            provenance.record(node, [near] if near is not None else [])
+            root.insert_before(root[0], node)
+
+    def set_weight(self, value: ir.Value, tensor: ir.TensorProtocol | Array) -> None:
+        """Replace what a constant holds, wherever it is read; dtype and shape must stay.
+
+        Raises:
+            ValueError: ``value`` is no constant, or the new content has another dtype or shape.
+        """
+        old = walk.constant_tensor(value)
+        if not isinstance(tensor, ir.TensorProtocol):
+            tensor = ir.tensor(np.ascontiguousarray(tensor), name=value.name)
+        if old is None or tensor.dtype != old.dtype or tuple(tensor.shape) != tuple(old.shape):
+            raise ValueError(f"`{value.name}` cannot hold a {tensor.dtype} of shape {tuple(tensor.shape)}")
+        producer = value.producer()
+        readers = [use.node for use in value.uses()]
+        with self.edit("set-weight", *readers):
+            if producer is not None:
+                producer.attributes.clear()
+                producer.attributes.add(ir.AttrTensor("value", tensor))
+            else:
+                value.const_value = tensor
+            self._note(*readers)
+
+    def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
+        """Let a node read another value, or none, at one of its inputs."""
+        with self.edit("set-input", node):
+            if index >= len(node.inputs):
+                node.resize_inputs(index + 1)
+            node.replace_input_with(index, value)
+            self._note(node)
+
+    def set_attribute(self, node: ir.Node, name: str, value: Any) -> None:
+        """Set an attribute of a node; None removes it."""
+        with self.edit("set-attribute", node):
+            if value is None:
+                node.attributes.pop(name, None)
+            else:
+                node.attributes.add(ir.convenience.convert_attribute(name, value))
+            self._note(node)
+
+    def remove_initializer(self, value: ir.Value) -> None:
+        """Remove an initializer nothing reads."""
+        if value.uses() or value.is_graph_output() or value.is_graph_input():
+            raise ValueError(f"cannot remove initializer `{value.name}`: it is still used")
+        with self.edit("remove-initializer"):
+            assert value.graph is not None and value.name is not None, "not an initializer"
+            value.graph.initializers.pop(value.name)
+            self._changed = True
+
+    def remove_function(self, key: ir.OperatorIdentifier) -> None:
+        """Remove a function no node calls."""
+        with self.edit("remove-function"):
+            self.model.functions.pop(key)
+            self._changed = True
+
+    def import_opset(self, domain: str, version: int) -> None:
+        """Import an operator set the model does not import yet."""
+        with self.edit("import-opset"):
+            self.model.opset_imports[domain] = version
+            self._changed = True
+
+    def _take_over_output(self, old: ir.Value, new: ir.Value, sources: list[ir.Node]) -> ir.Value:
+        """Make ``new`` (or an Identity of it) the graph output that ``old`` is, under ``old``'s name."""
+        graph = old.graph
+        assert graph is not None, "an output belongs to a graph"
+        producer = new.producer()
+        movable = producer is not None and producer.graph is graph and not new.is_graph_output()
+        if not movable:
+            identity = self.make("Identity", [new], sources=sources or ([producer] if producer else []))
+            # At the end of the graph every value is defined, wherever `new` comes from.
+            graph.append(identity)
+            new = identity.outputs[0]
+        name = old.name
+        old.name = self.fresh_name(f"{name}_replaced")
+        # The declared type and shape belong to the signature, which an edit never changes.
+        new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
+        for index, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[index] = new
+        return new
+
+    def _root(self, graph: ir.Graph) -> ir.Graph | ir.Function:
+        """Return the main graph or function a graph is nested in."""
+        if self._roots is None or graph not in self._roots:
+            self._roots = {}
+            for root in (self.model.graph, *self.model.functions.values()):
+                for inner in walk.graphs_within(root):
+                    self._roots[inner.graph if isinstance(inner, ir.Function) else inner] = root
+        return self._roots.get(graph, self.model.graph)
+
+    def _note(self, *nodes: ir.Node) -> None:
+        """Mark the current edit as a change, and tell the observer whose surroundings it touched."""
+        self._changed = True
+        for node in nodes:
+            if self._touched is not None:
+                self._touched.update(provenance.origins(node))
+            if self._observer is not None:
+                self._observer(node)
+
+    def _write(self, rule: str, origins: provenance.Origins) -> None:
+        self.edits += 1
+        self.journal.edits.append(Edit(self.version + 1, self.pass_name, rule, origins))
+
+
+def _all_names(model: ir.Model) -> set[str]:
+    names: set[str] = set()
+    for graph in walk.every_graph(model):
+        names.update(value.name or "" for value in graph.inputs)
+        if isinstance(graph, ir.Graph):
+            names.update(graph.initializers)
+        for node in graph:
+            names.add(node.name or "")
+            names.update(value.name or "" for value in node.outputs)
+    return names

@@ -1,0 +1,114 @@
+"""Shape and dtype inference over the graph alone: weights stay where they are."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.errors import ModelError
+
+# Constants up to this size may hold shapes, axes or sizes, which inference reads; larger ones are weights.
+SHAPE_CONSTANT_LIMIT = 1024
+
+
+def infer_shapes(model: ir.Model) -> int:
+    """Fill in missing dtypes and shapes of values, by ONNX's own inference on a model without its weights.
+
+    Symbolic dimensions stay symbolic. What is known already is kept.
+
+    Returns:
+        How many values learned a dtype or a shape.
+
+    Raises:
+        ModelError: The model's declared shapes contradict each other.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        line = " ".join(str(error).split())
+        raise ModelError(f"shapes of the model contradict each other: {line[:300]}") from error
+    return _merge(model.graph, inferred.graph)
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """Return the model with every weight turned into an input of the same dtype and shape."""
+    copy = model.clone()
+    weights = []
+    for value in list(copy.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is not None and tensor.size > SHAPE_CONSTANT_LIMIT:
+            value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+            del copy.graph.initializers[value.name or ""]
+            value.const_value = None
+            if not value.is_graph_input():
+                weights.append(value)
+    copy.graph.inputs.extend(weights)
+    for node in walk.every_node(copy):
+        if walk.is_onnx_op(node, "Constant") and "value" in node.attributes:
+            _shrink_constant(node)
+    return ir.to_proto(copy)
+
+
+def _shrink_constant(node: ir.Node) -> None:
+    """Replace a large Constant by ConstantOfShape, which inference understands as well."""
+    attribute = node.attributes["value"]
+    if attribute.is_ref() or attribute.as_tensor().size <= SHAPE_CONSTANT_LIMIT:
+        return
+    tensor = attribute.as_tensor()
+    output = node.outputs[0]
+    output.shape, output.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+    node.attributes.clear()
+    node.op_type, node.domain = "_Weight", "graphopt.skeleton"
+
+
+def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> int:
+    """Copy inferred types into a graph and, name by name, into its nested graphs."""
+    known = {info.name: info for info in (*inferred.value_info, *inferred.output)}
+    learned = 0
+    for node, proto in zip(graph, inferred.node, strict=True):
+        for value in node.outputs:
+            learned += _learn(value, known.get(value.name or ""))
+        nested = [
+            g
+            for attr in proto.attribute
+            for g in ([attr.g] if attr.type == onnx.AttributeProto.GRAPH else list(attr.graphs))
+        ]
+        for inner, inner_proto in zip(walk.subgraphs(node), nested, strict=True):
+            learned += _merge(inner, inner_proto)
+    return learned
+
+
+def _learn(value: ir.Value, info: onnx.ValueInfoProto | None) -> int:
+    if info is None or not info.type.HasField("tensor_type"):
+        return 0
+    found = ir.serde.deserialize_value_info_proto(info, None)
+    learned = False
+    if value.type is None and found.type is not None and found.dtype != ir.DataType.UNDEFINED:
+        value.type, learned = found.type, True
+    if found.shape is not None:
+        if value.shape is None:
+            value.shape, learned = found.shape, True
+        elif not value.is_graph_output() and len(value.shape) == len(found.shape):
+            learned = _refine(value, found.shape) or learned
+    return int(learned)
+
+
+def _refine(value: ir.Value, found: ir.Shape) -> bool:
+    """Take over dims that inference knows and the value does not."""
+    assert value.shape is not None
+    dims = [
+        new if isinstance(new, int) and not isinstance(old, int) else old
+        for old, new in zip(value.shape, found, strict=True)
+    ]
+    if tuple(dims) == tuple(value.shape):
+        return False
+    value.shape = ir.Shape(dims)
+    return True
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Return a value's shape where every dimension is known, else None."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(dim) for dim in value.shape)  # type: ignore[arg-type]

@@ -1,0 +1,199 @@
+"""What a model is made of: operators, parameters, bytes and multiply-accumulates."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import shapes, walk
+
+_LARGEST_SHOWN = 10
+# Nonzero elements are counted in pieces, so that a mapped weight is never held whole.
+_COUNT_PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A node that holds weights: its own cost."""
+
+    name: str
+    op_type: str
+    parameters: int
+    bytes: int
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What `graphopt inspect` tells.
+
+    Attributes:
+        nodes: Number of nodes, nested graphs and functions included.
+        ops: Operator to count.
+        parameters: Elements of stored weights; shapes, indices, scales and zero points are none.
+        nonzero: How many of them are not zero.
+        bytes_by_dtype: Stored bytes by dtype, everything counted.
+        macs: Multiply-accumulates of one run, dynamic dimensions counted as 1; None where a shape is unknown.
+        inputs: Name, dtype and shape of each input, as text; likewise outputs.
+        opsets: Domain to version.
+        largest: The nodes that hold most, largest first.
+        unknown_cost: Nodes whose MACs could not be told.
+    """
+
+    nodes: int
+    ops: dict[str, int]
+    parameters: int
+    nonzero: int
+    bytes_by_dtype: dict[str, int]
+    macs: int
+    inputs: list[tuple[str, str, str]]
+    outputs: list[tuple[str, str, str]]
+    opsets: dict[str, int]
+    ir_version: int
+    functions: int
+    largest: list[LayerCost]
+    unknown_cost: list[str]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(self.bytes_by_dtype.values())
+
+
+def summarize(model: ir.Model) -> ModelSummary:
+    """Return a summary of a model; its shapes are inferred on a copy."""
+    model = model.clone()
+    shapes.infer_shapes(model)
+    nodes = list(walk.every_node(model))
+    weights = {id(tensor): tensor for tensor in walk.stored_tensors(model)}
+    parameters = _parameter_tensors(model)
+    macs = {node: node_macs(node) for node in nodes if node.op_type in _MACS}
+    bytes_by_dtype: Counter[str] = Counter()
+    for tensor in weights.values():
+        bytes_by_dtype[str(tensor.dtype).lower()] += tensor.nbytes
+    layers = [layer for node in nodes if (layer := _layer(node, macs.get(node))) is not None]
+    return ModelSummary(
+        nodes=len(nodes),
+        ops=dict(Counter(_op_name(node) for node in nodes).most_common()),
+        parameters=sum(tensor.size for tensor in parameters),
+        nonzero=sum(count_nonzero(tensor) for tensor in parameters),
+        bytes_by_dtype=dict(bytes_by_dtype.most_common()),
+        macs=sum(count or 0 for count in macs.values()),
+        inputs=[_port(value) for value in model.graph.inputs if not value.is_initializer()],
+        outputs=[_port(value) for value in model.graph.outputs],
+        opsets=dict(model.opset_imports),
+        ir_version=int(model.ir_version),
+        functions=len(model.functions),
+        largest=sorted(layers, key=lambda layer: -layer.bytes)[:_LARGEST_SHOWN],
+        unknown_cost=[walk.label(node) for node, count in macs.items() if count is None],
+    )
+
+
+def _op_name(node: ir.Node) -> str:
+    return node.op_type if node.domain in walk.ONNX_DOMAINS else f"{node.domain}::{node.op_type}"
+
+
+def _port(value: ir.Value) -> tuple[str, str, str]:
+    shape = "?" if value.shape is None else "[" + ", ".join(map(str, value.shape)) + "]"
+    dtype = str(value.dtype).lower() if isinstance(value.type, ir.TensorType) else str(value.type)
+    return value.name or "", dtype, shape
+
+
+def _parameter_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Return the tensors that hold weights, each once."""
+    auxiliary = {
+        id(tensor)
+        for node in walk.every_node(model)
+        if walk.is_onnx_op(node, "QuantizeLinear", "DequantizeLinear")
+        for value in node.inputs[1:]
+        if (tensor := walk.constant_tensor(value)) is not None
+    }
+    return [t for t in walk.stored_tensors(model) if id(t) not in auxiliary and _holds_weights(t.dtype)]
+
+
+def _holds_weights(dtype: ir.DataType) -> bool:
+    # int64 and bool hold shapes, axes and masks; int32 holds quantized biases, which are weights.
+    return dtype not in (ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.STRING, ir.DataType.UNDEFINED)
+
+
+def count_nonzero(tensor: ir.TensorProtocol) -> int:
+    """Return how many elements of a tensor are not zero."""
+    flat = tensor.numpy().reshape(-1)
+    return sum(int(np.count_nonzero(flat[i : i + _COUNT_PIECE])) for i in range(0, flat.size, _COUNT_PIECE))
+
+
+def _layer(node: ir.Node, macs: int | None) -> LayerCost | None:
+    tensors = [t for value in node.inputs if (t := _weight_of(value)) is not None]
+    size = sum(tensor.size for tensor in tensors)
+    if size <= 1:
+        return None
+    return LayerCost(walk.label(node), _op_name(node), size, sum(t.nbytes for t in tensors), macs)
+
+
+def _weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the constant a node reads, directly or through a DequantizeLinear."""
+    producer = value.producer() if value is not None else None
+    if producer is not None and walk.is_onnx_op(producer, "DequantizeLinear"):
+        value = producer.inputs[0]
+    tensor = walk.constant_tensor(value)
+    return tensor if tensor is not None and _holds_weights(tensor.dtype) else None
+
+
+def _volume(value: ir.Value | None, start: int = 0, stop: int | None = None) -> int | None:
+    """Return the product of some dimensions of a value, dynamic ones counted as 1; None if its rank is unknown."""
+    if value is None or value.shape is None:
+        return None
+    return math.prod(dim if isinstance(dim, int) else 1 for dim in value.shape[start:stop])
+
+
+def _conv_macs(node: ir.Node) -> int | None:
+    outputs, kernel = _volume(node.outputs[0]), _volume(node.inputs[1], 1)
+    return None if outputs is None or kernel is None else outputs * kernel
+
+
+def _conv_transpose_macs(node: ir.Node) -> int | None:
+    inputs, kernel = _volume(node.inputs[0]), _volume(node.inputs[1], 1)
+    return None if inputs is None or kernel is None else inputs * kernel
+
+
+def _gemm_macs(node: ir.Node) -> int | None:
+    outputs, a = _volume(node.outputs[0]), node.inputs[0]
+    if outputs is None or a is None or a.shape is None:
+        return None
+    inner = a.shape[0 if node.attributes.get_int("transA", 0) else 1]
+    return outputs * (inner if isinstance(inner, int) else 1)
+
+
+def _matmul_macs(node: ir.Node) -> int | None:
+    outputs, inner = _volume(node.outputs[0]), _volume(node.inputs[0], -1)
+    return None if outputs is None or inner is None else outputs * inner
+
+
+def _recurrent_macs(node: ir.Node) -> int | None:
+    # Every time step multiplies each weight once per sample: X is [time, batch, features].
+    steps, weights = _volume(node.inputs[0], 0, 2), (_volume(node.inputs[1]), _volume(node.inputs[2]))
+    return None if steps is None or None in weights else steps * sum(w or 0 for w in weights)
+
+
+_MACS: dict[str, Any] = {
+    "Conv": _conv_macs,
+    "ConvInteger": _conv_macs,
+    "ConvTranspose": _conv_transpose_macs,
+    "Gemm": _gemm_macs,
+    "MatMul": _matmul_macs,
+    "MatMulInteger": _matmul_macs,
+    "LSTM": _recurrent_macs,
+    "GRU": _recurrent_macs,
+    "RNN": _recurrent_macs,
+}
+
+
+def node_macs(node: ir.Node) -> int | None:
+    """Return the multiply-accumulates of a node, dynamic dimensions counted as 1; None where shapes are unknown."""
+    count = _MACS[node.op_type](node) if node.op_type in _MACS else 0
+    return None if count is None else int(count)

@@ -1,0 +1,177 @@
+"""The structural verifier: a model's graphs checked on live objects, in time that follows the graph."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from graphopt import provenance, walk
+from graphopt.errors import VerificationError
+
+SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of the model as the outside sees it."""
+
+    name: str
+    dtype: ir.DataType | None
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A model's inputs and outputs, in order."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Signature:
+        """Return the signature of a model."""
+        return cls(*(tuple(map(_port, ports)) for ports in (model.graph.inputs, model.graph.outputs)))
+
+
+def _port(value: ir.Value) -> Port:
+    return Port(value.name or "", value.dtype, len(value.shape) if value.shape is not None else None)
+
+
+def verify(model: ir.Model, signature: Signature | None = None, *, provenance_too: bool = False) -> None:
+    """Check a model's structure.
+
+    Args:
+        model: The model.
+        signature: What inputs and outputs must still be, or None to not check them.
+        provenance_too: Whether every node must have an origin.
+
+    Raises:
+        VerificationError: Names the problems found, at most `SHOWN_PROBLEMS` of them.
+    """
+    problems = list(_problems(model, signature, provenance_too))
+    if problems:
+        shown = "; ".join(problems[:SHOWN_PROBLEMS])
+        more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise VerificationError(f"the model is malformed: {shown}{more}")
+
+
+def _problems(model: ir.Model, signature: Signature | None, provenance_too: bool) -> Iterator[str]:
+    for root in (model.graph, *model.functions.values()):
+        yield from _graph_problems(root, frozenset(), frozenset(), model)
+    yield from _use_problems(model)
+    if signature is not None:
+        yield from _signature_problems(signature, Signature.of(model))
+    if provenance_too:
+        yield from (f"`{walk.label(n)}` has no origin" for n in walk.every_node(model) if not provenance.origins(n))
+
+
+def _graph_problems(
+    graph: ir.Graph | ir.Function, outer: frozenset[ir.Value], outer_names: frozenset[str], model: ir.Model
+) -> Iterator[str]:
+    where = f"graph `{graph.name}`"
+    defined = set(graph.inputs)
+    if isinstance(graph, ir.Graph):
+        defined.update(graph.initializers.values())
+        yield from _initializer_problems(graph, where)
+    names = Counter(value.name for value in defined)
+    names.update(value.name for node in graph for value in node.outputs if value.name)
+    yield from (f"{where}: the name `{name}` is taken {count} times" for name, count in names.items() if count > 1)
+    # A nested graph that reuses an outer name hides it: valid nowhere in ONNX.
+    yield from (f"{where}: `{name}` hides an outer value" for name in names if name in outer_names)
+    all_names = outer_names | {name for name in names if name}
+    for node in graph:
+        yield from _node_problems(node, where, defined, outer, model)
+        visible = outer | defined
+        for inner in walk.subgraphs(node):
+            yield from _graph_problems(inner, frozenset(visible), frozenset(all_names), model)
+        defined.update(node.outputs)
+    for value in graph.outputs:
+        if value not in defined:
+            yield f"{where}: output `{value.name}` is not produced in it"
+
+
+def _initializer_problems(graph: ir.Graph, where: str) -> Iterator[str]:
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if name != value.name:
+            yield f"{where}: initializer `{name}` calls itself `{value.name}`"
+        if tensor is None:
+            yield f"{where}: initializer `{name}` holds nothing"
+        elif value.dtype is not None and value.dtype != tensor.dtype:
+            yield f"{where}: initializer `{name}` is declared {value.dtype} and holds {tensor.dtype}"
+        elif value.shape is not None and value.shape.is_static() and tuple(value.shape) != tuple(tensor.shape):
+            yield f"{where}: initializer `{name}` is declared {value.shape} and holds {tensor.shape}"
+
+
+def _node_problems(
+    node: ir.Node, where: str, defined: set[ir.Value], outer: frozenset[ir.Value], model: ir.Model
+) -> Iterator[str]:
+    name = f"{where}: `{walk.label(node)}` ({node.op_type})"
+    for value in node.inputs:
+        if value is not None and value not in defined and value not in outer:
+            yield f"{name} reads `{value.name}` before it is produced"
+    imported = model.opset_imports.get(node.domain)
+    if imported is None and node.domain in walk.ONNX_DOMAINS:
+        imported = model.opset_imports.get("ai.onnx")
+    if node.op_identifier() in model.functions:
+        return
+    if imported is None:
+        yield f"{name} is of domain `{node.domain}`, which the model does not import"
+    elif node.domain in walk.ONNX_DOMAINS:
+        yield from _schema_problems(node, name, imported)
+
+
+@functools.lru_cache(maxsize=4096)
+def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(op_type, version, "")
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _schema_problems(node: ir.Node, name: str, version: int) -> Iterator[str]:
+    schema = _schema(node.op_type, version)
+    if schema is None:
+        yield f"{name} does not exist in opset {version}"
+        return
+    count = len(node.inputs)
+    if not schema.min_input <= count <= schema.max_input:
+        yield f"{name} has {count} inputs, allowed are {schema.min_input} to {schema.max_input}"
+    for index, formal in enumerate(schema.inputs[:count]):
+        if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and node.inputs[index] is None:
+            yield f"{name} lacks input `{formal.name}`"
+    for key in node.attributes:
+        if key not in schema.attributes:
+            yield f"{name} has no attribute `{key}` in opset {version}"
+    for key, attribute in schema.attributes.items():
+        if attribute.required and key not in node.attributes:
+            yield f"{name} lacks attribute `{key}`"
+
+
+def _use_problems(model: ir.Model) -> Iterator[str]:
+    """Check that values and their readers agree on who reads what."""
+    alive = set(walk.every_node(model))
+    for node in alive:
+        for index, value in enumerate(node.inputs):
+            if value is not None and not any(use.node is node and use.idx == index for use in value.uses()):
+                yield f"`{value.name}` does not know that `{walk.label(node)}` reads it"
+    for node in alive:
+        for value in node.outputs:
+            for use in value.uses():
+                if use.node not in alive:
+                    yield f"`{value.name}` is still held by the removed node `{walk.label(use.node)}`"
+
+
+def _signature_problems(before: Signature, after: Signature) -> Iterator[str]:
+    for kind, old, new in (("input", before.inputs, after.inputs), ("output", before.outputs, after.outputs)):
+        if [port.name for port in old] != [port.name for port in new]:
+            yield f"{kind}s changed from {[p.name for p in old]} to {[p.name for p in new]}"
+            continue
+        for a, b in zip(old, new, strict=True):
+            if a != b:
+                yield f"{kind} `{a.name}` changed from {a.dtype}, rank {a.rank} to {b.dtype}, rank {b.rank}"

@@ -1,0 +1,147 @@
+"""Walks over a model that leave nothing out: subgraphs and function bodies included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+ONNX_DOMAINS = ("", "ai.onnx")
+
+# Operators whose result differs from run to run, or that carry state: never folded, merged or duplicated.
+NONDETERMINISTIC_OPS = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """Yield the graphs held by a node's attributes (If, Loop, Scan, ...), one level deep."""
+    for attr in node.attributes.values():
+        if attr.is_ref():
+            continue
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()
+
+
+def graphs_within(graph: ir.Graph | ir.Function) -> Iterator[ir.Graph | ir.Function]:
+    """Yield a graph, then every graph nested in its nodes, depth first."""
+    yield graph
+    for node in graph:
+        for inner in subgraphs(node):
+            yield from graphs_within(inner)
+
+
+def every_graph(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
+    """Yield the main graph, its nested subgraphs, then every function with its own subgraphs."""
+    yield from graphs_within(model.graph)
+    for function in model.functions.values():
+        yield from graphs_within(function)
+
+
+def every_node(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield every node of every graph of the model."""
+    for graph in every_graph(model):
+        yield from graph
+
+
+def nodes_within(node: ir.Node) -> Iterator[ir.Node]:
+    """Yield every node nested in the subgraphs of ``node``, not ``node`` itself."""
+    for inner in subgraphs(node):
+        for graph in graphs_within(inner):
+            yield from graph
+
+
+def values_read(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield the values a node reads: its inputs, and what its subgraphs capture or return."""
+    yield from (value for value in node.inputs if value is not None)
+    for inner in subgraphs(node):
+        for graph in graphs_within(inner):
+            for nested in graph:
+                yield from (value for value in nested.inputs if value is not None)
+            yield from graph.outputs
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield every initializer of every graph."""
+    for graph in every_graph(model):
+        if isinstance(graph, ir.Graph):
+            yield from graph.initializers.values()
+
+
+def stored_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Yield every tensor the model stores, each once: initializers and tensor attributes."""
+    seen: set[int] = set()
+    for tensor in _all_tensors(model):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def _all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    for value in initializers(model):
+        if value.const_value is not None:
+            yield value.const_value
+    for node in every_node(model):
+        for attr in node.attributes.values():
+            if attr.is_ref():
+                continue
+            if attr.type == ir.AttributeType.TENSOR:
+                yield attr.as_tensor()
+            elif attr.type == ir.AttributeType.TENSORS:
+                yield from attr.as_tensors()
+
+
+def is_onnx_op(node: ir.Node, *op_types: str) -> bool:
+    """Return whether a node is one of the given operators of the standard ONNX domain."""
+    return node.op_type in op_types and node.domain in ONNX_DOMAINS
+
+
+def opset(model: ir.Model, domain: str = "") -> int:
+    """Return the version of an operator set the model imports; 1 where it imports none."""
+    imports = model.opset_imports
+    if domain in ONNX_DOMAINS:
+        return imports.get("", imports.get("ai.onnx", 1))
+    return imports.get(domain, 1)
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor a value always holds, or None where it may vary.
+
+    An initializer that is also a graph input is a default a caller may override: not constant.
+    """
+    if value is None:
+        return None
+    if value.is_initializer():
+        return None if value.is_graph_input() else value.const_value
+    producer = value.producer()
+    if producer is not None and is_onnx_op(producer, "Constant"):
+        attr = next(iter(producer.attributes.values()), None)
+        if attr is not None and not attr.is_ref():
+            return _constant_of(attr)
+    return None
+
+
+def _constant_of(attr: ir.Attr) -> ir.TensorProtocol | None:
+    match attr.name:
+        case "value":
+            return attr.as_tensor()
+        case "value_float" | "value_floats":
+            return ir.tensor(attr.value, dtype=ir.DataType.FLOAT)
+        case "value_int" | "value_ints":
+            return ir.tensor(attr.value, dtype=ir.DataType.INT64)
+        case "value_string" | "value_strings":
+            return ir.tensor(attr.value, dtype=ir.DataType.STRING)
+        case _:
+            return None  # sparse_value: kept as the node it is
+
+
+def is_output_anywhere(value: ir.Value) -> bool:
+    """Return whether a value is an output of the graph it belongs to (a live value may have no uses)."""
+    return value.is_graph_output()
+
+
+def label(node: ir.Node) -> str:
+    """Return how messages call a node: its name, else its operator and first output."""
+    return node.name or f"{node.op_type}->{node.outputs[0].name if node.outputs else '?'}"

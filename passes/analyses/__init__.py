@@ -1,0 +1,1 @@
+"""Views of a model that passes share."""

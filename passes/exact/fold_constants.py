@@ -1,0 +1,202 @@
+"""Constant folding: what depends on constants alone is computed once, by the backend's own kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import shapes, walk
+from graphopt.authoring import Context, Guarantee, Pass
+from graphopt.backend import Array
+from graphopt.errors import BackendError
+from graphopt.options import opt
+
+# A folded result may be this many bytes larger than what it was computed from, so that folding never bloats a file.
+GROWTH_LIMIT = 4096
+# Quantized weights stay integers: folding these away would undo a quantization.
+_KEPT_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant"})
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Compute what depends on constants alone, and shapes that are known."""
+
+    limit: int = opt(16 << 20, help="bytes of the largest result to fold", low=0)
+
+    name = "fold-constants"
+    # The kernels that fold are those that would run, but a runtime may fuse where nothing is folded.
+    guarantee = Guarantee.EQUIVALENT
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        """Infer shapes, make what hangs on them constant, then fold all constant regions in one batch."""
+        shapes.infer_shapes(model)
+        for node in list(walk.every_node(model)):
+            _resolve_type_argument(node, ctx)
+            _fold_shape(node, ctx)
+        for graph in list(walk.every_graph(model)):
+            _Folder(graph, model, ctx, self.limit).run()
+
+
+def _resolve_type_argument(node: ir.Node, ctx: Context) -> None:
+    """CastLike(x, y) = Cast(x, to=dtype of y): y varies, its dtype does not."""
+    if not walk.is_onnx_op(node, "CastLike") or node.inputs[1] is None or node.inputs[1].dtype is None:
+        return
+    with ctx.rewriter.edit("castlike-to-cast", node):
+        saturate = node.attributes.get("saturate")
+        attributes = {"to": node.inputs[1].dtype.value, "saturate": saturate.as_int() if saturate else None}
+        cast = ctx.rewriter.make("Cast", [node.inputs[0]], attributes, sources=[node])
+        ctx.rewriter.insert(cast, before=node)
+        ctx.rewriter.replace(node.outputs[0], cast.outputs[0])
+        ctx.rewriter.erase(node)
+
+
+def _fold_shape(node: ir.Node, ctx: Context) -> None:
+    """Shape and Size of a value whose dimensions are all known are constants."""
+    if not walk.is_onnx_op(node, "Shape", "Size"):
+        return
+    shape = shapes.static_shape(node.inputs[0])
+    if shape is None:
+        return
+    if node.op_type == "Size":
+        content: Array = np.array(np.prod(shape, dtype=np.int64), np.int64)
+    else:
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(shape))
+        content = np.array(shape, np.int64)[start:end]
+    _substitute(node, [content], ctx)
+
+
+def _substitute(node: ir.Node, contents: Iterable[Array], ctx: Context) -> None:
+    """Put constants in place of a node."""
+    with ctx.rewriter.edit("fold", node):
+        for value, content in zip(node.outputs, contents, strict=True):
+            if value.uses() or value.is_graph_output():
+                folded = ctx.rewriter.const(content, f"{value.name}_folded", near=node)
+                folded.type = value.type or folded.type
+                ctx.rewriter.replace(value, folded)
+        ctx.rewriter.erase(node)
+
+
+class _Folder:
+    """Folds the constant regions of one graph: finds them, computes their edge in one session, puts it in."""
+
+    def __init__(self, graph: ir.Graph | ir.Function, model: ir.Model, ctx: Context, limit: int) -> None:
+        self.graph, self.model, self.ctx, self.limit = graph, model, ctx, limit
+        self.foldable: dict[ir.Node, None] = {}
+
+    def run(self) -> None:
+        for node in self.graph:
+            if self._is_foldable(node):
+                self.foldable[node] = None
+        edge = [node for node in self.foldable if self._is_read_outside(node)]
+        if edge:
+            for node, contents in self._compute(edge).items():
+                self._fold(node, contents)
+
+    def _is_foldable(self, node: ir.Node) -> bool:
+        if node.domain not in walk.ONNX_DOMAINS or node.op_type in walk.NONDETERMINISTIC_OPS | _KEPT_OPS:
+            return False
+        if any(True for _ in walk.subgraphs(node)) or any(a.is_ref() for a in node.attributes.values()):
+            return False
+        inputs = [value for value in node.inputs if value is not None]
+        return bool(inputs or node.op_type == "Constant") and all(self._is_constant(value) for value in inputs)
+
+    def _is_constant(self, value: ir.Value) -> bool:
+        producer = value.producer()
+        return walk.constant_tensor(value) is not None or (producer is not None and producer in self.foldable)
+
+    def _is_read_outside(self, node: ir.Node) -> bool:
+        return any(
+            value.is_graph_output() or any(use.node not in self.foldable for use in value.uses())
+            for value in node.outputs
+        )
+
+    def _compute(self, edge: list[ir.Node]) -> dict[ir.Node, list[Array]]:
+        """Run the regions behind the edge together; where that fails, each by itself."""
+        try:
+            return self._run(edge)
+        except BackendError as error:
+            if len(edge) == 1:
+                self.ctx.note(f"not folded: {error.message}", edge[0])
+                return {}
+        results: dict[ir.Node, list[Array]] = {}
+        for node in edge:
+            results |= self._compute([node])
+        return results
+
+    def _run(self, edge: list[ir.Node]) -> dict[ir.Node, list[Array]]:
+        fragment, names = _fragment(edge, self.foldable, self.model)
+        outputs = self.ctx.evaluate(fragment, {})
+        return {node: [np.asarray(outputs[name]) for name in names[node]] for node in edge}
+
+    def _fold(self, node: ir.Node, contents: list[Array]) -> None:
+        size = sum(content.nbytes for content in contents)
+        source = self._bytes_freed(node)
+        if size > self.limit or size > source + GROWTH_LIMIT:
+            self.ctx.note(f"not folded: {size} bytes would take the place of {source}", node)
+            return
+        _substitute(node, contents, self.ctx)
+
+    def _bytes_freed(self, node: ir.Node) -> int:
+        """Return the bytes of constants that only this node's region reads."""
+        region = set(_region(node, self.foldable))
+        weights = {value for inner in region for value in inner.inputs if value is not None}
+        return sum(
+            tensor.nbytes
+            for value in weights
+            if (tensor := walk.constant_tensor(value)) is not None and all(use.node in region for use in value.uses())
+        )
+
+
+def _region(node: ir.Node, foldable: Iterable[ir.Node]) -> list[ir.Node]:
+    """Return a node and every foldable node it depends on, in order."""
+    known, wanted, frontier = set(foldable), {node}, [node]
+    while frontier:
+        for value in frontier.pop().inputs:
+            producer = value.producer() if value is not None else None
+            if producer in known and producer not in wanted:
+                wanted.add(producer)
+                frontier.append(producer)
+    return [inner for inner in foldable if inner in wanted]
+
+
+def _fragment(
+    edge: list[ir.Node], foldable: dict[ir.Node, None], model: ir.Model
+) -> tuple[ir.Model, dict[ir.Node, list[str]]]:
+    """Return a model without inputs that computes the outputs of the edge nodes, and their names in it."""
+    wanted = {inner for node in edge for inner in _region(node, foldable)}
+    mapped: dict[ir.Value, ir.Value] = {}
+    constants, copies = [], []
+    for node in (inner for inner in foldable if inner in wanted):
+        for value in node.inputs:
+            if value is not None and value not in mapped:
+                mapped[value] = _constant_copy(value, len(constants))
+                constants.append(mapped[value])
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            [mapped[value] if value is not None else None for value in node.inputs],
+            tuple(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            version=node.version,
+        )
+        for index, (old, new) in enumerate(zip(node.outputs, copy.outputs, strict=True)):
+            new.name = f"v{len(copies)}_{index}"
+            mapped[old] = new
+        copies.append(copy)
+    names = {node: [mapped[value].name or "" for value in node.outputs] for node in edge}
+    outputs = [mapped[value] for node in edge for value in node.outputs]
+    graph = ir.Graph([], outputs, nodes=copies, initializers=constants, opset_imports=dict(model.opset_imports))
+    return ir.Model(graph, ir_version=max(int(model.ir_version), 4)), names
+
+
+def _constant_copy(value: ir.Value, index: int) -> ir.Value:
+    tensor = walk.constant_tensor(value)
+    assert tensor is not None, "the inputs of a region are constant"
+    # A view under another name: the tensor itself is shared with the model and must keep its own.
+    view = ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=f"c{index}")
+    return ir.Value(
+        name=view.name, type=ir.TensorType(view.dtype), shape=ir.Shape(tensor.shape), const_value=view
+    )

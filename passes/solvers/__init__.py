@@ -1,0 +1,1 @@
+"""Solvers of the one objective: (weight, constraint) -> (weight, predicted error)."""

@@ -1,6 +1,6 @@
 """Backends and targets that come with graphopt, found through the same entry point as anybody else's."""
 
-from graphopt.backends.targets import TARGETS as TARGETS
+from .targets import TARGETS as TARGETS
 
 BACKENDS = {
     "onnxruntime": "graphopt.backends.onnxruntime:OnnxRuntime",

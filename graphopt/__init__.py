@@ -38,8 +38,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Context",
-    "Guarantee",
     "GraphoptError",
+    "Guarantee",
     "Miss",
     "Need",
     "Pass",

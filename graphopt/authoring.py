@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.analysis import Analysis, AnalysisCache
-from graphopt.backend import Array, Backend, Feeds
+from graphopt.backend import Array, Backend
 from graphopt.data import Dataset
+from graphopt.fragment import fragment
 from graphopt.pattern import RewriteCheck, Rule, apply_rules
 from graphopt.rewriter import Rewriter
 from graphopt.statistics import Range, RangeMethod, collect_ranges
@@ -89,10 +91,20 @@ class Context:
         names = [value.name for value in values if value.name]
         return collect_ranges(self.model, names, self.data, self.backend, method, threads=self.threads)
 
-    def evaluate(self, fragment: ir.Model, feeds: Feeds) -> dict[str, Array]:
-        """Run a small model on the backend, its graph optimizations off, and return its outputs by name."""
-        with self.backend.open(fragment, optimize=False) as session:
-            return session.run(feeds)
+    def evaluate(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[Array]:
+        """Compute values that hang on constants alone, by the backend's own kernels, one by one as they stand.
+
+        Args:
+            nodes: The nodes that compute them, in order.
+            outputs: The values wanted.
+
+        Raises:
+            BackendError: The runtime refuses or fails.
+        """
+        model = fragment(nodes, outputs, [], self.model.opset_imports)
+        with self.backend.open(model, optimize=False) as session:
+            results = session.run({})
+        return [np.asarray(results[f"out{index}"]) for index in range(len(outputs))]
 
 
 class Pass:
@@ -105,7 +117,8 @@ class Pass:
         preserves: Analyses that stay valid although it edits.
     """
 
-    name: ClassVar[str] = ""
+    # No ClassVar: a Rule, which RewritePass is too, may set its name per instance.
+    name: str = ""
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
     preserves: ClassVar[Sequence[Callable[[ir.Model], Any]]] = ()
 
@@ -137,3 +150,8 @@ class RewritePass(Pass, Rule):
         outcome = apply_rules(self.rules(), model, ctx.rewriter, check=ctx.check_rewrite)
         for (rule, reason), count in sorted(outcome.held_back.items()):
             ctx.note(f"{rule} held back {count}×: {reason}")
+        if ctx.check_rewrite is not None and outcome.fired:
+            unchecked = outcome.unchecked.total()
+            ctx.note(f"{outcome.fired.total() - unchecked} rewrites checked by themselves, {unchecked} not")
+            for (rule, reason), count in sorted(outcome.unchecked.items()):
+                ctx.note(f"{rule} not checked by itself {count}×: {reason}")

@@ -167,7 +167,9 @@ class Comparison:
     @property
     def worst(self) -> OutputError | None:
         """The output with the largest error relative to its own values."""
-        return max(self.outputs.values(), key=lambda output: (output.mismatch is not None, output.max_rel), default=None)
+        return max(
+            self.outputs.values(), key=lambda output: (output.mismatch is not None, output.max_rel), default=None
+        )
 
     def within(self, tolerance: float | None = None) -> bool:
         """Return whether every output is within tolerance."""

@@ -38,6 +38,7 @@ from graphopt.model_io import gzip_bytes, load, save, stored_bytes
 from graphopt.pipeline import Pipeline, schedule, weakest
 from graphopt.report import Check, Report, Side
 from graphopt.rewrite_check import RewriteChecker
+from graphopt.shapes import forget_inferred
 from graphopt.summary import summarize
 from graphopt.target import Target
 from graphopt.verify import Signature, verify
@@ -151,7 +152,9 @@ def check_output(output: Path, source: ModelLike) -> None:
         UsageError: It is the input itself, a folder, or in a folder that is missing or not writable.
     """
     if not isinstance(source, ir.Model) and output.exists() and output.samefile(source):
-        raise UsageError(f"output `{output}` is the input", hint="graphopt never changes its input; choose another name")
+        raise UsageError(
+            f"output `{output}` is the input", hint="graphopt never changes its input; choose another name"
+        )
     if output.is_dir():
         raise UsageError(f"output `{output}` is a folder", hint="name a file in it")
     if not output.parent.is_dir():
@@ -160,7 +163,9 @@ def check_output(output: Path, source: ModelLike) -> None:
         with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
-        raise UsageError(f"cannot write to `{output.parent}`: {error.strerror}", hint="choose another folder") from error
+        raise UsageError(
+            f"cannot write to `{output.parent}`: {error.strerror}", hint="choose another folder"
+        ) from error
 
 
 def open_model(model: ModelLike) -> ir.Model:
@@ -263,7 +268,9 @@ class _Run:
             if budget.metric not in computed:
                 metric = self.metric_types[budget.metric]
                 if self.scored is None:
-                    raise UsageError(f"budget on `{budget.metric}` needs data to score", hint="add `--data` or `--eval`")
+                    raise UsageError(
+                        f"budget on `{budget.metric}` needs data to score", hint="add `--data` or `--eval`"
+                    )
                 if metric.needs_labels and not self.scored.has_labels:
                     raise UsageError(f"budget on `{budget.metric}` needs labels", hint="see `--labels`")
                 self.metrics.append(metric)
@@ -280,6 +287,7 @@ class _Run:
             delivered = None
             if failure is None or request.keep_failed:
                 staged = folder / (request.output.name if request.output is not None else "after.onnx")
+                forget_inferred(self.model)
                 files = save(self.model, staged)
                 failure = self._measure(report, staged) or failure
                 if request.output is not None and (failure is None or request.keep_failed):
@@ -331,7 +339,9 @@ class _Run:
         return None
 
     def _setting(self) -> Setting:
-        checker = RewriteChecker(self.backend, self.request.seed) if self.request.verify == "rewrites" else None
+        checker = None
+        if self.request.verify == "rewrites":
+            checker = RewriteChecker(self.backend, self.model.opset_imports, self.request.seed)
         return Setting(
             target=self.target,
             backend=self.backend,

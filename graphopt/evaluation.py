@@ -133,8 +133,8 @@ class Judge:
             why = f"the runtime's own optimizations change the original by {runtime.max_abs_error:.3g}"
             return Check("none", None, comparison.max_abs_error, why=why)
         kind = "equal" if comparison.equal else "equivalent"
-        why = None if comparison.within() else f"off by {comparison.max_abs_error:.3g}"
-        return Check(kind, comparison.within(), comparison.max_abs_error, why=why)
+        failure = None if comparison.within() else f"off by {comparison.max_abs_error:.3g}"
+        return Check(kind, comparison.within(), comparison.max_abs_error, why=failure)
 
     def _run_optimized(self, file: Path) -> Outputs:
         with self.backend.open(file, threads=self.threads) as session:

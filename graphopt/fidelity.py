@@ -78,8 +78,11 @@ def _loss_in_message(value: Any, after: Any, field: Any, where: str) -> str | No
     path = _join(where, field)
     if after.HasField(field.name):
         return first_loss(value, getattr(after, field.name), path)
-    # A type that says nothing means the same as no type. An empty shape is a scalar's and must stay.
-    return None if field.name == "type" and value.ByteSize() == 0 else path
+    # An empty message means the same as none, but an empty shape is a scalar's, and one of several kinds of type says
+    # something by being set at all.
+    if field.name == "shape" or field.containing_oneof is not None:
+        return path
+    return first_loss(value, type(value)(), path)
 
 
 def _loss_in_scalar(value: Any, after: Any, field: Any, where: str) -> str | None:
@@ -140,10 +143,7 @@ def _names_needing_info(graph: Any) -> set[str]:
 
 
 def _says_something(entry: Any, key: str) -> bool:
-    return any(
-        field.name != key and (_is_repeated(value) or field.message_type is None or value.ByteSize() > 0)
-        for field, value in entry.ListFields()
-    )
+    return first_loss(entry, type(entry)(**{key: getattr(entry, key)})) is not None
 
 
 def _loss_in_pairs(values: Sequence[Any], kept: Sequence[Any], path: str) -> str | None:
@@ -164,9 +164,10 @@ def _doubled(field: str, values: Sequence[Any]) -> str | None:
     name_of = _NAMED.get(field)
     if name_of is None:
         return None
-    name, count = Counter(name_of(value) for value in values).most_common(1)[0]
-    if not name and field == "initializer":
+    names = Counter(name_of(value) for value in values)
+    if field == "initializer" and "" in names:
         return "an initializer without a name"
+    name, count = names.most_common(1)[0]
     return f"{count} entries of {field} with the same name `{_short(name)}`" if count > 1 else None
 
 

@@ -27,7 +27,7 @@ def to_proto(model: ir.Model, hold: Hold) -> onnx.ModelProto:
     functions = {key: _seen_function(function, hold) for key, function in model.functions.items()}
     seen = _Seen(model, graph=_seen_graph(model.graph, hold, is_main=True), functions=functions)
     try:
-        return ir.serde.serialize_model(seen)
+        proto = ir.serde.serialize_model(seen)
     except ir.serde.SerdeError as error:
         cause = root_cause(error)
         if isinstance(cause, GraphoptError | OSError):
@@ -35,6 +35,9 @@ def to_proto(model: ir.Model, hold: Hold) -> onnx.ModelProto:
         raise ModelError(
             f"the model cannot be written as ONNX: {one_line(cause)}", hint="run `verify` to see where it broke"
         ) from error
+    # An empty graph is a graph: a model without one is none.
+    proto.graph.SetInParent()
+    return proto
 
 
 def from_proto(proto: onnx.ModelProto, path: str) -> ir.Model:
@@ -121,14 +124,19 @@ def reference(tensor: ir.TensorProtocol, name: str, location: str, offset: int) 
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Return the first error of a chain: onnx_ir wraps one error in a message for each level of nesting."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """Return the first error of a chain: onnx_ir wraps one error in a message for each level of nesting.
+
+    The context counts too: one of its wrappers fails while it words the message.
+    """
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
     return error
 
 
 def one_line(error: BaseException) -> str:
     """Return the first sentence of an error."""
+    if isinstance(error, UnicodeError):
+        return "it holds text that is not UTF-8"
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")
 

@@ -128,7 +128,8 @@ def judged(guarantee: Guarantee, before: Outputs, after: Outputs) -> Check:
     worst = comparison.worst
     why = None
     if not ok and worst is not None:
-        why = f"output `{worst.name}` is off by {worst.max_abs:.3g} ({worst.mismatch or f'values up to {worst.peak:.3g}'})"
+        scale = worst.mismatch or f"values up to {worst.peak:.3g}"
+        why = f"output `{worst.name}` is off by {worst.max_abs:.3g} ({scale})"
     return Check(kind, ok, comparison.max_abs_error, why=why)
 
 

@@ -58,6 +58,8 @@ def _time(session: Session, feed: Feeds) -> float:
     return time.perf_counter() - start
 
 
-def _summary(own: np.ndarray[tuple[int], np.dtype[np.float64]], first: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Latency:
+def _summary(
+    own: np.ndarray[tuple[int], np.dtype[np.float64]], first: np.ndarray[tuple[int], np.dtype[np.float64]]
+) -> Latency:
     low, median, high = np.percentile(own, [10, 50, 90])
     return Latency(float(median), float(low), float(high), len(own), float(np.median(own / first)))

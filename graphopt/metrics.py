@@ -175,8 +175,9 @@ def _log_probabilities(scores: Array) -> Array:
     x = scores.astype(np.float64)
     if (x >= 0).all() and np.allclose(x.sum(-1), 1.0, atol=1e-2):
         return np.log(np.maximum(x, 1e-12))  # already probabilities
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    x -= x.max(-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(-1, keepdims=True))
+    return x
 
 
 class SQNR(Metric):

@@ -77,19 +77,12 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     Raises:
         ModelError: The file cannot be read, or holds something that would be lost when it is saved again.
     """
-    text = os.fspath(path)
-    file = open_model_file(text)
-    proto = _parse(file, text)
-    model = from_proto(proto, text)
-    _refuse_doubled_inputs(model, text)
-    data_files = DataFiles(text)
-    replace_tensors(model, lambda tensor: _mapped(tensor, file, data_files))
-    model.graph.meta[_SOURCE] = Source(os.path.abspath(text), tuple(data_files.entries))
-    again = to_proto(model, lambda tensor, name, _: _reference_if_mapped(tensor, name))
-    loss = first_loss(proto, again)
-    if loss is not None:
-        raise ModelError(f"`{text}` holds what graphopt would lose: {loss}", hint=_loss_hint(loss))
-    return model
+    try:
+        return _load(os.fspath(path))
+    except ModelError as error:
+        # Names come from the file: none may break the line, or pass control characters to a terminal.
+        printable = "".join(one if one.isprintable() else repr(one)[1:-1] for one in error.message)
+        raise ModelError(printable, hint=error.hint) from error
 
 
 def source(model: ir.Model) -> Source | None:
@@ -184,16 +177,33 @@ def gzip_bytes(path: str | os.PathLike[str]) -> int | None:
 # Loading
 
 
+def _load(path: str) -> ir.Model:
+    file = open_model_file(path)
+    proto = _parse(file, path)
+    model = from_proto(proto, path)
+    _refuse_doubled_inputs(model, path)
+    data_files = DataFiles(path)
+    replace_tensors(model, lambda tensor: _mapped(tensor, file, data_files))
+    model.graph.meta[_SOURCE] = Source(os.path.abspath(path), tuple(data_files.entries))
+    again = to_proto(model, lambda tensor, name, _: _reference_if_mapped(tensor, name))
+    loss = first_loss(proto, again)
+    if loss is not None:
+        raise ModelError(f"`{path}` holds what graphopt would lose: {loss}", hint=_loss_hint(loss))
+    return model
+
+
 def _parse(file: MappedFile, path: str) -> onnx.ModelProto:
     data = file.mapping()
     head = data[:256]
     try:
         proto = onnx.ModelProto.FromString(strip_payloads(data, PAYLOAD_THRESHOLD))
     except (WireError, DecodeError) as error:
-        what, hint = foreign_format(head) or (f"damaged or cut short: {error}", "get the file again")
+        damaged = f"damaged or cut short: {error}", "get the file again"
+        what, hint = foreign_format(head) or _single_tensor(file) or damaged
         raise ModelError(f"`{path}` is {what}", hint=hint) from error
     if not proto.HasField("graph"):
-        what, hint = foreign_format(head) or _graphless(file)
+        graphless = "a model without a graph", "export the model again"
+        what, hint = foreign_format(head) or _single_tensor(file) or graphless
         raise ModelError(f"`{path}` is {what}", hint=hint)
     known = onnx.ModelProto()
     known.CopyFrom(proto)
@@ -206,13 +216,14 @@ def _parse(file: MappedFile, path: str) -> onnx.ModelProto:
     return proto
 
 
-def _graphless(file: MappedFile) -> tuple[str, str]:
-    if file.size < EXTERNAL_THRESHOLD:
-        with contextlib.suppress(DecodeError):
-            tensor = onnx.TensorProto.FromString(file.mapping()[:])
-            if tensor.data_type and unknown_field(tensor) is None:
-                return f"a single tensor, `{tensor.name}`, not a model", "give the model's .onnx file"
-    return "a model without a graph", "export the model again"
+def _single_tensor(file: MappedFile) -> tuple[str, str] | None:
+    if file.size > EXTERNAL_THRESHOLD:
+        return None
+    with contextlib.suppress(DecodeError):
+        tensor = onnx.TensorProto.FromString(file.mapping()[:])
+        if tensor.data_type and unknown_field(tensor) is None:
+            return f"a single tensor, `{tensor.name}`, not a model", "give the model's .onnx file"
+    return None
 
 
 def _mapped(tensor: ir.TensorProtocol, file: MappedFile, data_files: DataFiles) -> ir.TensorProtocol:
@@ -220,7 +231,7 @@ def _mapped(tensor: ir.TensorProtocol, file: MappedFile, data_files: DataFiles) 
         _check_raw_size(tensor)
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
-    location = os.fspath(tensor.location)
+    location = os.fsdecode(tensor.location)
     return MappedTensor(
         file if location == HELD_ELSEWHERE else data_files.open(location, tensor.name),
         tensor.offset or 0,

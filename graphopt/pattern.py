@@ -303,13 +303,16 @@ class Outcome:
     Attributes:
         fired: Rule name to number of rewrites.
         held_back: (Rule name, reason) to number of matches not rewritten.
+        unchecked: (Rule name, reason) to number of rewrites that could not be checked by themselves.
     """
 
     fired: Counter[str]
     held_back: Counter[tuple[str, str]]
+    unchecked: Counter[tuple[str, str]]
 
 
-RewriteCheck = Callable[[Rule, Match, Sequence[ir.Value], Sequence[ir.Node]], None]
+# Returns why a rewrite could not be checked, or None where it was; raises to refuse it.
+RewriteCheck = Callable[[Rule, Match, Sequence[ir.Value], Sequence[ir.Node]], str | None]
 
 
 def apply_rules(
@@ -321,7 +324,7 @@ def apply_rules(
         rules: Rules; where several match at a node the first listed wins.
         model: The model, changed in place.
         rewriter: The edit surface.
-        check: Called with each rewrite before it is applied; raises to refuse it.
+        check: Called with each rewrite before it is applied.
 
     Raises:
         PassError: Rules undo each other without end; names them.
@@ -330,9 +333,7 @@ def apply_rules(
 
 
 class _Driver:
-    def __init__(
-        self, rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, check: RewriteCheck | None
-    ) -> None:
+    def __init__(self, rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, check: RewriteCheck | None) -> None:
         self.rewriter = rewriter
         self.model = model
         self.check = check
@@ -346,6 +347,7 @@ class _Driver:
         self.fired: Counter[str] = Counter()
         self.recent: deque[str] = deque(maxlen=16)
         self.missed: dict[tuple[str, ir.Node], str] = {}
+        self.unchecked: Counter[tuple[str, str]] = Counter()
 
     def run(self) -> Outcome:
         nodes = list(walk.every_node(self.model))
@@ -362,7 +364,7 @@ class _Driver:
                     names = ", ".join(f"`{name}`" for name in sorted(set(self.recent)))
                     raise PassError(f"rules undo each other without end: {names}", hint="leave one of them out")
         held_back = Counter((rule, reason) for (rule, node), reason in self.missed.items() if node.graph is not None)
-        return Outcome(self.fired, held_back)
+        return Outcome(self.fired, held_back, self.unchecked)
 
     def _push(self, node: ir.Node) -> None:
         if node not in self.queued and (_normal(node.domain), node.op_type) in self.by_root:
@@ -406,7 +408,9 @@ class _Driver:
                 return result
             values = result if isinstance(result, tuple) else (result,)
             if self.check is not None:
-                self.check(rule, match, values, builder.nodes)
+                why = self.check(rule, match, values, builder.nodes)
+                if why is not None:
+                    self.unchecked[rule.name, why] += 1
             self._splice(match, builder, values)
         return None
 
@@ -419,7 +423,7 @@ class _Driver:
             self.rewriter.replace(old, new)
         # Erasing a reader frees what it reads, so go on until nothing more is free.
         left = list(match.nodes.values())
-        while dead := [node for node in left if not _is_read(node)]:
+        while dead := [node for node in left if not walk.is_read(node)]:
             left = [node for node in left if node not in dead]
             for node in dead:
                 self.rewriter.erase(node)
@@ -433,10 +437,6 @@ def _read_elsewhere(match: Match) -> ir.Node | None:
             if value.is_graph_output() or any(use.node not in inside for use in value.uses()):
                 return node
     return None
-
-
-def _is_read(node: ir.Node) -> bool:
-    return any(value.uses() or value.is_graph_output() for value in node.outputs)
 
 
 def _let_go(node: ir.Node) -> None:

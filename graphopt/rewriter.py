@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import provenance, walk
+from graphopt import provenance, shapes, walk
 from graphopt.backend import Array
 
 Attributes = Mapping[str, Any]
@@ -176,19 +176,19 @@ class Rewriter:
             raise ValueError(f"cannot replace `{old.name}` ({old.dtype}) by `{new.name}` ({new.dtype})")
         sources = [node for node in (old.producer(),) if node is not None]
         with self.edit("replace", *sources):
-            if new.type is None:
-                new.type = old.type
-            if new.shape is None and old.shape is not None:
-                new.shape = old.shape.copy()
+            if new.type is None and new.shape is None:
+                new.type, new.shape = old.type, old.shape.copy() if old.shape is not None else None
+                new.meta[shapes.INFERRED] = old.meta.get(shapes.INFERRED, False)
             readers = [use.node for use in old.uses()]
             if old.is_graph_output():
                 new = self._take_over_output(old, new, sources)
             old.replace_all_uses_with(new)
-            self._note(*readers, *([new.producer()] if new.producer() else []))
+            producer = new.producer()
+            self._note(*readers, *([producer] if producer is not None else []))
 
     def erase(self, node: ir.Node) -> None:
         """Remove a node none of whose outputs is read; nested graphs let go of what they captured."""
-        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+        if walk.is_read(node):
             raise ValueError(f"cannot erase `{walk.label(node)}`: an output of it is still read")
         with self.edit("erase", node):
             producers = {producer for value in walk.values_read(node) if (producer := value.producer())}
@@ -219,7 +219,7 @@ class Rewriter:
         content.name = self.fresh_name(name)
         return ir.Value(
             name=content.name,
-            shape=ir.Shape(content.shape),
+            shape=ir.Shape(walk.dims(content)),
             type=ir.TensorType(content.dtype),
             const_value=content,
         )
@@ -282,8 +282,8 @@ class Rewriter:
         if value.uses() or value.is_graph_output() or value.is_graph_input():
             raise ValueError(f"cannot remove initializer `{value.name}`: it is still used")
         with self.edit("remove-initializer"):
-            assert value.graph is not None and value.name is not None, "not an initializer"
-            value.graph.initializers.pop(value.name)
+            assert value.graph is not None, "not an initializer"
+            value.graph.initializers.pop(value.name or "")
             self._changed = True
 
     def remove_function(self, key: ir.OperatorIdentifier) -> None:
@@ -321,10 +321,9 @@ class Rewriter:
     def _root(self, graph: ir.Graph) -> ir.Graph | ir.Function:
         """Return the main graph or function a graph is nested in."""
         if self._roots is None or graph not in self._roots:
-            self._roots = {}
-            for root in (self.model.graph, *self.model.functions.values()):
-                for inner in walk.graphs_within(root):
-                    self._roots[inner.graph if isinstance(inner, ir.Function) else inner] = root
+            self._roots = {walk.body(inner): self.model.graph for inner in walk.graphs_within(self.model.graph)}
+            for function in self.model.functions.values():
+                self._roots.update((walk.body(inner), function) for inner in walk.graphs_within(function))
         return self._roots.get(graph, self.model.graph)
 
     def _note(self, *nodes: ir.Node) -> None:

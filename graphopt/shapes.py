@@ -10,6 +10,8 @@ from graphopt.errors import ModelError
 
 # Constants up to this size may hold shapes, axes or sizes, which inference reads; larger ones are weights.
 SHAPE_CONSTANT_LIMIT = 1024
+# Marks values of whose dtype and shape the file said nothing.
+INFERRED = "graphopt.inferred"
 
 
 def infer_shapes(model: ir.Model) -> int:
@@ -31,6 +33,14 @@ def infer_shapes(model: ir.Model) -> int:
     return _merge(model.graph, inferred.graph)
 
 
+def forget_inferred(model: ir.Model) -> None:
+    """Take back what `infer_shapes` filled in, so that a saved file holds no more than it came with."""
+    for node in walk.every_node(model):
+        for value in node.outputs:
+            if value.meta.pop(INFERRED, False) and not value.is_graph_output():
+                value.type = value.shape = None
+
+
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
     """Return the model with every weight turned into an input of the same dtype and shape."""
     copy = model.clone()
@@ -38,7 +48,7 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
     for value in list(copy.graph.initializers.values()):
         tensor = value.const_value
         if tensor is not None and tensor.size > SHAPE_CONSTANT_LIMIT:
-            value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+            value.shape, value.type = ir.Shape(walk.dims(tensor)), ir.TensorType(tensor.dtype)
             del copy.graph.initializers[value.name or ""]
             value.const_value = None
             if not value.is_graph_input():
@@ -57,7 +67,7 @@ def _shrink_constant(node: ir.Node) -> None:
         return
     tensor = attribute.as_tensor()
     output = node.outputs[0]
-    output.shape, output.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+    output.shape, output.type = ir.Shape(walk.dims(tensor)), ir.TensorType(tensor.dtype)
     node.attributes.clear()
     node.op_type, node.domain = "_Weight", "graphopt.skeleton"
 
@@ -83,7 +93,7 @@ def _learn(value: ir.Value, info: onnx.ValueInfoProto | None) -> int:
     if info is None or not info.type.HasField("tensor_type"):
         return 0
     found = ir.serde.deserialize_value_info_proto(info, None)
-    learned = False
+    learned, knew_nothing = False, value.type is None and value.shape is None
     if value.type is None and found.type is not None and found.dtype != ir.DataType.UNDEFINED:
         value.type, learned = found.type, True
     if found.shape is not None:
@@ -91,6 +101,8 @@ def _learn(value: ir.Value, info: onnx.ValueInfoProto | None) -> int:
             value.shape, learned = found.shape, True
         elif not value.is_graph_output() and len(value.shape) == len(found.shape):
             learned = _refine(value, found.shape) or learned
+    if knew_nothing and learned:
+        value.meta[INFERRED] = True
     return int(learned)
 
 

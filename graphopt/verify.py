@@ -61,8 +61,9 @@ def verify(model: ir.Model, signature: Signature | None = None, *, provenance_to
 
 
 def _problems(model: ir.Model, signature: Signature | None, provenance_too: bool) -> Iterator[str]:
-    for root in (model.graph, *model.functions.values()):
-        yield from _graph_problems(root, frozenset(), frozenset(), model)
+    yield from _graph_problems(model.graph, frozenset(), frozenset(), model)
+    for function in model.functions.values():
+        yield from _graph_problems(function, frozenset(), frozenset(), model)
     yield from _use_problems(model)
     if signature is not None:
         yield from _signature_problems(signature, Signature.of(model))

@@ -123,6 +123,21 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return None
 
 
+def dims(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """Return the shape of a tensor; it is always static."""
+    return tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
+
+
+def body(graph: ir.Graph | ir.Function) -> ir.Graph:
+    """Return the graph of a function, or the graph itself."""
+    return graph.graph if isinstance(graph, ir.Function) else graph
+
+
+def is_read(node: ir.Node) -> bool:
+    """Return whether anything reads an output of a node; graph outputs are read from outside."""
+    return any(value.uses() or value.is_graph_output() for value in node.outputs)
+
+
 def _constant_of(attr: ir.Attr) -> ir.TensorProtocol | None:
     match attr.name:
         case "value":
@@ -135,11 +150,6 @@ def _constant_of(attr: ir.Attr) -> ir.TensorProtocol | None:
             return ir.tensor(attr.value, dtype=ir.DataType.STRING)
         case _:
             return None  # sparse_value: kept as the node it is
-
-
-def is_output_anywhere(value: ir.Value) -> bool:
-    """Return whether a value is an output of the graph it belongs to (a live value may have no uses)."""
-    return value.is_graph_output()
 
 
 def label(node: ir.Node) -> str:

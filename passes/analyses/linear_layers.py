@@ -43,13 +43,13 @@ class LinearLayer:
         """Return W as [outputs, inputs]; a convolution's kernel positions count as inputs."""
         tensor = walk.constant_tensor(self.weight)
         assert tensor is not None, "a linear layer has a constant weight"
-        return np.moveaxis(tensor.numpy(), self.output_axis, 0).reshape(tensor.shape[self.output_axis], -1)
+        return np.moveaxis(tensor.numpy(), self.output_axis, 0).reshape(walk.dims(tensor)[self.output_axis], -1)
 
     def from_matrix(self, matrix: Array) -> Array:
         """Return a matrix shaped like `matrix`'s result in the layout and dtype of the weight."""
         tensor = walk.constant_tensor(self.weight)
         assert tensor is not None, "a linear layer has a constant weight"
-        shape = [int(dim) for dim in tensor.shape]  # type: ignore[arg-type]
+        shape = list(walk.dims(tensor))
         outputs = shape.pop(self.output_axis)
         array = np.moveaxis(matrix.reshape(outputs, *shape), 0, self.output_axis)
         return np.ascontiguousarray(array).astype(tensor.dtype.numpy(), copy=False)

@@ -60,7 +60,7 @@ def _key(node: ir.Node) -> Any:
     """Return what two nodes share if and only if they compute the same, or None where that cannot be told."""
     if node.op_type in walk.NONDETERMINISTIC_OPS or any(True for _ in walk.subgraphs(node)):
         return None
-    attributes = []
+    attributes: list[tuple[str, str, Any]] = []
     for name, attribute in sorted(node.attributes.items()):
         if attribute.is_ref():
             attributes.append((name, "ref", attribute.ref_attr_name))

@@ -30,18 +30,18 @@ class DeadCode(Pass):
 
 def _erase_dead_nodes(graph: ir.Graph | ir.Function, ctx: Context) -> None:
     for node in reversed(list(graph)):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+        if not walk.is_read(node):
             ctx.rewriter.erase(node)
 
 
 def _remove_dead_functions(model: ir.Model, ctx: Context) -> None:
     called: set[ir.OperatorIdentifier] = set()
-    frontier = [model.graph, *(g for g in walk.graphs_within(model.graph) if g is not model.graph)]
+    frontier = list(walk.graphs_within(model.graph))
     while frontier:
         for node in frontier.pop():
             key = node.op_identifier()
             if key in model.functions and key not in called:
                 called.add(key)
-                frontier.extend(walk.graphs_within(model.functions[key]))  # type: ignore[arg-type]
+                frontier.extend(walk.graphs_within(model.functions[key]))
     for key in set(model.functions) - called:
         ctx.rewriter.remove_function(key)

@@ -127,9 +127,10 @@ class _Folder:
         return results
 
     def _run(self, edge: list[ir.Node]) -> dict[ir.Node, list[Array]]:
-        fragment, names = _fragment(edge, self.foldable, self.model)
-        outputs = self.ctx.evaluate(fragment, {})
-        return {node: [np.asarray(outputs[name]) for name in names[node]] for node in edge}
+        wanted = {inner for node in edge for inner in _region(node, self.foldable)}
+        region = [node for node in self.foldable if node in wanted]
+        contents = iter(self.ctx.evaluate(region, [value for node in edge for value in node.outputs]))
+        return {node: [next(contents) for _ in node.outputs] for node in edge}
 
     def _fold(self, node: ir.Node, contents: list[Array]) -> None:
         size = sum(content.nbytes for content in contents)
@@ -160,43 +161,3 @@ def _region(node: ir.Node, foldable: Iterable[ir.Node]) -> list[ir.Node]:
                 wanted.add(producer)
                 frontier.append(producer)
     return [inner for inner in foldable if inner in wanted]
-
-
-def _fragment(
-    edge: list[ir.Node], foldable: dict[ir.Node, None], model: ir.Model
-) -> tuple[ir.Model, dict[ir.Node, list[str]]]:
-    """Return a model without inputs that computes the outputs of the edge nodes, and their names in it."""
-    wanted = {inner for node in edge for inner in _region(node, foldable)}
-    mapped: dict[ir.Value, ir.Value] = {}
-    constants, copies = [], []
-    for node in (inner for inner in foldable if inner in wanted):
-        for value in node.inputs:
-            if value is not None and value not in mapped:
-                mapped[value] = _constant_copy(value, len(constants))
-                constants.append(mapped[value])
-        copy = ir.Node(
-            node.domain,
-            node.op_type,
-            [mapped[value] if value is not None else None for value in node.inputs],
-            tuple(node.attributes.values()),
-            num_outputs=len(node.outputs),
-            version=node.version,
-        )
-        for index, (old, new) in enumerate(zip(node.outputs, copy.outputs, strict=True)):
-            new.name = f"v{len(copies)}_{index}"
-            mapped[old] = new
-        copies.append(copy)
-    names = {node: [mapped[value].name or "" for value in node.outputs] for node in edge}
-    outputs = [mapped[value] for node in edge for value in node.outputs]
-    graph = ir.Graph([], outputs, nodes=copies, initializers=constants, opset_imports=dict(model.opset_imports))
-    return ir.Model(graph, ir_version=max(int(model.ir_version), 4)), names
-
-
-def _constant_copy(value: ir.Value, index: int) -> ir.Value:
-    tensor = walk.constant_tensor(value)
-    assert tensor is not None, "the inputs of a region are constant"
-    # A view under another name: the tensor itself is shared with the model and must keep its own.
-    view = ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=f"c{index}")
-    return ir.Value(
-        name=view.name, type=ir.TensorType(view.dtype), shape=ir.Shape(tensor.shape), const_value=view
-    )

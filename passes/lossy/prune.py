@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
+from graphopt.backend import Array
 from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
-from graphopt.passes.analyses.linear_layers import LinearLayer, linear_layers, readers_elsewhere
-from graphopt.passes.solvers import mask
+
+from ..analyses.linear_layers import LinearLayer, linear_layers, readers_elsewhere
+from ..solvers import mask
 
 _PATTERN = re.compile(r"(\d+)(?:of|:)(\d+)")
 
@@ -54,7 +56,7 @@ class Prune(Pass):
                 ctx.rewriter.set_weight(layer.weight, layer.from_matrix(solution.weight))
         _summarise(len(done), zeroed, total, ctx)
 
-    def _solve(self, matrix: mask.Array) -> mask.Masked:
+    def _solve(self, matrix: Array) -> mask.Masked:
         kept = _parse_pattern(self.pattern)
         return mask.n_of_m(matrix, *kept) if kept is not None else mask.unstructured(matrix, self.sparsity)
 

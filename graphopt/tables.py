@@ -1,0 +1,239 @@
+"""Tables on stdout: what people read after a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from graphopt import options, registry
+from graphopt.comparison import Comparison
+from graphopt.latency import Latency
+from graphopt.report import Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
+from graphopt.summary import ModelSummary
+
+# Where stdout is no terminal nothing may wrap: a script reads lines.
+_WIDTH_OF_PIPE = 200
+
+
+def _console() -> Console:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OF_PIPE
+    return Console(width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _table(*headers: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=True, header_style="bold", show_header=any(headers))
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    return table
+
+
+def as_values(record: Any) -> dict[str, Any]:
+    """Return a dataclass as JSON values."""
+    return dataclasses.asdict(record)
+
+
+def print_report(report: Report, *, verbose: bool = False) -> None:
+    """Print the steps of a run, what it measured, and the remarks of its passes."""
+    console = _console()
+    table = _table("step", "pass", "edits", "nodes", "size", "time", "check", right=("edits",))
+    total = len(report.steps)
+    for index, step in enumerate(report.steps, 1):
+        table.add_row(f"{index}/{total}", *_step_cells(step, report))
+    console.print(table)
+    for step in report.steps:
+        for note in step.notes if verbose else _summaries(step):
+            where = f" [{note.node}]" if note.node else ""
+            console.print(f" {step.name}{where}: {note.text}", style="dim", markup=False)
+    if report.after is not None:
+        console.print()
+        console.print(_sides(report, report.before, report.after))
+
+
+def _summaries(step: StepRecord) -> list[Any]:
+    """Return the remarks about a step as a whole; the ones about single nodes wait for ``-v``."""
+    return [note for note in step.notes if note.node is None and "held back" not in note.text]
+
+
+def _step_cells(step: StepRecord, report: Report) -> tuple[str, ...]:
+    nodes = str(step.nodes_after)
+    if step.nodes_after != step.nodes_before:
+        nodes = f"{step.nodes_before}→{step.nodes_after}"
+    return (
+        step.spec,
+        str(step.edits),
+        nodes,
+        show_bytes(step.bytes_after),
+        f"{step.seconds:.1f} s",
+        show_check(step.check, report.metric_types, report.before.metrics),
+    )
+
+
+def _sides(report: Report, before: Side, after: Side) -> Table:
+    table = _table("", "before", "after", " ", "  ", right=("before", "after"))
+    change = _ratio(before.bytes, after.bytes, "smaller", "larger")
+    table.add_row("size", show_bytes(before.bytes), show_bytes(after.bytes), change, "")
+    if before.bytes_gzip is not None and after.bytes_gzip is not None:
+        change = _ratio(before.bytes_gzip, after.bytes_gzip, "smaller", "larger")
+        table.add_row("size, gzip", show_bytes(before.bytes_gzip), show_bytes(after.bytes_gzip), change, "")
+    if before.latency_ms is not None and after.latency_ms is not None:
+        threads = f"{report.threads} threads" if report.threads else "default threads"
+        change = _ratio(1.0, report.latency_ratio or 1.0, "faster", "slower")
+        times = f"{before.latency_ms:.3g} ms", f"{after.latency_ms:.3g} ms"
+        table.add_row("latency", *times, change, f"{report.backend}, {threads}, batch 1")
+    table.add_row("nodes", str(before.nodes), str(after.nodes), "", "")
+    table.add_row("parameters", show_count(before.parameters), show_count(after.parameters), "", "")
+    table.add_row("nonzero", _share(before), _share(after), "", "")
+    for name, value in after.metrics.items():
+        metric = report.metric_types.get(name)
+        shown = metric.show if metric is not None else (lambda number: f"{number:.4g}")
+        old = before.metrics.get(name)
+        if old is None:
+            table.add_row(name, "–", shown(value), "", f"{report.scored}, against the original")
+        else:
+            table.add_row(name, shown(old), shown(value), show_change(metric, old, value), report.scored)
+    return table
+
+
+def _share(side: Side) -> str:
+    return f"{side.nonzero / side.parameters:.1%}" if side.parameters else "–"
+
+
+def _ratio(before: float, after: float, better: str, worse: str) -> str:
+    """Return before/after in words; what cannot be told from noise is called the same."""
+    if not before or not after:
+        return ""
+    ratio = before / after
+    if 0.98 <= ratio <= 1.02:
+        return "the same"
+    factor, word = (ratio, better) if ratio > 1 else (1 / ratio, worse)
+    return f"{factor:.{1 if factor >= 1.1 else 2}f}× {word}"
+
+
+def print_summary(name: str, summary: ModelSummary, size: int) -> None:
+    """Print what a model is made of."""
+    console = _console()
+    facts = _table("", "")
+    facts.add_row("model", name)
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in summary.opsets.items())
+    facts.add_row("opset", f"{opsets} (IR {summary.ir_version})")
+    facts.add_row("size", show_bytes(size))
+    facts.add_row("nodes", f"{summary.nodes}" + (f", {summary.functions} functions" if summary.functions else ""))
+    facts.add_row("parameters", f"{show_count(summary.parameters)}, {summary.nonzero} of {summary.parameters} nonzero")
+    unknown = f", {len(summary.unknown_cost)} nodes of unknown cost" if summary.unknown_cost else ""
+    facts.add_row("MACs", f"{show_count(summary.macs)} per sample (dynamic dimensions as 1){unknown}")
+    for kind, ports in (("input", summary.inputs), ("output", summary.outputs)):
+        for port, dtype, shape in ports:
+            facts.add_row(kind, f"{port}: {dtype} {shape}")
+    console.print(facts)
+    _print_columns(console, "operator", "count", [(op, str(count)) for op, count in summary.ops.items()])
+    _print_columns(console, "dtype", "bytes", [(d, show_bytes(n)) for d, n in summary.bytes_by_dtype.items()])
+    layers = _table("largest layers", "operator", "parameters", "bytes", "MACs", right=("parameters", "bytes", "MACs"))
+    for layer in summary.largest:
+        macs = "–" if layer.macs is None else show_count(layer.macs)
+        layers.add_row(layer.name, layer.op_type, show_count(layer.parameters), show_bytes(layer.bytes), macs)
+    console.print(layers)
+
+
+def _print_columns(console: Console, left: str, right: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = _table(left, right, right=(right,))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_comparison(comparison: Comparison, tolerance: float | None) -> None:
+    """Print the errors of all outputs and the metrics of both sides."""
+    console = _console()
+    table = _table("output", "max |Δ|", "max relative", "cosine", "SQNR", "top-1 agreement", "verdict")
+    for name, error in comparison.outputs.items():
+        agreement = error.top1_agreement
+        verdict = "equal" if error.equal else "within tolerance" if error.within(tolerance) else "DIFFERS"
+        table.add_row(
+            name,
+            f"{error.max_abs:.3g}",
+            f"{error.max_rel:.3g}",
+            f"{error.cosine:.6f}",
+            f"{error.sqnr_db:.1f} dB",
+            "–" if agreement is None else f"{agreement:.1%}",
+            f"{verdict}: {error.mismatch}" if error.mismatch else verdict,
+        )
+    console.print(table)
+    for name, (a, b) in comparison.metrics.items():
+        console.print(f" {name}: {a:.4g} → {b:.4g}", markup=False)
+
+
+def print_latencies(names: Sequence[str], latencies: Sequence[Latency], batch: int, threads: int) -> None:
+    """Print run times side by side."""
+    table = _table("model", "median", "p10–p90", "runs", "ratio", right=("median", "runs", "ratio"))
+    for name, one in zip(names, latencies, strict=True):
+        spread = f"{one.low:.3g}–{one.high:.3g} ms"
+        table.add_row(name, f"{one.median:.3g} ms", spread, str(one.runs), f"{one.ratio:.2f}")
+    console = _console()
+    console.print(table)
+    console.print(f" batch {batch}, {threads or 'default'} threads, runs interleaved, ratio to the first", style="dim")
+
+
+def print_list(kind: str) -> None:
+    """Print everything of one kind with what it is for and, where it has any, its options."""
+    console = _console()
+    table = _table(kind, "")
+    for name, text in _LISTERS[kind]():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _first_line(documented: Any) -> str:
+    return (documented.__doc__ or "").strip().partition("\n")[0]
+
+
+def _list_passes() -> list[tuple[str, str]]:
+    rows = []
+    for name in sorted(registry.table("PASSES")):
+        cls = registry.find("PASSES", name)
+        rows.append((name, f"{_first_line(cls)} ({cls.guarantee.value})"))
+        rows += [(f"  {option}", f"{help} [default: {default}]") for option, default, help in options.describe(cls)]
+    return rows
+
+
+def _list_presets() -> list[tuple[str, str]]:
+    return [(name, f"{preset.help}: {preset.passes}") for name, preset in registry.table("PRESETS").items()]
+
+
+def _list_backends() -> list[tuple[str, str]]:
+    rows = []
+    for name in sorted(registry.table("BACKENDS")):
+        cls = registry.find("BACKENDS", name)
+        missing = cls().missing()
+        rows.append((name, f"{cls.help}" + (f" — not here: {missing}" if missing else "")))
+        rows += [(f"  {option}", f"{help} [default: {default}]") for option, default, help in options.describe(cls)]
+    return rows
+
+
+def _list_targets() -> list[tuple[str, str]]:
+    host = registry.host_target()
+    rows = []
+    for name in sorted(registry.table("TARGETS")):
+        target = registry.find("TARGETS", name)
+        rows.append((name, target.help + (" — this machine" if name == host else "")))
+    return rows
+
+
+def _list_metrics() -> list[tuple[str, str]]:
+    from graphopt.driver import known_metrics
+
+    return [(name, metric.help) for name, metric in known_metrics(None).items()]
+
+
+_LISTERS = {
+    "passes": _list_passes,
+    "presets": _list_presets,
+    "backends": _list_backends,
+    "targets": _list_targets,
+    "metrics": _list_metrics,
+}

@@ -1,0 +1,130 @@
+"""Weights stored as integers: rounded once, shared by all layers that read them, the float copy let go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from graphopt.passes.analyses.linear_layers import LinearLayer
+from graphopt.passes.solvers import grid
+
+from graphopt import walk
+from graphopt.authoring import Context
+from graphopt.backend import Array
+from graphopt.errors import PassError
+
+# The first version in which one DequantizeLinear may have a scale for each channel.
+PER_CHANNEL_OPSET = 13
+
+
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A weight in integers.
+
+    Attributes:
+        codes: Constant, int8, shaped like the weight.
+        scales: Constant, float32, [outputs], or a scalar where all outputs share one.
+        scale_array: What ``scales`` holds.
+        per_channel: Whether each output has a scale of its own.
+        solution: The solver's answer.
+    """
+
+    codes: ir.Value
+    scales: ir.Value
+    scale_array: Array
+    per_channel: bool
+    solution: grid.GridWeight
+
+
+@dataclass
+class WeightStore:
+    """The weights a pass has stored as integers so far.
+
+    Attributes:
+        ctx: Where constants are put.
+        per_channel: Whether each output channel has a scale, where the operator allows it.
+        bits: Bits of a code.
+    """
+
+    ctx: Context
+    per_channel: bool
+    bits: int = grid.FULL_RANGE_BITS
+    _stored: dict[tuple[ir.Value, int, bool], StoredWeight] = field(default_factory=dict)
+
+    def store(
+        self, layer: LinearLayer, *, factor: float = 1.0, transposed: bool = False, least_scales: Array | None = None
+    ) -> StoredWeight:
+        """Return the integers of a layer's weight, made now or shared with a layer that read it before.
+
+        Args:
+            layer: The layer; its weight is float32.
+            factor: What the weight is multiplied by.
+            transposed: Whether the integers are stored with the two axes of the weight exchanged.
+            least_scales: float32 [outputs]; no scale may be smaller.
+
+        Raises:
+            PassError: The weight holds NaN or infinity.
+        """
+        key = (layer.weight, layer.output_axis, transposed)
+        known = self._stored.get(key)
+        if known is not None and factor == 1.0 and _reaches(known, least_scales):
+            return known
+        stored = self._make(layer, factor, transposed, least_scales)
+        if factor == 1.0:
+            self._stored[key] = stored
+        return stored
+
+    def _make(
+        self, layer: LinearLayer, factor: float, transposed: bool, least_scales: Array | None
+    ) -> StoredWeight:
+        matrix = layer.matrix()
+        if not np.isfinite(matrix).all():
+            raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
+        per_channel = self.per_channel and takes_channel_scales(layer)
+        if factor != 1.0:
+            matrix = matrix * np.float32(factor)
+        solution = grid.round_to_nearest(
+            matrix, per_channel=per_channel, bits=self.bits, least_scales=least_scales
+        )
+        codes = codes_like_weight(layer, solution.codes)
+        scales = solution.scales if per_channel else solution.scales.reshape(())
+        rewriter = self.ctx.rewriter
+        return StoredWeight(
+            rewriter.const(codes.T if transposed else codes, f"{layer.weight.name}_q", near=layer.node),
+            rewriter.const(ir.tensor(scales), f"{layer.weight.name}_s", near=layer.node),
+            scales,
+            per_channel,
+            solution,
+        )
+
+    def release(self, constant: ir.Value | None) -> None:
+        """Remove a constant nothing reads any more."""
+        if constant is None or constant.uses() or constant.is_graph_output() or constant.is_graph_input():
+            return
+        producer = constant.producer()
+        if producer is not None:
+            self.ctx.rewriter.erase(producer)
+        elif constant.graph is not None and constant.name in constant.graph.initializers:
+            self.ctx.rewriter.remove_initializer(constant)
+
+
+def codes_like_weight(layer: LinearLayer, codes: Array) -> Array:
+    """Return codes [outputs, inputs] in the layout of the layer's weight."""
+    tensor = walk.constant_tensor(layer.weight)
+    assert tensor is not None, "a linear layer has a constant weight"
+    shape = [int(dim) for dim in tensor.shape]  # type: ignore[arg-type]
+    outputs = shape.pop(layer.output_axis)
+    return np.ascontiguousarray(np.moveaxis(codes.reshape(outputs, *shape), 0, layer.output_axis))
+
+
+def takes_channel_scales(layer: LinearLayer) -> bool:
+    """Return whether the integer kernels of an operator take a scale for each output channel."""
+    if layer.node.op_type == "ConvTranspose":
+        return layer.node.attributes.get_int("group", 1) == 1
+    rank = len(layer.weight.shape or ())
+    return layer.node.op_type != "MatMul" or rank == 2
+
+
+def _reaches(stored: StoredWeight, least_scales: Array | None) -> bool:
+    return least_scales is None or bool((stored.scale_array >= least_scales).all())

@@ -40,10 +40,20 @@ class Need(enum.Enum):
 
 @dataclass(frozen=True)
 class Note:
-    """A remark of a pass for the report: what it did or left, where, and why."""
+    """A remark of a pass for the report.
 
+    Attributes:
+        pass_name: The pass.
+        text: What it did or left, and why.
+        node: The node it is about, or None for the model.
+        left: Whether it is about something left as it was; a later round of a preset knows better.
+        facts: Figures for the JSON report.
+    """
+
+    pass_name: str
     text: str
     node: str | None = None
+    left: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -75,8 +85,16 @@ class Context:
     analyses: AnalysisCache = field(default_factory=AnalysisCache)
 
     def note(self, text: str, node: ir.Node | None = None, **facts: Any) -> None:
-        """Leave a remark for the report."""
-        self.notes.append(Note(text, node.name if node is not None else None, facts))
+        """Say for the report what was done."""
+        self._remark(text, node, facts, left=False)
+
+    def left(self, text: str, node: ir.Node | None = None, **facts: Any) -> None:
+        """Say for the report what was left as it was, and why."""
+        self._remark(text, node, facts, left=True)
+
+    def _remark(self, text: str, node: ir.Node | None, facts: Mapping[str, Any], *, left: bool) -> None:
+        name = node.name if node is not None else None
+        self.notes.append(Note(self.rewriter.pass_name, text, name, left, facts))
 
     def analyse(self, analysis: Analysis[T]) -> T:
         """Return the result of an analysis of the model as it is now."""
@@ -149,7 +167,7 @@ class RewritePass(Pass, Rule):
         """Apply the rules until none matches, and note what was held back and why."""
         outcome = apply_rules(self.rules(), model, ctx.rewriter, check=ctx.check_rewrite)
         for (rule, reason), count in sorted(outcome.held_back.items()):
-            ctx.note(f"{rule} held back {count}×: {reason}")
+            ctx.left(f"{rule} held back {count}×: {reason}")
         if ctx.check_rewrite is not None and outcome.fired:
             unchecked = outcome.unchecked.total()
             ctx.note(f"{outcome.fired.total() - unchecked} rewrites checked by themselves, {unchecked} not")

@@ -15,16 +15,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphopt import walk
 from graphopt.backend import Array
 from graphopt.errors import DataError, did_you_mean
 
 DEFAULT_LABELS = "labels"
 HELD_BACK_SHARE = 4  # a quarter is scored, the rest calibrated on
 HELD_BACK_LIMIT = 1000
-GENERATED_SETS = 2
-# Sizes stood in for dynamic dimensions when inputs have to be made up.
-GENERATED_BATCH, GENERATED_LENGTH, GENERATED_PIXELS = 2, 8, 64
 
 
 @dataclass(frozen=True)
@@ -71,13 +67,14 @@ Chunks = Callable[[], Iterator[Chunk]]
 def input_specs(model: ir.Model) -> list[InputSpec]:
     """Return the inputs a caller must feed; inputs with a default (initializers) need not be."""
     return [
-        InputSpec(value.name or "", _numpy_dtype(value), _dims(value))
+        InputSpec(value.name or "", numpy_dtype(value), _dims(value))
         for value in model.graph.inputs
         if not value.is_initializer()
     ]
 
 
-def _numpy_dtype(value: ir.Value) -> np.dtype[Any] | None:
+def numpy_dtype(value: ir.Value) -> np.dtype[Any] | None:
+    """Return a value's dtype as numpy's, or None where it is no tensor or unknown."""
     return np.dtype(value.dtype.numpy()) if value.dtype is not None and isinstance(value.type, ir.TensorType) else None
 
 
@@ -366,60 +363,3 @@ def _check_finite(array: Array, spec: InputSpec, where: str) -> None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
         raise DataError(f"{where}: NaN or infinity in input `{spec.name}`, sample {row}", hint="clean the data")
-
-
-def generated_feeds(
-    model: ir.Model, seed: int, *, sets: int = GENERATED_SETS, batch: int = GENERATED_BATCH
-) -> list[dict[str, Array]]:
-    """Return made-up feeds for a model without data; equal symbolic dimensions get equal sizes.
-
-    Integers stay below the size of the table they index where that can be seen, and are 0 or 1 elsewhere.
-
-    Raises:
-        DataError: An input is no tensor, or its rank is unknown.
-    """
-    rng = np.random.default_rng(seed)
-    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    return [{value.name or "": _generated(value, rng, batch) for value in inputs} for _ in range(sets)]
-
-
-def _generated(value: ir.Value, rng: np.random.Generator, batch: int) -> Array:
-    dtype, hint = _numpy_dtype(value), "give real samples with `--data`"
-    if dtype is None or value.shape is None:
-        raise DataError(f"cannot make up input `{value.name}`: its type or rank is unknown", hint=hint)
-    rank = len(value.shape)
-    shape = [dim if isinstance(dim, int) else _stand_in(axis, rank, batch) for axis, dim in enumerate(value.shape)]
-    if dtype.kind == "b":
-        return rng.random(shape) < 0.5
-    if dtype.kind in "iu":
-        return rng.integers(0, index_bound(value), shape).astype(dtype)
-    if dtype.kind in "OSU":
-        return np.full(shape, "text", dtype=object)
-    return rng.standard_normal(shape).astype(dtype)
-
-
-def _stand_in(axis: int, rank: int, batch: int) -> int:
-    if axis == 0:
-        return batch
-    return GENERATED_PIXELS if rank == 4 else GENERATED_LENGTH
-
-
-_PASSES_INDICES_ON = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Slice", "Transpose")
-
-
-def index_bound(value: ir.Value) -> int:
-    """Return how many rows the table has that an integer input indexes; 2 where none is seen."""
-    bounds, seen, frontier = [], {value}, [value]
-    while frontier:
-        for use in frontier.pop().uses():
-            node = use.node
-            if walk.is_onnx_op(node, "Gather") and use.idx == 1 and node.inputs[0] is not None:
-                axis = node.attributes.get_int("axis", 0)
-                shape = node.inputs[0].shape
-                if shape is not None and isinstance(shape[axis], int):
-                    bounds.append(int(shape[axis]))  # type: ignore[arg-type]
-            elif walk.is_onnx_op(node, *_PASSES_INDICES_ON) and use.idx == 0:
-                fresh = [output for output in node.outputs if output not in seen]
-                seen.update(fresh)
-                frontier.extend(fresh)
-    return min(bounds, default=2)

@@ -17,9 +17,10 @@ from graphopt import latency, provenance, registry
 from graphopt.authoring import Guarantee, Pass
 from graphopt.backend import Array, Backend
 from graphopt.comparison import Comparison, require_same_names
-from graphopt.data import Batch, Dataset, generated_feeds, open_data
+from graphopt.data import Batch, Dataset, open_data
 from graphopt.errors import BackendError, UsageError, VerificationError, did_you_mean
 from graphopt.evaluation import SCORING_BATCH, Judge
+from graphopt.generated import generated_feeds
 from graphopt.instruments import (
     Gate,
     Instrument,

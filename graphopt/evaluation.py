@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.backend import Array, Backend
 from graphopt.comparison import Comparison
-from graphopt.data import Batch, Dataset, generated_feeds
+from graphopt.data import Batch, Dataset
 from graphopt.errors import BackendError, DataError
+from graphopt.generated import generated_feeds
 from graphopt.metrics import SQNR, Metric
 from graphopt.report import Check
 
 PROBE_SAMPLES = 4
 SCORING_BATCH = 32
+# Sizes tried, as factors, until the original runs on made-up inputs: some models want a least length.
+GENERATED_SCALES = (1, 8, 64)
 
 Outputs = list[dict[str, Any]]
 
@@ -54,10 +57,9 @@ class Judge:
         self.metrics = list(metrics)
         self.threads = threads
         self.cannot_probe: str | None = None
-        self.feeds = self._probe_feeds(seed)
+        self.feeds: list[dict[str, Array]] = []
         self.reference: Outputs | None = None
-        if self.feeds:
-            self._run_original()
+        self._prepare(seed)
 
     @property
     def samples(self) -> int:
@@ -69,23 +71,31 @@ class Judge:
         """What figures come from, for people."""
         return f"{self.samples} samples of `{self.data.name}`" if self.data is not None else "generated inputs"
 
-    def _probe_feeds(self, seed: int) -> list[dict[str, Array]]:
+    def _prepare(self, seed: int) -> None:
+        """Find feeds the original runs on and keep its outputs, or say why there are none."""
+        for feeds in self._candidate_feeds(seed):
+            self.feeds = feeds
+            try:
+                self.reference = self.probe(self.original)
+                break
+            except BackendError as error:
+                source = "the given data" if self.data is not None else "generated inputs"
+                self.cannot_probe = f"the original does not run on {source}: {error.message}"
+        if self.reference is None:
+            return
+        self.cannot_probe = None
+        if _has_random_ops(self.original) and not compare_outputs(self.reference, self.probe(self.original)).equal:
+            self.cannot_probe = "the original's outputs differ from run to run (random operators)"
+
+    def _candidate_feeds(self, seed: int) -> Iterator[list[dict[str, Array]]]:
         if self.data is not None:
-            return [batch.feeds for batch in self.data.take(PROBE_SAMPLES).batches(PROBE_SAMPLES)]
+            yield [batch.feeds for batch in self.data.take(PROBE_SAMPLES).batches(PROBE_SAMPLES)]
+            return
         try:
-            return generated_feeds(self.original, seed)
+            for scale in GENERATED_SCALES:
+                yield generated_feeds(self.original, seed, scale=scale)
         except DataError as error:
             self.cannot_probe = error.message
-            return []
-
-    def _run_original(self) -> None:
-        try:
-            self.reference = self.probe(self.original)
-            if _has_random_ops(self.original) and not compare_outputs(self.reference, self.probe(self.original)).equal:
-                self.cannot_probe = "the original's outputs differ from run to run (random operators)"
-        except BackendError as error:
-            source = "the given data" if self.data is not None else "generated inputs"
-            self.cannot_probe = f"the original does not run on {source}: {error.message}"
 
     def probe(self, model: ir.Model) -> Outputs:
         """Return a model's outputs on the probe feeds, the runtime's own optimizations off.

@@ -33,7 +33,7 @@ def to_proto(model: ir.Model, hold: Hold) -> onnx.ModelProto:
         if isinstance(cause, GraphoptError | OSError):
             raise cause from error
         raise ModelError(
-            f"the model cannot be written as ONNX: {one_line(cause)}", hint="run `verify` to see where it broke"
+            f"the model is not valid ONNX: {one_line(cause)}", hint="run onnx.checker on it to see where"
         ) from error
     # An empty graph is a graph: a model without one is none.
     proto.graph.SetInParent()
@@ -137,6 +137,8 @@ def one_line(error: BaseException) -> str:
     """Return the first sentence of an error."""
     if isinstance(error, UnicodeError):
         return "it holds text that is not UTF-8"
+    if isinstance(error, KeyError):
+        return f"nothing defines `{error.args[0]}`"
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")
 

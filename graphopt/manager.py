@@ -124,7 +124,7 @@ class PassManager:
 
 
 def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> None:
-    """Add one run of a pass to its step; of a preset's rounds, the last one's remarks are what still holds."""
+    """Add one run of a pass to its step; what is left is what the last of a preset's rounds leaves."""
     record.edits += edits
     known = next((entry for entry in record.passes if entry.name == one.name), None)
     if known is None:
@@ -132,7 +132,7 @@ def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> Non
         record.passes.append(known)
     known.edits += edits
     known.rounds += 1
-    known.notes = context.notes
+    known.notes = [note for note in known.notes if not note.left] + context.notes
 
 
 def _measure(model: ir.Model) -> tuple[int, int]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
-import shutil
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +19,7 @@ from graphopt.errors import ModelError
 from graphopt.fidelity import first_loss, unknown_field
 from graphopt.header import each_tensor, from_proto, graphs, reference, replace_tensors, to_proto
 from graphopt.mapped import COPY_CHUNK, MappedFile, MappedTensor
+from graphopt.staged_files import StagedFiles
 from graphopt.wire import HELD_ELSEWHERE, Hole, WireError, open_holes, size_of, strip_payloads
 
 PAYLOAD_THRESHOLD = 1024
@@ -112,7 +110,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
     target = Path(path)
     if external is None:
         external = _wants_data_file(model)
-    staged = _Staged()
+    staged = StagedFiles()
     try:
         data = target.with_name(target.name + ".data")
         _check_target(model, target, [target, data] if external else [target])
@@ -185,7 +183,10 @@ def _load(path: str) -> ir.Model:
     data_files = DataFiles(path)
     replace_tensors(model, lambda tensor: _mapped(tensor, file, data_files))
     model.graph.meta[_SOURCE] = Source(os.path.abspath(path), tuple(data_files.entries))
-    again = to_proto(model, lambda tensor, name, _: _reference_if_mapped(tensor, name))
+    try:
+        again = to_proto(model, lambda tensor, name, _: _reference_if_mapped(tensor, name))
+    except ModelError as error:
+        raise ModelError(f"`{path}`: {error.message}", hint=error.hint) from error
     loss = first_loss(proto, again)
     if loss is not None:
         raise ModelError(f"`{path}` holds what graphopt would lose: {loss}", hint=_loss_hint(loss))
@@ -196,7 +197,8 @@ def _parse(file: MappedFile, path: str) -> onnx.ModelProto:
     data = file.mapping()
     head = data[:256]
     try:
-        proto = onnx.ModelProto.FromString(strip_payloads(data, PAYLOAD_THRESHOLD))
+        header = strip_payloads(data, PAYLOAD_THRESHOLD)
+        proto = onnx.ModelProto.FromString(header)
     except (WireError, DecodeError) as error:
         damaged = f"damaged or cut short: {error}", "get the file again"
         what, hint = foreign_format(head) or _single_tensor(file) or damaged
@@ -205,12 +207,12 @@ def _parse(file: MappedFile, path: str) -> onnx.ModelProto:
         graphless = "a model without a graph", "export the model again"
         what, hint = foreign_format(head) or _single_tensor(file) or graphless
         raise ModelError(f"`{path}` is {what}", hint=hint)
-    known = onnx.ModelProto()
-    known.CopyFrom(proto)
-    known.DiscardUnknownFields()
-    if known.ByteSize() != proto.ByteSize():
+    size = proto.ByteSize()
+    proto.DiscardUnknownFields()
+    if proto.ByteSize() != size:
+        place = unknown_field(onnx.ModelProto.FromString(header))
         raise ModelError(
-            f"`{path}` holds what onnx {onnx.__version__} does not know: {unknown_field(proto)}",
+            f"`{path}` holds what onnx {onnx.__version__} does not know: {place}",
             hint="upgrade onnx, or export for an earlier IR version",
         )
     return proto
@@ -283,81 +285,6 @@ def _loss_hint(loss: str) -> str:
 # Saving
 
 
-class _Staged:
-    """Files written under temporary names, which take their real ones together or not at all."""
-
-    def __init__(self) -> None:
-        self._files: list[tuple[Path, Path]] = []
-
-    @contextlib.contextmanager
-    def open(self, target: Path) -> Iterator[BinaryIO]:
-        """Open a new file that is to become `target`, and make sure it is on the disk when done."""
-        temporary = _fresh_name(target)
-        self._files.append((temporary, target))
-        with open(temporary, "xb", buffering=COPY_CHUNK) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copymode(target, temporary)
-
-    def publish(self) -> list[Path]:
-        """Give all files their real names, the last one opened last."""
-        done: list[tuple[Path, Path | None]] = []
-        try:
-            for temporary, target in self._files:
-                done.append((target, _second_name(target)))
-                os.replace(temporary, target)
-        except BaseException:
-            for target, before in done:
-                _put_back(target, before)
-            raise
-        finally:
-            for _, before in done:
-                if before is not None:
-                    before.unlink(missing_ok=True)
-        _sync_folder(self._files[-1][1].parent)
-        return [target for _, target in reversed(self._files)]
-
-    def discard(self) -> None:
-        """Remove what has no real name yet."""
-        for temporary, _ in self._files:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def _fresh_name(target: Path) -> Path:
-    return target.with_name(f".graphopt-{secrets.token_hex(8)}.tmp")
-
-
-def _second_name(target: Path) -> Path | None:
-    """Give an existing file a second name to be put back from."""
-    second = _fresh_name(target)
-    try:
-        os.link(target, second, follow_symlinks=False)
-    except OSError:
-        return None
-    return second
-
-
-def _put_back(target: Path, before: Path | None) -> None:
-    with contextlib.suppress(OSError):
-        if before is None:
-            target.unlink(missing_ok=True)
-        else:
-            os.replace(before, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new names last, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _check_target(model: ir.Model, target: Path, written: list[Path]) -> None:
     if not target.parent.is_dir():
         raise ModelError(f"cannot write `{target}`: there is no folder `{target.parent}`", hint="create it first")
@@ -383,7 +310,7 @@ def _wants_data_file(model: ir.Model) -> bool:
     return sum(tensor.nbytes for tensor in each_tensor(model) if _has_payload(tensor)) > EXTERNAL_THRESHOLD
 
 
-def _write_inline(model: ir.Model, target: Path, staged: _Staged) -> None:
+def _write_inline(model: ir.Model, target: Path, staged: StagedFiles) -> None:
     held: list[ir.TensorProtocol] = []
 
     def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
@@ -407,7 +334,7 @@ def _write_inline(model: ir.Model, target: Path, staged: _Staged) -> None:
                 file.write(piece)
 
 
-def _write_external(model: ir.Model, target: Path, data: Path, staged: _Staged) -> None:
+def _write_external(model: ir.Model, target: Path, data: Path, staged: StagedFiles) -> None:
     placed: dict[object, tuple[ir.TensorProtocol, int]] = {}
     end = 0
 

@@ -164,6 +164,10 @@ class Rule:
         """Return the pattern's root value, built from variables."""
         raise NotImplementedError
 
+    def applies(self, m: Match) -> bool:
+        """Return whether a match is one at all, by what a pattern cannot say; a no needs no reason."""
+        return True
+
     def check(self, m: Match) -> Miss | None:
         """Return why a match must not be rewritten, or None; runs before anything is built."""
         return None
@@ -382,7 +386,7 @@ class _Driver:
     def _visit(self, node: ir.Node) -> None:
         for compiled in self.by_root[(_normal(node.domain), node.op_type)]:
             match = match_at(compiled.root, node)
-            if match is None:
+            if match is None or not compiled.rule.applies(match):
                 continue
             miss = self._apply(compiled.rule, match)
             if miss is None:

@@ -63,7 +63,7 @@ class StepRecord:
     @property
     def notes(self) -> list[Note]:
         """Every remark about the step."""
-        scheduled = [Note(f"scheduled because {self.reason}")] if self.reason else []
+        scheduled = [Note(self.name, f"scheduled because {self.reason}")] if self.reason else []
         return scheduled + [note for one in self.passes for note in one.notes]
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +71,9 @@ class StepRecord:
         fields = asdict(self)
         fields["pass"] = fields.pop("name")
         fields["passes"] = [{"pass": one.name, "edits": one.edits, "rounds": one.rounds} for one in self.passes]
-        fields["notes"] = [{"text": n.text, "node": n.node, **n.facts} for n in self.notes]
+        fields["notes"] = [
+            {"pass": n.pass_name, "text": n.text, "node": n.node, "left": n.left, **n.facts} for n in self.notes
+        ]
         return fields
 
 
@@ -178,9 +180,9 @@ def show_count(count: int) -> str:
 def show_check(check: Check, metric_types: dict[str, type[Metric]], before: dict[str, float]) -> str:
     """Return one table cell that says how a step was checked and what came out."""
     if check.ok is None:
-        return f"not checked: {check.why}"
+        return "not checked"
     if not check.ok:
-        return f"FAILED: {check.why}"
+        return "FAILED"
     if check.kind == "equal":
         return "equal, every bit"
     if check.kind == "equivalent":

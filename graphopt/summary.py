@@ -128,6 +128,8 @@ def count_nonzero(tensor: ir.TensorProtocol) -> int:
 
 
 def _layer(node: ir.Node, macs: int | None) -> LayerCost | None:
+    if walk.is_onnx_op(node, "Shape", "Size"):
+        return None  # reads the shape of a weight, not the weight
     tensors = [t for value in node.inputs if (t := _weight_of(value)) is not None]
     size = sum(tensor.size for tensor in tensors)
     if size <= 1:

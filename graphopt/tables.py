@@ -23,7 +23,8 @@ _WIDTH_OF_PIPE = 200
 
 def _console() -> Console:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OF_PIPE
-    return Console(width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+    # Names and shapes hold brackets, which must not be taken for markup.
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def _table(*headers: str, right: Sequence[str] = ()) -> Table:
@@ -49,7 +50,9 @@ def print_report(report: Report, *, verbose: bool = False) -> None:
     for step in report.steps:
         for note in step.notes if verbose else _summaries(step):
             where = f" [{note.node}]" if note.node else ""
-            console.print(f" {step.name}{where}: {note.text}", style="dim", markup=False)
+            console.print(f" {note.pass_name}{where}: {note.text}", style="dim")
+        if not step.check.ok:
+            console.print(f" {step.name}: {'FAILED' if step.check.ok is False else 'not checked'}: {step.check.why}")
     if report.after is not None:
         console.print()
         console.print(_sides(report, report.before, report.after))
@@ -57,7 +60,7 @@ def print_report(report: Report, *, verbose: bool = False) -> None:
 
 def _summaries(step: StepRecord) -> list[Any]:
     """Return the remarks about a step as a whole; the ones about single nodes wait for ``-v``."""
-    return [note for note in step.notes if note.node is None and "held back" not in note.text]
+    return [note for note in step.notes if note.node is None and not note.left]
 
 
 def _step_cells(step: StepRecord, report: Report) -> tuple[str, ...]:
@@ -165,7 +168,7 @@ def print_comparison(comparison: Comparison, tolerance: float | None) -> None:
         )
     console.print(table)
     for name, (a, b) in comparison.metrics.items():
-        console.print(f" {name}: {a:.4g} → {b:.4g}", markup=False)
+        console.print(f" {name}: {a:.4g} → {b:.4g}")
 
 
 def print_latencies(names: Sequence[str], latencies: Sequence[Latency], batch: int, threads: int) -> None:

@@ -13,11 +13,12 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from graphopt.passes.analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
-from graphopt.passes.analyses.selection import Selection
 
 from graphopt import walk
 from graphopt.target import IntegerScheme, Target
+
+from .linear_layers import LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
+from .selection import Selection
 
 _LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ACTIVATIONS = ("Relu", "Clip")
@@ -209,8 +210,6 @@ class _Search:
         others = readers_elsewhere(layer, self.layers)
         if others:
             return f"its weight is also read by {others[0].op_type}"
-        if layer.node.op_type == "Gemm" and layer.node.attributes.get_int("transA", 0):
-            return "its input is transposed"
         if layer.bias is not None and self.scheme.bias == "int32" and not _is_channel_bias(layer):
             return "its bias is no constant per channel"
         return None
@@ -277,7 +276,7 @@ def _is_channel_bias(layer: LinearLayer) -> bool:
         return False
     shape = tuple(tensor.shape)
     # A Gemm adds any shape that broadcasts to [rows, channels]; only one value per channel fits the kernel.
-    return len(shape) > 0 and shape[-1] == weight.shape[layer.output_axis] and int(np.prod(shape)) == shape[-1]
+    return len(shape) > 0 and shape[-1] == weight.shape[layer.output_axis] and tensor.size == shape[-1]
 
 
 def _pads_zeros(node: ir.Node) -> bool:

@@ -119,7 +119,7 @@ class _Folder:
             return self._run(edge)
         except BackendError as error:
             if len(edge) == 1:
-                self.ctx.note(f"not folded: {error.message}", edge[0])
+                self.ctx.left(f"not folded: {error.message}", edge[0])
                 return {}
         results: dict[ir.Node, list[Array]] = {}
         for node in edge:
@@ -136,7 +136,7 @@ class _Folder:
         size = sum(content.nbytes for content in contents)
         source = self._bytes_freed(node)
         if size > self.limit or size > source + GROWTH_LIMIT:
-            self.ctx.note(f"not folded: {size} bytes would take the place of {source}", node)
+            self.ctx.left(f"not folded: {size} bytes would take the place of {source}", node)
             return
         _substitute(node, contents, self.ctx)
 

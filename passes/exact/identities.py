@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt import walk
+from graphopt import shapes, walk
 from graphopt.authoring import RewritePass
 from graphopt.pattern import Match, Miss, Rule
 
@@ -87,10 +86,8 @@ class NoOpCast(Rule):
     def pattern(self, op: Any, x: Any) -> Any:
         return op.Cast(x)
 
-    def check(self, m: Match) -> Miss | None:
-        if m.x.dtype is None or m.root.attributes.get_int("to", 0) != m.x.dtype.value:
-            return Miss("changes the dtype", m.root)
-        return None
+    def applies(self, m: Match) -> bool:
+        return m.x.dtype is not None and m.root.attributes.get_int("to", 0) == m.x.dtype.value
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return _bypass(m)
@@ -104,11 +101,9 @@ class NoOpTranspose(Rule):
     def pattern(self, op: Any, x: Any) -> Any:
         return op.Transpose(x)
 
-    def check(self, m: Match) -> Miss | None:
+    def applies(self, m: Match) -> bool:
         perm = m.root.attributes.get_ints("perm")
-        if perm is None or list(perm) != sorted(perm):
-            return Miss("moves axes", m.root)
-        return None
+        return perm is not None and list(perm) == sorted(perm)
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return _bypass(m)
@@ -117,23 +112,22 @@ class NoOpTranspose(Rule):
 class Neutral(Rule):
     """x ∘ e = x for the neutral element e of an operator, where broadcasting e adds no axes.
 
-    The root keeps a graph output's shape; x − 0.0 and x · 1 keep every bit, x + 0.0 turns −0.0 into 0.0.
+    x − 0.0, x · 1 and x / 1 keep every bit; x + 0.0 turns −0.0 into 0.0.
     """
 
     def __init__(self, op_type: str, element: float) -> None:
         self.name = f"neutral-{op_type.lower()}"
         self._op_type, self._element = op_type, element
 
-    def pattern(self, op: Any, x: Any, e: Any) -> Any:
-        return getattr(op, self._op_type)(x, e)
+    def pattern(self, op: Any, x: Any) -> Any:
+        return getattr(op, self._op_type)(x, self._element)
 
     def check(self, m: Match) -> Miss | None:
-        tensor = walk.constant_tensor(m.e)
-        if tensor is None or not np.all(tensor.numpy() == self._element) or tensor.size == 0:
-            return Miss("is not the neutral element", m.root)
-        if m.x.shape is None and len(tensor.shape) > 0:
-            return Miss("may broadcast to more axes", m.root)
-        if m.x.shape is not None and not _broadcasts_into(tuple(tensor.shape), m.x.shape):
+        tensor = next(t for value in m.root.inputs if (t := walk.constant_tensor(value)) is not None)
+        shape = walk.dims(tensor)
+        if m.x.shape is None and shape:
+            return Miss("may broadcast its input to more axes", m.root)
+        if m.x.shape is not None and not _broadcasts_into(shape, m.x.shape):
             return Miss("broadcasts its input", m.root)
         return None
 
@@ -141,7 +135,7 @@ class Neutral(Rule):
         return _bypass(m)
 
 
-def _broadcasts_into(small: tuple[Any, ...], large: ir.Shape) -> bool:
+def _broadcasts_into(small: tuple[int, ...], large: ir.Shape) -> bool:
     """Return whether a shape broadcasts to another without changing it."""
     if len(small) > len(large):
         return False
@@ -195,13 +189,9 @@ class NoOpReshape(Rule):
     def pattern(self, op: Any, x: Any, shape: Any) -> Any:
         return op.Reshape(x, shape)
 
-    def check(self, m: Match) -> Miss | None:
-        known = m.x.shape is not None and m.x.shape.is_static()
-        if not known or not m.all_constant("shape"):
-            return Miss("its shapes are not known", m.root)
-        if list(m.array("shape")) != list(m.x.shape):
-            return Miss("changes the shape", m.root)
-        return None
+    def applies(self, m: Match) -> bool:
+        known = shapes.static_shape(m.x)
+        return known is not None and m.all_constant("shape") and list(m.array("shape")) == list(known)
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return _bypass(m)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
-from graphopt.passes.analyses.linear_layers import LinearLayer
-from graphopt.passes.solvers import grid
 
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import PassError
+
+from ..analyses.linear_layers import LinearLayer
+from ..solvers import grid
 
 # The first version in which one DequantizeLinear may have a scale for each channel.
 PER_CHANNEL_OPSET = 13
@@ -24,15 +25,13 @@ class StoredWeight:
 
     Attributes:
         codes: Constant, int8, shaped like the weight.
-        scales: Constant, float32, [outputs], or a scalar where all outputs share one.
-        scale_array: What ``scales`` holds.
+        scales: float32, [outputs], or a scalar where all outputs share one.
         per_channel: Whether each output has a scale of its own.
         solution: The solver's answer.
     """
 
     codes: ir.Value
-    scales: ir.Value
-    scale_array: Array
+    scales: Array
     per_channel: bool
     solution: grid.GridWeight
 
@@ -51,6 +50,7 @@ class WeightStore:
     per_channel: bool
     bits: int = grid.FULL_RANGE_BITS
     _stored: dict[tuple[ir.Value, int, bool], StoredWeight] = field(default_factory=dict)
+    _scales: dict[tuple[StoredWeight, tuple[int, ...]], ir.Value] = field(default_factory=dict)
 
     def store(
         self, layer: LinearLayer, *, factor: float = 1.0, transposed: bool = False, least_scales: Array | None = None
@@ -75,24 +75,27 @@ class WeightStore:
             self._stored[key] = stored
         return stored
 
-    def _make(
-        self, layer: LinearLayer, factor: float, transposed: bool, least_scales: Array | None
-    ) -> StoredWeight:
+    def scales(self, stored: StoredWeight, near: ir.Node, shape: tuple[int, ...] = (-1,)) -> ir.Value:
+        """Return the constant that holds the scales of a weight, in a shape; the one made before, if any."""
+        key = (stored, shape)
+        if key not in self._scales:
+            array = stored.scales.reshape(shape) if stored.per_channel else stored.scales
+            self._scales[key] = self.ctx.rewriter.const(ir.tensor(array), "scales", near=near)
+        return self._scales[key]
+
+    def _make(self, layer: LinearLayer, factor: float, transposed: bool, least_scales: Array | None) -> StoredWeight:
         matrix = layer.matrix()
         if not np.isfinite(matrix).all():
             raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
         per_channel = self.per_channel and takes_channel_scales(layer)
         if factor != 1.0:
             matrix = matrix * np.float32(factor)
-        solution = grid.round_to_nearest(
-            matrix, per_channel=per_channel, bits=self.bits, least_scales=least_scales
-        )
+        solution = grid.round_to_nearest(matrix, per_channel=per_channel, bits=self.bits, least_scales=least_scales)
         codes = codes_like_weight(layer, solution.codes)
         scales = solution.scales if per_channel else solution.scales.reshape(())
         rewriter = self.ctx.rewriter
         return StoredWeight(
             rewriter.const(codes.T if transposed else codes, f"{layer.weight.name}_q", near=layer.node),
-            rewriter.const(ir.tensor(scales), f"{layer.weight.name}_s", near=layer.node),
             scales,
             per_channel,
             solution,
@@ -127,4 +130,4 @@ def takes_channel_scales(layer: LinearLayer) -> bool:
 
 
 def _reaches(stored: StoredWeight, least_scales: Array | None) -> bool:
-    return least_scales is None or bool((stored.scale_array >= least_scales).all())
+    return least_scales is None or bool((stored.scales >= least_scales).all())

@@ -67,11 +67,11 @@ class Prune(Pass):
             raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
         others = readers_elsewhere(layer, layers)
         if others:
-            ctx.note(f"left: its weight is also read by {others[0].op_type} `{walk.label(others[0])}`", layer.node)
+            ctx.left(f"its weight is also read by {others[0].op_type} `{walk.label(others[0])}`", layer.node)
             return False
         kept = _parse_pattern(self.pattern)
         if kept is not None and matrix.shape[1] % kept[1]:
-            ctx.note(f"left: {matrix.shape[1]} inputs are no multiple of {kept[1]}", layer.node)
+            ctx.left(f"{matrix.shape[1]} inputs are no multiple of {kept[1]}", layer.node)
             return False
         return True
 

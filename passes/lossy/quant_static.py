@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from graphopt.passes.analyses.integer_units import IntegerUnits, Unit, integer_units
-from graphopt.passes.analyses.linear_layers import LinearLayer
-from graphopt.passes.analyses.selection import Selection
-from graphopt.passes.lossy.integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore
-from graphopt.passes.solvers import grid
 
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.statistics import Range, RangeMethod
 from graphopt.target import IntegerScheme
+
+from ..analyses.integer_units import IntegerUnits, Unit, integer_units
+from ..analyses.linear_layers import LinearLayer
+from ..analyses.selection import Selection
+from ..solvers import grid
+from .integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore
 
 _RULE = "quant-static"
 # Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
@@ -152,6 +153,7 @@ class _Lowering:
         source = self._integers[value] if unit.on_integers else self._floats[value]
         if unit.node.inputs[index] is not source:
             self.ctx.rewriter.set_input(unit.node, index, source)
+            self.weights.release(value)
 
     def _enter(self, value: ir.Value, before: ir.Node) -> None:
         """Quantize a value made in float, for readers in integers alone; others go on reading the float."""
@@ -168,23 +170,20 @@ class _Lowering:
 
     def _quantize_output(self, unit: Unit) -> None:
         """Quantize what a unit makes, for every reader: floats are dequantized from it."""
-        for value, made in zip(unit.outputs, self._drop_tail(unit), strict=True):
+        rewriter = self.ctx.rewriter
+        # An asymmetric grid clips by itself what the Relu or Clip would; a symmetric one needs it in front.
+        keeps_tail = unit.tail is None or self.scheme.activation_symmetric
+        made_by = unit.outputs if keeps_tail else unit.node.outputs
+        for value, made in zip(unit.outputs, made_by, strict=True):
             producer = made.producer()
             assert producer is not None, "a unit makes its output"
-            rewriter = self.ctx.rewriter
             quantize = rewriter.make("QuantizeLinear", [made, *self._parameters(value)], sources=[producer], name="q")
             rewriter.insert_after(quantize, producer)
             self._integers[value] = quantize.outputs[0]
             self._leave(value, quantize)
             rewriter.set_input(quantize, 0, made)
-            if unit.tail is not None and unit.tail is not producer:
-                rewriter.erase(unit.tail)
-                made.shape = value.shape
-
-    def _drop_tail(self, unit: Unit) -> tuple[ir.Value, ...]:
-        """Return the values to quantize: behind the Relu or Clip only where the grid does not clip by itself."""
-        keeps_tail = self.scheme.activation_symmetric
-        return unit.outputs if keeps_tail else tuple(unit.node.outputs)
+        if unit.tail is not None and not keeps_tail:
+            rewriter.erase(unit.tail)
 
     def _lower_move(self, unit: Unit) -> None:
         """Let a node that moves values of any dtype move the integers themselves."""
@@ -204,10 +203,7 @@ class _Lowering:
         node = self._dequantize(value, after)
         rewriter.insert_after(node, after)
         rewriter.replace(value, node.outputs[0])
-        # Its own way to the integers is no reader.
-        if after.outputs[0] is not value and after.op_type == "QuantizeLinear":
-            self._floats[value] = node.outputs[0]
-            return
+        # Where the integers are the value itself, the way out of them is no reader to redirect.
         rewriter.set_input(node, 0, self._integers[value])
         self._floats[value] = node.outputs[0]
 
@@ -236,7 +232,8 @@ class _Lowering:
     def _codes(self, value: ir.Value, array: Array) -> Array:
         own = self.grids[value]
         low, high = _CODES[self.scheme.activation]
-        return np.clip(np.rint(array / own.scale) + own.zero_point, low, high).astype(self._dtype.numpy())
+        codes: Array = np.clip(np.rint(array / own.scale) + own.zero_point, low, high).astype(self._dtype.numpy())
+        return codes
 
     def _lower_weights(self, layer: LinearLayer) -> None:
         node, weight, bias = layer.node, layer.weight, layer.bias
@@ -249,8 +246,9 @@ class _Lowering:
         self._read_weight(layer, stored)
         if offsets is not None:
             self._read_bias(layer, stored, offsets, in_scale)
-        if node.op_type == "Gemm" and (alpha, beta) != (1.0, 1.0) and (offsets is not None or bias is None):
+        if alpha != 1.0:
             self.ctx.rewriter.set_attribute(node, "alpha", None)
+        if beta != 1.0 and offsets is not None:
             self.ctx.rewriter.set_attribute(node, "beta", None)
         self.weights.release(weight)
         self.weights.release(bias)
@@ -264,10 +262,10 @@ class _Lowering:
 
     def _read_weight(self, layer: LinearLayer, stored: StoredWeight) -> None:
         rewriter = self.ctx.rewriter
-        inputs = [stored.codes, stored.scales]
+        inputs = [stored.codes, self.weights.scales(stored, layer.node)]
         if layer.node.op_type == "Gemm":
             # ONNX Runtime fuses a Conv or MatMul without it, but no Gemm.
-            inputs.append(rewriter.const(ir.tensor(np.zeros_like(stored.scale_array, np.int8)), "weight_zero"))
+            inputs.append(rewriter.const(ir.tensor(np.zeros_like(stored.scales, np.int8)), "weight_zero"))
         axis = layer.output_axis if stored.per_channel else None
         node = rewriter.make("DequantizeLinear", inputs, {"axis": axis}, sources=[layer.node], name="w")
         rewriter.insert(node, before=layer.node)
@@ -276,7 +274,7 @@ class _Lowering:
     def _read_bias(self, layer: LinearLayer, stored: StoredWeight, offsets: Array, in_scale: np.float32) -> None:
         """Store the bias as int32 on the grid of the sums of products, the only one the kernels take."""
         rewriter = self.ctx.rewriter
-        scales = np.asarray(in_scale * stored.scale_array, np.float32)
+        scales = np.asarray(in_scale * stored.scales, np.float32)
         codes = np.rint(offsets.astype(np.float64) / scales).astype(np.int32)
         inputs = [rewriter.const(codes, "bias"), rewriter.const(ir.tensor(scales), "bias_scale")]
         axis = 0 if stored.per_channel else None

@@ -1,0 +1,177 @@
+"""Weight-only quantization: weights stored as integers, arithmetic as before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.authoring import Context
+
+from ..analyses.linear_layers import LinearLayer, as_linear_layer
+from ..analyses.selection import Selection
+from .integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore
+
+_RULE = "quant-weights"
+# What the nodes, names and shapes that bring a weight back to float take in a file, roughly.
+_OVERHEAD_BYTES = 256
+_BYTES_SAVED, _BYTES_PER_SCALE = 3, 4
+
+
+def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, *, per_channel: bool) -> None:
+    """Store the weights of linear layers and the tables of embeddings as int8.
+
+    A matrix is read through a DequantizeLinear in the form ONNX Runtime computes on directly (MatMulNBits). Any
+    other weight becomes Mul(Cast(codes), scales), which every runtime folds to the float weight when it loads
+    the model; a DequantizeLinear would be run anew for each input. A table is gathered in integers.
+
+    Args:
+        model: The model, changed in place.
+        ctx: Target and rewriter.
+        selection: Nodes whose weights may be stored as integers.
+        per_channel: Whether weights have a scale for each output channel.
+    """
+    lowering = _Lowering(ctx, WeightStore(ctx, per_channel), walk.opset(model) >= PER_CHANNEL_OPSET)
+    chosen: dict[ir.Value, LinearLayer] = {}
+    for node in walk.every_node(model):
+        layer = _weight_of(node, ctx)
+        if layer is not None and selection.allows(node) and _pays(layer, per_channel):
+            chosen.setdefault(layer.weight, layer)
+    before = after = 0
+    for weight, layer in chosen.items():
+        before += _size(weight) * _BYTES_PER_SCALE
+        after += _size(weight)
+        lowering.lower(weight, layer, selection)
+    _summarise(chosen, before, after, lowering, ctx)
+
+
+def _weight_of(node: ir.Node, ctx: Context) -> LinearLayer | None:
+    """Return a node's constant float32 weight as a layer; a table counts as one whose rows are outputs."""
+    if _is_lookup(node):
+        table, indices = node.inputs
+        tensor = walk.constant_tensor(table)
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2 or indices is None:
+            return None
+        assert table is not None, "it holds a tensor"
+        return LinearLayer(node, indices, table, 0, 0, None)
+    if not walk.is_onnx_op(node, *ctx.target.weight_only_ops):
+        return None
+    layer = as_linear_layer(node)
+    return layer if layer is not None and layer.weight.dtype == ir.DataType.FLOAT else None
+
+
+def _is_lookup(node: ir.Node) -> bool:
+    return walk.is_onnx_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
+
+
+def _pays(layer: LinearLayer, per_channel: bool) -> bool:
+    """Return whether integers and scales take less room than the floats."""
+    shape = layer.weight.shape
+    channels = int(shape[layer.output_axis]) if shape is not None and per_channel else 1  # type: ignore[arg-type]
+    return _size(layer.weight) * _BYTES_SAVED > channels * _BYTES_PER_SCALE + _OVERHEAD_BYTES
+
+
+def _size(weight: ir.Value) -> int:
+    tensor = walk.constant_tensor(weight)
+    return tensor.size if tensor is not None else 0
+
+
+@dataclass
+class _Lowering:
+    """Stores weights as integers one by one, for all that read them.
+
+    Attributes:
+        ctx: Where edits are made.
+        weights: Weights stored so far.
+        has_axis: Whether a DequantizeLinear may have a scale for each channel.
+        done: How many readers of each operator.
+        direct: How many of them are in the form that computes on the integers.
+    """
+
+    ctx: Context
+    weights: WeightStore
+    has_axis: bool
+    done: Counter[str] = field(default_factory=Counter)
+    direct: int = 0
+
+    def lower(self, weight: ir.Value, layer: LinearLayer, selection: Selection) -> None:
+        """Store one weight and serve all its readers from the integers, as one edit."""
+        readers = {use.node: None for use in weight.uses()}
+        with self.ctx.rewriter.edit(_RULE, layer.node):
+            stored = self.weights.store(layer)
+            floats: dict[object, ir.Value] = {}
+            for node in readers:
+                self.done[node.op_type] += 1
+                if _is_lookup(node) and layer.output_axis == 0 and node.inputs[0] is weight:
+                    self._gather_integers(node, stored)
+                elif self.has_axis and _multiplies_directly(node, weight, layer.output_axis):
+                    self._dequantize(node, layer.output_axis, stored)
+                else:
+                    self._read_floats(node, weight, layer, stored, floats)
+            self.weights.release(weight)
+
+    def _gather_integers(self, node: ir.Node, stored: StoredWeight) -> None:
+        """Look rows up in integers, then bring only those to float."""
+        indices = node.inputs[1]
+        assert indices is not None, "a lookup has indices"
+        rows = self._make(node, "Cast", [self._make(node, "Gather", [stored.codes, indices])], to=ir.DataType.FLOAT)
+        scales = self.weights.scales(stored, node, (-1, 1))
+        if stored.per_channel:
+            scales = self._make(node, "Gather", [scales, indices])
+        self.ctx.rewriter.replace(node.outputs[0], self._make(node, "Mul", [rows, scales]))
+        self.ctx.rewriter.erase(node)
+
+    def _dequantize(self, node: ir.Node, axis: int, stored: StoredWeight) -> None:
+        self.direct += 1
+        inputs = [stored.codes, self.weights.scales(stored, node)]
+        attributes = {"axis": axis} if stored.per_channel else {}
+        self.ctx.rewriter.set_input(node, 1, self._make(node, "DequantizeLinear", inputs, **attributes))
+
+    def _read_floats(
+        self,
+        node: ir.Node,
+        weight: ir.Value,
+        layer: LinearLayer,
+        stored: StoredWeight,
+        floats: dict[object, ir.Value],
+    ) -> None:
+        if node.graph not in floats:
+            rank = len(weight.shape or ())
+            shape = tuple(-1 if axis == layer.output_axis else 1 for axis in range(rank))
+            casted = self._make(node, "Cast", [stored.codes], to=ir.DataType.FLOAT)
+            floats[node.graph] = self._make(node, "Mul", [casted, self.weights.scales(stored, node, shape)])
+        for index, value in enumerate(node.inputs):
+            if value is weight:
+                self.ctx.rewriter.set_input(node, index, floats[node.graph])
+
+    def _make(self, node: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+        made = self.ctx.rewriter.make(op_type, inputs, attributes, sources=[node])
+        return self.ctx.rewriter.insert(made, before=node).outputs[0]
+
+
+def _multiplies_directly(node: ir.Node, weight: ir.Value, axis: int) -> bool:
+    """Return whether ONNX Runtime multiplies by the stored integers of this reader without unpacking them."""
+    if not walk.is_onnx_op(node, "MatMul", "Gemm") or node.inputs[1] is not weight or node.inputs[0] is weight:
+        return False
+    plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+    untransposed = all(node.attributes.get_int(name, 0) == 0 for name in ("transA", "transB"))
+    return plain and untransposed and axis == 1 and len(weight.shape or ()) == 2
+
+
+def _summarise(chosen: dict[ir.Value, LinearLayer], before: int, after: int, lowering: _Lowering, ctx: Context) -> None:
+    if not chosen:
+        ctx.note("found no weight that is smaller as int8: the model is unchanged")
+        return
+    readers = ", ".join(f"{count} {operator}" for operator, count in lowering.done.most_common())
+    compute = "the runtime computes in float as before"
+    if lowering.direct:
+        compute = f"the runtime computes in float, or for {lowering.direct} of them on the integers where it can"
+    ctx.note(
+        f"{len(chosen)} weights stored as int8 for {readers}, {before / 1e6:.1f} → {after / 1e6:.1f} MB; {compute}",
+        weights=len(chosen),
+        float_bytes=before,
+        integer_bytes=after,
+        direct=lowering.direct,
+    )

@@ -12,25 +12,27 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.authoring import Context, Guarantee, Need, Pass, RewritePass
-    from graphopt.driver import Result, bench, compare, optimize
+    from graphopt.driver import Result, optimize
     from graphopt.errors import GraphoptError, PassError, VerificationError
     from graphopt.model_io import load, save
     from graphopt.options import opt
     from graphopt.pattern import Miss, Rule
     from graphopt.pipeline import Pipeline
     from graphopt.registry import Preset
+    from graphopt.side_by_side import bench, compare
     from graphopt.summary import summarize
     from graphopt.target import Target
 
 _HOMES = {
     "graphopt.authoring": ("Context", "Guarantee", "Need", "Pass", "RewritePass"),
-    "graphopt.driver": ("Result", "bench", "compare", "optimize"),
+    "graphopt.driver": ("Result", "optimize"),
     "graphopt.errors": ("GraphoptError", "PassError", "VerificationError"),
     "graphopt.model_io": ("load", "save"),
     "graphopt.options": ("opt",),
     "graphopt.pattern": ("Miss", "Rule"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.registry": ("Preset",),
+    "graphopt.side_by_side": ("bench", "compare"),
     "graphopt.summary": ("summarize",),
     "graphopt.target": ("Target",),
 }

@@ -211,7 +211,7 @@ def compare(
 ) -> None:
     """Compare the outputs of two models, matched by name; exit with 1 where they differ beyond the tolerance."""
     from graphopt import tables
-    from graphopt.driver import compare as run
+    from graphopt.side_by_side import compare as run
 
     result = run(a, b, data=data, labels=labels, metric=metric, backend=backend, seed=seed, threads=threads)
     if as_json:
@@ -236,7 +236,7 @@ def bench(
 ) -> None:
     """Time models side by side, their runs interleaved."""
     from graphopt import tables
-    from graphopt.driver import bench as run
+    from graphopt.side_by_side import bench as run
 
     times = run(models, data=data, batch=batch, backend=backend, threads=threads, seconds=seconds, seed=seed)
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,14 +13,12 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt import latency, provenance, registry
+from graphopt import latency
 from graphopt.authoring import Guarantee, Pass
-from graphopt.backend import Array, Backend
-from graphopt.comparison import Comparison, require_same_names
-from graphopt.data import Batch, Dataset, open_data
-from graphopt.errors import BackendError, UsageError, VerificationError, did_you_mean
-from graphopt.evaluation import SCORING_BATCH, Judge
-from graphopt.generated import generated_feeds
+from graphopt.choices import ModelLike, chosen_metrics, find_backend, find_target, known_metrics, open_model
+from graphopt.data import Dataset, open_data
+from graphopt.errors import BackendError, UsageError, VerificationError
+from graphopt.evaluation import Judge
 from graphopt.instruments import (
     Gate,
     Instrument,
@@ -32,20 +30,17 @@ from graphopt.instruments import (
     judged,
     measured,
 )
-from graphopt.latency import Latency
 from graphopt.manager import PassManager, Setting
-from graphopt.metrics import BUILTIN, Budget, Metric, default_metrics, user_metric
-from graphopt.model_io import gzip_bytes, load, save, stored_bytes
+from graphopt.metrics import Budget
+from graphopt.model_io import gzip_bytes, save, stored_bytes
 from graphopt.pipeline import Pipeline, schedule, weakest
 from graphopt.report import Check, Report, Side
 from graphopt.rewrite_check import RewriteChecker
 from graphopt.shapes import forget_inferred
 from graphopt.summary import summarize
-from graphopt.target import Target
 from graphopt.verify import Signature, verify
 
 Verify = Literal["off", "final", "each", "rewrites"]
-ModelLike = ir.Model | str | Path
 LATENCY_SECONDS = 2.0
 
 
@@ -167,67 +162,6 @@ def check_output(output: Path, source: ModelLike) -> None:
         raise UsageError(
             f"cannot write to `{output.parent}`: {error.strerror}", hint="choose another folder"
         ) from error
-
-
-def open_model(model: ModelLike) -> ir.Model:
-    """Return a model of its own to work on: loaded, or a clone that shares weights, with origins stamped."""
-    opened = model.clone() if isinstance(model, ir.Model) else load(model)
-    provenance.stamp(opened)
-    return opened
-
-
-def find_target(name: str | None) -> Target:
-    """Return a target by name, or the one of this machine's CPU."""
-    found: Target = registry.find("TARGETS", name or registry.host_target())
-    return found
-
-
-def find_backend(text: str | None, target: Target) -> Backend:
-    """Return the backend asked for, or the target's own.
-
-    Raises:
-        BackendError: It cannot run on this machine.
-    """
-    if text is None:
-        found: Backend = registry.backend(target.backend, provider=target.provider)
-    else:
-        found = registry.backend(text)
-    why = found.missing()
-    if why is not None:
-        reason, _, todo = why.partition("; ")
-        raise BackendError(f"backend `{found.describe()}` cannot run here: {reason}", hint=todo or None)
-    return found
-
-
-def known_metrics(text: str | None) -> dict[str, type[Metric]]:
-    """Return every metric by name, with the user's own if ``text`` is ``file.py:function``.
-
-    Raises:
-        UsageError: ``text`` names no metric.
-    """
-    metrics = {**BUILTIN, **registry.table("METRICS")}
-    if text is None:
-        return metrics
-    if ":" in text:
-        own = user_metric(text)
-        return {**metrics, own.name: own}
-    if text not in metrics:
-        raise UsageError(f"unknown metric `{text}`", hint=did_you_mean(text, metrics))
-    return metrics
-
-
-def chosen_metrics(text: str | None, model: ir.Model, data: Dataset | None) -> list[type[Metric]]:
-    """Return what to score by: what the user named first, then what fits the outputs and labels."""
-    known = known_metrics(text)
-    if data is None:
-        return []
-    fitting = default_metrics(model, next(iter(data.take(1).batches(1))))
-    if text is None:
-        return fitting
-    named = known[text.rpartition(":")[2]]
-    if named.needs_labels and not data.has_labels:
-        raise UsageError(f"metric `{named.name}` needs labels and `{data.name}` has none", hint="see `--labels`")
-    return [named, *(metric for metric in fitting if metric.against_original and metric is not named)]
 
 
 class _Run:
@@ -450,91 +384,3 @@ def installed_version() -> str:
         return version("graphopt")
     except PackageNotFoundError:
         return "0+unknown"
-
-
-def compare(
-    a: ModelLike,
-    b: ModelLike,
-    *,
-    data: Any = None,
-    labels: str | None = None,
-    metric: str | None = None,
-    backend: str | None = None,
-    seed: int = 0,
-    threads: int = 0,
-) -> Comparison:
-    """Compare two models' outputs, matched by name, on the same inputs, as deployed.
-
-    Args:
-        a: A model or path; the reference.
-        b: Another.
-        data: Samples, as for `optimize`; made-up inputs where None.
-        labels: Key of the labels; metrics are scored where there are any.
-        metric: Metric to score by.
-        backend: Backend text.
-        seed: Seed of made-up inputs.
-        threads: Threads for the backend.
-
-    Raises:
-        ModelError: The two have different inputs or outputs.
-        BackendError: The runtime refuses one of them.
-    """
-    runtime = find_backend(backend, find_target(None))
-    models = [open_model(one) for one in (a, b)]
-    for kind in ("input", "output"):
-        names = [[value.name or "" for value in getattr(model.graph, kind + "s")] for model in models]
-        require_same_names(kind, *names)
-    samples = open_data(data, models[0], labels=labels) if data is not None else None
-    metrics = chosen_metrics(metric, models[0], samples)
-    comparison = Comparison()
-    scores = [[one() for one in metrics if not one.against_original] for _ in models]
-    with runtime.open(models[0], threads=threads) as left, runtime.open(models[1], threads=threads) as right:
-        for batch in _comparison_batches(models[0], samples, seed):
-            outputs = left.run(batch.feeds), right.run(batch.feeds)
-            comparison.update(*outputs)
-            for side, out in zip(scores, outputs, strict=True):
-                for one in side:
-                    one.update(out, outputs[0], batch)
-    for first, second in zip(*scores, strict=True):
-        comparison.metrics[first.name] = (first.value(), second.value())
-    return comparison
-
-
-def _comparison_batches(model: ir.Model, data: Dataset | None, seed: int) -> Iterable[Batch]:
-    if data is not None:
-        return data.batches(SCORING_BATCH)
-    return [Batch(feed, None, 1) for feed in generated_feeds(model, seed)]
-
-
-def bench(
-    models: Sequence[str | Path],
-    *,
-    data: Any = None,
-    batch: int = 1,
-    backend: str | None = None,
-    threads: int = 0,
-    seconds: float = LATENCY_SECONDS,
-    seed: int = 0,
-) -> list[Latency]:
-    """Time model files in turn, each on the same inputs.
-
-    Args:
-        models: Model files with the same inputs.
-        data: Samples to run on, as for `optimize`; made-up inputs where None.
-        batch: Samples per run, where the model's batch dimension is dynamic.
-        backend: Backend text.
-        threads: Threads for the backend; 0 leaves it to the runtime.
-        seconds: Time to spend in all.
-        seed: Seed of made-up inputs.
-    """
-    runtime = find_backend(backend, find_target(None))
-    feeds = [_bench_feed(open_model(model), data, batch, seed) for model in models]
-    with contextlib.ExitStack() as stack:
-        sessions = [stack.enter_context(runtime.open(Path(model), threads=threads)) for model in models]
-        return latency.measure(sessions, feeds, seconds=seconds)
-
-
-def _bench_feed(model: ir.Model, data: Any, batch: int, seed: int) -> dict[str, Array]:
-    if data is not None:
-        return next(iter(open_data(data, model).batches(batch))).feeds
-    return generated_feeds(model, seed, sets=1, batch=batch)[0]

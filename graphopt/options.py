@@ -14,7 +14,6 @@ from graphopt.errors import UsageError, did_you_mean
 T = TypeVar("T")
 
 LIST_SEPARATOR = "+"
-_ESCAPED = re.compile(r"\\(.)")
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -72,7 +71,7 @@ def check(obj: Any, *, where: str) -> None:
 
 def to_text(obj: Any) -> str:
     """Return the options that differ from their defaults as ``name=value:name=value``."""
-    return ":".join(f"{name}={_escape(_show(value))}" for name, value in changed(obj).items())
+    return ":".join(f"{name}={_escape(_show(value), ':,')}" for name, value in changed(obj).items())
 
 
 def changed(obj: Any) -> dict[str, Any]:
@@ -98,13 +97,21 @@ def from_text(text: str, *, where: str) -> dict[str, str]:
         name = name.strip().replace("-", "_")
         if name in values:
             raise UsageError(f"{where}: option `{name}` is given twice", hint="keep one of them")
-        values[name] = _ESCAPED.sub(r"\1", value)
+        values[name] = _unescape(value)
     return values
 
 
 def split(text: str, separator: str) -> list[str]:
     """Split text at a separator that no backslash escapes; empty text gives no parts."""
-    return re.split(rf"(?<!\\){re.escape(separator)}", text) if text else []
+    if not text:
+        return []
+    parts = [""]
+    for token in re.findall(r"\\.|.", text, flags=re.DOTALL):
+        if token == separator:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return parts
 
 
 def describe(cls: type) -> Iterator[tuple[str, str, str]]:
@@ -119,12 +126,16 @@ def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return LIST_SEPARATOR.join(str(item) for item in value)
+        return LIST_SEPARATOR.join(_escape(str(item), LIST_SEPARATOR) for item in value)
     return str(value)
 
 
-def _escape(text: str) -> str:
-    return re.sub(r"([\\:,])", r"\\\1", text)
+def _escape(text: str, separators: str) -> str:
+    return re.sub(rf"([\\{re.escape(separators)}])", r"\\\1", text)
+
+
+def _unescape(text: str) -> str:
+    return re.sub(r"\\(.)", r"\1", text)
 
 
 def _allows_none(hint: Any) -> bool:
@@ -143,7 +154,7 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
             raise UsageError(f"{place} cannot be `{value}`", hint=f"one of: {', '.join(map(str, choices))}")
         return value
     if typing.get_origin(hint) is tuple:
-        items = value.split(LIST_SEPARATOR) if isinstance(value, str) else value
+        items = [_unescape(item) for item in split(value, LIST_SEPARATOR)] if isinstance(value, str) else value
         (item_hint, *_) = typing.get_args(hint)
         return tuple(_convert(item, item_hint, place) for item in items if item != "")
     return _convert_scalar(value, hint, place)

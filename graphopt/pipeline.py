@@ -133,7 +133,7 @@ def _toml_options(step: Step) -> dict[str, Any]:
 
 
 def _step_from_text(text: str) -> Step:
-    name, *rest = options.split(text, ":")
+    name, *rest = options.split(text, ":") or [""]
     return _make_step(name, options.from_text(":".join(rest), where=f"pass `{name}`"))
 
 

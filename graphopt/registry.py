@@ -31,19 +31,28 @@ class Preset:
     help: str
 
 
+@dataclass(frozen=True)
+class _Plugin:
+    """A plug-in and how errors call it."""
+
+    label: str
+    module: ModuleType
+
+
 @functools.cache
-def _plugins() -> tuple[tuple[str, ModuleType], ...]:
+def _plugins() -> tuple[_Plugin, ...]:
     found = sorted(entry_points(group=GROUP), key=lambda point: (point.value.split(".")[0] != "graphopt", point.name))
-    modules = []
+    plugins = []
     for point in found:
+        package = point.dist.name if point.dist is not None else point.value
         try:
-            modules.append((point.value, point.load()))
+            plugins.append(_Plugin(f"`{point.value}` of package `{package}`", point.load()))
         except Exception as error:
             raise UsageError(
-                f"plug-in `{point.value}` fails to load: {type(error).__name__}: {error}",
-                hint="repair or uninstall the package that brings it",
+                f"plug-in `{point.value}` of package `{package}` fails to load: {_one_line(error)}",
+                hint=f"repair or uninstall `{package}`",
             ) from error
-    return tuple(modules)
+    return tuple(plugins)
 
 
 @functools.cache
@@ -56,15 +65,21 @@ def table(kind: str) -> Mapping[str, Any]:
     Raises:
         UsageError: Two plug-ins claim the same name, or one fails to load.
     """
+    # A pipeline names passes and presets alike, so that no name may stand for one of each.
+    kinds = ("PASSES", "PRESETS") if kind in ("PASSES", "PRESETS") else (kind,)
     merged: dict[str, Any] = {}
     owner: dict[str, str] = {}
-    for plugin, module in _plugins():
-        for name, entry in getattr(module, kind, {}).items():
-            if name in merged:
-                raise UsageError(
-                    f"`{name}` is claimed by plug-in `{owner[name]}` and by `{plugin}`", hint="uninstall one of them"
-                )
-            merged[name], owner[name] = entry, plugin
+    for plugin in _plugins():
+        for one in kinds:
+            for name, entry in getattr(plugin.module, one, {}).items():
+                if name in owner:
+                    raise UsageError(
+                        f"`{name}` is claimed by plug-in {owner[name]} and by {plugin.label}",
+                        hint="rename one of them, or uninstall its package",
+                    )
+                owner[name] = plugin.label
+                if one == kind:
+                    merged[name] = entry
     return MappingProxyType(merged)
 
 
@@ -78,15 +93,27 @@ def find(kind: str, name: str) -> Any:
     """Return one entry, imported.
 
     Raises:
-        UsageError: No such entry; hints at the closest.
+        UsageError: No such entry, with a hint at the closest; or it cannot be imported.
     """
     entries = table(kind)
+    noun = kind.lower().removesuffix("s") if kind != "PASSES" else "pass"
     if name not in entries:
-        noun = kind.lower().removesuffix("s") if kind != "PASSES" else "pass"
         known = [*entries, *table("PRESETS")] if kind == "PASSES" else list(entries)
         raise UsageError(f"unknown {noun} `{name}`", hint=did_you_mean(name, known))
     entry = entries[name]
-    return resolve(entry) if isinstance(entry, str) else entry
+    if not isinstance(entry, str):
+        return entry
+    try:
+        return resolve(entry)
+    except Exception as error:
+        raise UsageError(
+            f"{noun} `{name}` cannot be imported from `{entry}`: {_one_line(error)}",
+            hint="repair or uninstall the package that brings it",
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def backend(text: str, **overrides: Any) -> Any:
@@ -103,7 +130,7 @@ def backend(text: str, **overrides: Any) -> Any:
 
 def host_target() -> str:
     """Return the name of the target that is this machine's CPU, as the first plug-in that can tell says."""
-    for _, module in _plugins():
-        if hasattr(module, "HOST_TARGET"):
-            return str(resolve(module.HOST_TARGET)())
+    for plugin in _plugins():
+        if hasattr(plugin.module, "HOST_TARGET"):
+            return str(resolve(plugin.module.HOST_TARGET)())
     raise UsageError("no plug-in knows this machine", hint="name a target with `--target`")

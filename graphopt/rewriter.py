@@ -60,6 +60,7 @@ class Rewriter:
         self.pass_name = pass_name
         self.edits = 0
         self._touched: set[str] | None = None
+        self._changed = False
         self._names: set[str] | None = None
         self._roots: dict[ir.Graph, ir.Graph | ir.Function] | None = None
         self._observer: Observer | None = None

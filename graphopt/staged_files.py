@@ -36,7 +36,9 @@ class StagedFiles:
         done: list[tuple[Path, Path | None]] = []
         try:
             for temporary, target in self._files:
-                done.append((target, _second_name(target)))
+                # The last file needs no second name: if it cannot be replaced, it is as it was.
+                if target != self._files[-1][1]:
+                    done.append((target, _second_name(target)))
                 os.replace(temporary, target)
         except BaseException:
             for target, before in done:
@@ -61,12 +63,15 @@ def _fresh_name(target: Path) -> Path:
 
 
 def _second_name(target: Path) -> Path | None:
-    """Give an existing file a second name to be put back from."""
+    """Give a file a second name to be put back from, None if there is no such file."""
+    if not os.path.lexists(target):
+        return None
     second = _fresh_name(target)
     try:
         os.link(target, second, follow_symlinks=False)
     except OSError:
-        return None
+        # Some file systems have no second names: then it has only this one until the new file is there.
+        os.rename(target, second)
     return second
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt import options, registry
+from graphopt.choices import known_metrics
 from graphopt.comparison import Comparison
 from graphopt.latency import Latency
 from graphopt.report import Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
@@ -228,8 +229,6 @@ def _list_targets() -> list[tuple[str, str]]:
 
 
 def _list_metrics() -> list[tuple[str, str]]:
-    from graphopt.driver import known_metrics
-
     return [(name, metric.help) for name, metric in known_metrics(None).items()]
 
 

@@ -35,7 +35,7 @@ class Target:
         name: What ``--target`` calls it.
         help: One line for people.
         backend: Name of the backend that runs it.
-        provider: The backend's execution provider.
+        provider: The backend's execution provider, or None where it has no such option.
         static: Scheme of static QDQ quantization, or None where it never pays.
         integer_ops: Operators with an integer kernel once every input and output is quantized.
         shared_scale_ops: Operators that only move or select values: input and output share one scale.
@@ -46,7 +46,7 @@ class Target:
     name: str
     help: str
     backend: str
-    provider: str
+    provider: str | None = None
     static: IntegerScheme | None = None
     integer_ops: frozenset[str] = field(default_factory=frozenset)
     shared_scale_ops: frozenset[str] = field(default_factory=frozenset)

@@ -1086,6 +1086,17 @@ def test_a_save_that_fails_leaves_everything_as_it_was(
         assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_a_save_that_fails_where_files_have_one_name_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_a_save_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, broken_at_the_end, external, True)
+
+
 def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_io.load(write(add_model(), tmp_path / "in.onnx"))
     broken_by_disk(monkeypatch, model)

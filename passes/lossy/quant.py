@@ -180,7 +180,7 @@ def _multiplications(model: ir.Model) -> Counter[str]:
     for node in walk.every_node(model):
         layer = as_linear_layer(node)
         if layer is not None:
-            counts[node.op_type] += math.prod(int(dim) for dim in layer.weight.shape or ()) * _positions(layer)  # type: ignore[arg-type]
+            counts[node.op_type] += layer.matrix().size * _positions(layer)
     return counts
 
 

@@ -1,0 +1,83 @@
+"""What a user's words stand for: the model, the target, the backend and the metrics of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphopt import provenance, registry
+from graphopt.backend import Backend
+from graphopt.data import Dataset
+from graphopt.errors import BackendError, UsageError, did_you_mean
+from graphopt.metrics import BUILTIN, Metric, default_metrics, user_metric
+from graphopt.model_io import load
+from graphopt.target import Target
+
+ModelLike = ir.Model | str | Path
+
+
+def open_model(model: ModelLike) -> ir.Model:
+    """Return a model of its own to work on: loaded, or a clone that shares weights, with origins stamped."""
+    opened = model.clone() if isinstance(model, ir.Model) else load(model)
+    provenance.stamp(opened)
+    return opened
+
+
+def find_target(name: str | None) -> Target:
+    """Return a target by name, or the one of this machine's CPU."""
+    found: Target = registry.find("TARGETS", name or registry.host_target())
+    return found
+
+
+def find_backend(text: str | None, target: Target) -> Backend:
+    """Return the backend asked for, or the target's own.
+
+    Raises:
+        BackendError: It cannot run on this machine.
+    """
+    if text is None:
+        provider = {"provider": target.provider} if target.provider is not None else {}
+        found: Backend = registry.backend(target.backend, **provider)
+    else:
+        found = registry.backend(text)
+    why = found.missing()
+    if why is not None:
+        reason, _, todo = why.partition("; ")
+        raise BackendError(f"backend `{found.describe()}` cannot run here: {reason}", hint=todo or None)
+    return found
+
+
+def known_metrics(text: str | None) -> dict[str, type[Metric]]:
+    """Return every metric by name, with the user's own if ``text`` is ``file.py:function``.
+
+    Raises:
+        UsageError: ``text`` names no metric, or a plug-in claims the name of one of ours.
+    """
+    metrics = dict(BUILTIN)
+    for name in registry.table("METRICS"):
+        if name in BUILTIN:
+            raise UsageError(f"a plug-in claims the name of the metric `{name}`", hint="rename it, or uninstall it")
+        metrics[name] = registry.find("METRICS", name)
+    if text is None:
+        return metrics
+    if ":" in text:
+        own = user_metric(text)
+        return {**metrics, own.name: own}
+    if text not in metrics:
+        raise UsageError(f"unknown metric `{text}`", hint=did_you_mean(text, metrics))
+    return metrics
+
+
+def chosen_metrics(text: str | None, model: ir.Model, data: Dataset | None) -> list[type[Metric]]:
+    """Return what to score by: what the user named first, then what fits the outputs and labels."""
+    known = known_metrics(text)
+    if data is None:
+        return []
+    fitting = default_metrics(model, next(iter(data.take(1).batches(1))))
+    if text is None:
+        return fitting
+    named = known[text.rpartition(":")[2]]
+    if named.needs_labels and not data.has_labels:
+        raise UsageError(f"metric `{named.name}` needs labels and `{data.name}` has none", hint="see `--labels`")
+    return [named, *(metric for metric in fitting if metric.against_original and metric is not named)]

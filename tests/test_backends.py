@@ -1,0 +1,153 @@
+"""Backends: two judges of one protocol, and clear words where one cannot run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+import graphopt
+from graphopt import registry
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.backends.reference import Reference
+from graphopt.errors import BackendError, UsageError
+
+pytest.importorskip("onnxruntime")
+
+TEXT = """<ir_version: 8, opset_import: ["": 17]>
+agraph (float[n, 2] x, float[2] w) => (float[n, 2] y, float[n, 2] z) <float[2] w = {1.0, 2.0}> {
+  y = Add(x, w)
+  z = Relu(y)
+}"""
+FEED = {"x": np.array([[1.0, -5.0]], np.float32)}
+
+
+def model() -> ir.Model:
+    return ir.from_proto(onnx.parser.parse_model(TEXT))
+
+
+@pytest.mark.parametrize("backend", [OnnxRuntime(), Reference()], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_both_backends_run_a_model_in_memory_and_from_a_file(
+    backend: OnnxRuntime | Reference, from_file: bool, tmp_path: Path
+) -> None:
+    subject: ir.Model | Path = model()
+    if from_file:
+        graphopt.save(subject, tmp_path / "m.onnx")
+        subject = tmp_path / "m.onnx"
+    with backend.open(subject) as session:
+        assert list(session.input_names) == ["x"]  # w has a default
+        assert list(session.output_names) == ["y", "z"]
+        outputs = session.run(FEED)
+    assert outputs["y"].tolist() == [[2.0, -3.0]]
+    assert outputs["z"].tolist() == [[2.0, 0.0]]
+
+
+@pytest.mark.parametrize("backend", [OnnxRuntime(), Reference()], ids=lambda backend: backend.name)
+def test_a_default_input_can_be_fed(backend: OnnxRuntime | Reference) -> None:
+    with backend.open(model()) as session:
+        outputs = session.run({**FEED, "w": np.array([0.0, 0.0], np.float32)})
+    assert outputs["y"].tolist() == [[1.0, -5.0]]
+
+
+@pytest.mark.parametrize("backend", [OnnxRuntime(), Reference()], ids=lambda backend: backend.name)
+def test_a_missing_feed_is_one_line(backend: OnnxRuntime | Reference) -> None:
+    with backend.open(model()) as session, pytest.raises(BackendError) as caught:
+        session.run({})
+    assert "\n" not in caught.value.message
+
+
+def test_a_model_the_runtime_refuses_is_one_line() -> None:
+    broken = model()
+    broken.graph[1].op_type = "NoSuchOp"
+    with pytest.raises(BackendError, match="refuses the model"):
+        OnnxRuntime().open(broken)
+
+
+def test_large_weights_are_read_where_they_lie() -> None:
+    """A weight over the inline limit reaches the runtime as the array itself."""
+    text = '<ir_version: 8, opset_import: ["": 17]> agraph (float[2, 64] x, float[64, 64] w) => (float[2, 64] y) '
+    subject = ir.from_proto(onnx.parser.parse_model(text + "{ y = MatMul(x, w) }"))
+    weight = subject.graph.inputs.pop()
+    content = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    weight.const_value = ir.tensor(content, name="w")
+    subject.graph.register_initializer(weight)
+    x = np.ones((2, 64), np.float32)
+    for optimize in (False, True):
+        with OnnxRuntime().open(subject, optimize=optimize) as session:
+            np.testing.assert_allclose(session.run({"x": x})["y"], x @ content, rtol=1e-4, atol=1e-4)
+
+
+def test_the_profile_lands_where_asked(tmp_path: Path) -> None:
+    with OnnxRuntime().open(model(), profile=tmp_path / "profile") as session:
+        session.run(FEED)
+        file = session.end_profiling()
+    assert file.parent == tmp_path
+    assert "Add" in file.read_text()
+
+
+def test_the_reference_has_no_profiler(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="no profiler"):
+        Reference().open(model(), profile=tmp_path / "profile")
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_this_machine_lacks_says_what_to_install(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    backend = registry.backend(f"onnxruntime:provider={provider}")
+    assert "graphopt[gpu]" in (backend.missing() or "")
+    with pytest.raises(BackendError) as caught:
+        backend.open(model())
+    assert "graphopt[gpu]" in (caught.value.hint or "")
+
+
+def test_a_provider_that_is_there_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU machine would do, as far as a double can show it."""
+    import onnxruntime
+
+    asked: list[list[str]] = []
+
+    def record(_path: object, _options: object, providers: list[str]) -> None:
+        asked.append(providers)
+        raise RuntimeError("recorded")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", record)
+    with pytest.raises(BackendError, match="recorded"):
+        OnnxRuntime(provider="cuda").open(model())
+    assert asked == [["CUDAExecutionProvider"]]
+
+
+def test_without_onnxruntime_the_message_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from graphopt.backends.onnxruntime import OnnxRuntime\n"
+        "print(OnnxRuntime().missing())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "install `graphopt[cpu]`" in done.stdout
+
+
+def test_unknown_backends_and_options_are_usage_errors() -> None:
+    with pytest.raises(UsageError) as caught:
+        registry.backend("onnxruntim")
+    assert "did you mean `onnxruntime`?" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="cannot be `cdua`"):
+        registry.backend("onnxruntime:provider=cdua")
+
+
+def test_every_target_names_an_installed_backend_and_provider() -> None:
+    for name, target in registry.table("TARGETS").items():
+        assert target.name == name
+        assert registry.backend(target.backend, provider=target.provider).describe()
+
+
+def test_the_host_target_is_known() -> None:
+    assert registry.host_target() in registry.table("TARGETS")

@@ -1,0 +1,197 @@
+"""Rules: matching, holding back, the worklist, and rules that undo each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+from graphopt import provenance
+from graphopt.errors import PassError
+from graphopt.pattern import Match, Miss, Outcome, Rule, apply_rules, compile_rule, match_at
+from graphopt.rewriter import Rewriter
+from graphopt.verify import verify
+
+
+def parse(body: str, inputs: str = "float[2] x", outputs: str = "float[2] y") -> ir.Model:
+    text = f'<ir_version: 8, opset_import: ["": 17]> agraph ({inputs}) => ({outputs}) {body}'
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    provenance.stamp(model)
+    return model
+
+
+def apply(model: ir.Model, *rules: Rule) -> Outcome:
+    outcome = apply_rules(rules, model, Rewriter(model))
+    verify(model, provenance_too=True)
+    return outcome
+
+
+def ops(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+class DoubleNeg(Rule):
+    name = "double-neg"
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.Neg(op.Neg(x, _id="inner"), _id="outer")
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Identity(m.x)
+
+
+class AddZero(Rule):
+    name = "add-zero"
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.Add(x, 0.0)
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Identity(m.x)
+
+
+class NegToSub(Rule):
+    name = "neg-to-sub"
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.Neg(x)
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Sub(op.const(ir.tensor([0.0]), "zero"), m.x)
+
+
+class SubToNeg(Rule):
+    name = "sub-to-neg"
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.Sub(0.0, x)
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Neg(m.x)
+
+
+def test_a_chain_is_rewritten_to_a_fixpoint() -> None:
+    model = parse("{ a = Neg(x) b = Neg(a) c = Neg(b) y = Neg(c) }")
+    assert apply(model, DoubleNeg()).fired["double-neg"] == 2
+    assert "Neg" not in ops(model)
+
+
+def test_an_inner_value_read_elsewhere_holds_a_rule_back_with_its_reason() -> None:
+    model = parse("{ a = Neg(x) z = Abs(a) y = Neg(a) }", outputs="float[2] y, float[2] z")
+    outcome = apply(model, DoubleNeg())
+    assert not outcome.fired
+    assert list(outcome.held_back) == [("double-neg", "`Neg` also feeds other nodes")]
+
+
+def test_an_inner_value_that_is_a_graph_output_holds_back() -> None:
+    model = parse("{ a = Neg(x) y = Neg(a) }", outputs="float[2] y, float[2] a")
+    assert not apply(model, DoubleNeg()).fired
+
+
+def test_an_inner_value_captured_by_a_branch_holds_back() -> None:
+    body = """{
+      a = Neg(x)
+      y = Neg(a)
+      z = If (c) <then_branch = t () => (float[2] p) { p = Abs(a) }, else_branch = e () => (float[2] q) { q = Abs(x) }>
+    }"""
+    model = parse(body, inputs="float[2] x, bool c", outputs="float[2] y, float[2] z")
+    assert not apply(model, DoubleNeg()).fired
+
+
+def test_rules_reach_into_branches() -> None:
+    body = """{
+      y = If (c) <
+        then_branch = t () => (float[2] p) { a = Neg(x) p = Neg(a) },
+        else_branch = e () => (float[2] q) { q = Abs(x) }>
+    }"""
+    assert apply(parse(body, inputs="float[2] x, bool c"), DoubleNeg()).fired["double-neg"] == 1
+
+
+@pytest.mark.parametrize("body", ["{ y = Add(x, z) }", "{ y = Add(z, x) }"])
+def test_commutative_operators_match_either_way(body: str) -> None:
+    model = parse("<float[1] z = {0.0}> " + body)
+    assert apply(model, AddZero()).fired["add-zero"] == 1
+
+
+def test_a_number_matches_only_a_constant_equal_to_it_everywhere() -> None:
+    assert not apply(parse("<float[2] z = {0.0, 1.0}> { y = Add(x, z) }"), AddZero()).fired
+    assert not apply(parse("{ y = Add(x, z) }", inputs="float[2] x, float[2] z"), AddZero()).fired
+
+
+def test_an_initializer_that_may_be_overridden_is_not_constant() -> None:
+    model = parse("<float[2] z = {0.0, 0.0}> { y = Add(x, z) }", inputs="float[2] x, float[2] z")
+    assert model.graph.initializers["z"].is_graph_input()
+    assert not apply(model, AddZero()).fired
+
+
+def test_rules_that_undo_each_other_are_named() -> None:
+    with pytest.raises(PassError, match="`neg-to-sub`, `sub-to-neg`"):
+        apply(parse("{ y = Neg(x) }"), NegToSub(), SubToNeg())
+
+
+def test_an_optional_input_binds_none() -> None:
+    class AnyConv(Rule):
+        def pattern(self, op: Any, x: Any, w: Any, b: Any = None) -> Any:
+            return op.Conv(x, w, b)
+
+    model = parse("{ y = Conv(x, w) }", inputs="float[1,1,4] x, float[1,1,1] w", outputs="float[1,1,4] y")
+    found = match_at(compile_rule(AnyConv()).root, model.graph[0])
+    assert found is not None
+    assert found.b is None
+    assert found.w.name == "w"
+
+
+def test_a_required_input_that_is_missing_is_no_match() -> None:
+    class Clipped(Rule):
+        def pattern(self, op: Any, x: Any, low: Any) -> Any:
+            return op.Clip(x, low)
+
+    assert match_at(compile_rule(Clipped()).root, parse("{ y = Clip(x) }").graph[0]) is None
+
+
+def test_attributes_match_their_defaults_too() -> None:
+    class Softmaxed(Rule):
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Softmax(x, axis=-1)
+
+    assert match_at(compile_rule(Softmaxed()).root, parse("{ y = Softmax(x) }").graph[0]) is not None
+    assert match_at(compile_rule(Softmaxed()).root, parse("{ y = Softmax<axis=0>(x) }").graph[0]) is None
+
+
+def test_one_variable_bound_twice_must_be_one_value() -> None:
+    class Square(Rule):
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Mul(x, x)
+
+    root = compile_rule(Square()).root
+    assert match_at(root, parse("{ y = Mul(x, x) }").graph[0]) is not None
+    assert match_at(root, parse("{ y = Mul(x, z) }", inputs="float[2] x, float[2] z").graph[0]) is None
+
+
+def test_a_rewrite_that_holds_back_late_leaves_nothing_behind() -> None:
+    class Late(DoubleNeg):
+        def rewrite(self, op: Any, m: Match) -> Any:
+            op.Abs(m.x)
+            op.const(ir.tensor([1.0]), "left-over")
+            return Miss("changed its mind", m.outer)
+
+    model = parse("{ a = Neg(x) y = Neg(a) }")
+    rewriter = Rewriter(model)
+    outcome = apply_rules([Late()], model, rewriter)
+    assert rewriter.edits == 0
+    assert outcome.held_back["double-neg", "changed its mind"] == 1
+    assert not model.graph.initializers
+    assert len(model.graph.inputs[0].uses()) == 1
+
+
+def test_a_pattern_must_return_what_an_operator_built() -> None:
+    class Wrong(Rule):
+        name = "wrong"
+
+        def pattern(self, op: Any, x: Any) -> Any:
+            return x
+
+    with pytest.raises(TypeError, match="wrong"):
+        compile_rule(Wrong())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -22,6 +23,8 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+# Types that ONNX Runtime hands out as the bytes they are made of.
+_AS_BYTES = {"tensor(float8e4m3fn)": np.dtype(ml_dtypes.float8_e4m3fn)}
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: warnings about the model are not the user's business
 
 
@@ -84,6 +87,7 @@ class OnnxRuntimeSession:
         # Inputs with a default (initializers) are listed apart by ONNX Runtime and need no feed.
         self.input_names: Sequence[str] = [value.name for value in session.get_inputs()]
         self.output_names: Sequence[str] = [value.name for value in session.get_outputs()]
+        self._views = {value.name: _AS_BYTES[value.type] for value in session.get_outputs() if value.type in _AS_BYTES}
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Run the model once; see `graphopt.backend.Session.run`."""
@@ -93,7 +97,8 @@ class OnnxRuntimeSession:
             if _is_runtime_error(error):
                 raise BackendError(f"onnxruntime fails on the model: {_one_line(error)}") from error
             raise
-        return dict(zip(self.output_names, values, strict=True))
+        outputs = dict(zip(self.output_names, values, strict=True))
+        return outputs | {name: outputs[name].view(dtype) for name, dtype in self._views.items()}
 
     def end_profiling(self) -> Path:
         """Finish the operator profile asked for at opening and return its file."""

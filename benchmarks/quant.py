@@ -73,7 +73,8 @@ def main(names: list[str]) -> None:
 def load_score() -> ModuleType:
     """Return the assets' own scoring module."""
     spec = importlib.util.spec_from_file_location("score", SHARED / "assets" / "score.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphopt.analysis import Analysis, AnalysisCache
 from graphopt.backend import Array, Backend
 from graphopt.data import Dataset
+from graphopt.errors import BackendError
 from graphopt.fragment import fragment
 from graphopt.pattern import RewriteCheck, Rule, apply_rules
 from graphopt.rewriter import Rewriter
@@ -117,12 +118,24 @@ class Context:
             outputs: The values wanted.
 
         Raises:
-            BackendError: The runtime refuses or fails.
+            BackendError: The runtime refuses or fails, or gives something else than a tensor of the known dtype.
         """
         model = fragment(nodes, outputs, [], self.model.opset_imports)
         with self.backend.open(model, optimize=False) as session:
             results = session.run({})
-        return [np.asarray(results[f"out{index}"]) for index in range(len(outputs))]
+        return [_as_tensor(results[f"out{index}"], value) for index, value in enumerate(outputs)]
+
+
+def _as_tensor(result: Any, value: ir.Value) -> Array:
+    """Return what a runtime computed for a value, if it is what the value is declared to be."""
+    if not isinstance(result, (np.ndarray, np.generic)):
+        raise BackendError(f"`{value.name}` is no tensor")
+    array = np.asarray(result)
+    is_text = array.dtype.kind in "OSU"
+    dtype = ir.DataType.STRING if is_text else ir.DataType.from_numpy(array.dtype)
+    if value.dtype is not None and value.dtype != dtype:
+        raise BackendError(f"the runtime gives {dtype} for `{value.name}`, which is {value.dtype}")
+    return array
 
 
 class Pass:

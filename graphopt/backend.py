@@ -73,4 +73,4 @@ class Backend(Protocol):
 
 def as_feed(value: Any) -> Array:
     """Return a value as the contiguous array a runtime takes."""
-    return np.ascontiguousarray(value)
+    return np.asarray(value, order="C")  # np.ascontiguousarray would make a scalar 1-D

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,6 +14,8 @@ from graphopt.errors import BackendError, UsageError, did_you_mean
 from graphopt.metrics import BUILTIN, Metric, default_metrics, user_metric
 from graphopt.model_io import load
 from graphopt.target import Target
+
+LABELS_HINT = "store them beside the inputs under `labels`, or name their key with `--labels`"
 
 ModelLike = ir.Model | str | Path
 
@@ -65,13 +68,25 @@ def known_metrics(text: str | None) -> dict[str, type[Metric]]:
         own = user_metric(text)
         return {**metrics, own.name: own}
     if text not in metrics:
-        raise UsageError(f"unknown metric `{text}`", hint=did_you_mean(text, metrics))
+        hint = "write `file.py:function`" if text.endswith(".py") else did_you_mean(text, metrics)
+        raise UsageError(f"unknown metric `{text}`", hint=hint)
     return metrics
 
 
-def chosen_metrics(text: str | None, model: ir.Model, data: Dataset | None) -> list[type[Metric]]:
-    """Return what to score by: what the user named first, then what fits the outputs and labels."""
-    known = known_metrics(text)
+def chosen_metrics(
+    text: str | None, known: Mapping[str, type[Metric]], model: ir.Model, data: Dataset | None
+) -> list[type[Metric]]:
+    """Return what to score by: what the user named first, then what fits the outputs and labels.
+
+    Args:
+        text: What the user named, or None.
+        known: As `known_metrics` returned it for the same text.
+        model: The original.
+        data: What is scored, or None; then there is nothing to score by.
+
+    Raises:
+        UsageError: The metric named needs labels and there are none.
+    """
     if data is None:
         return []
     fitting = default_metrics(model, next(iter(data.take(1).batches(1))))
@@ -79,5 +94,5 @@ def chosen_metrics(text: str | None, model: ir.Model, data: Dataset | None) -> l
         return fitting
     named = known[text.rpartition(":")[2]]
     if named.needs_labels and not data.has_labels:
-        raise UsageError(f"metric `{named.name}` needs labels and `{data.name}` has none", hint="see `--labels`")
+        raise UsageError(f"metric `{named.name}` needs labels and `{data.name}` has none", hint=LABELS_HINT)
     return [named, *(metric for metric in fitting if metric.against_original and metric is not named)]

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+import math
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.errors import EXIT_CHECK_FAILED, EXIT_USAGE, GraphoptError, UsageError, VerificationError
+from graphopt.errors import (
+    EXIT_CHECK_FAILED,
+    EXIT_USAGE,
+    GraphoptError,
+    UsageError,
+    VerificationError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from graphopt.report import Report
 
 # Everything heavy is imported inside the commands, so that `graphopt --help` answers at once.
 
+# What a shell reports of a process that the signal ended.
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+MOST_THREADS = 1024
+
 app = typer.Typer(
     name="graphopt",
     help="Make trained neural networks smaller and faster on a given runtime, and prove the result.",
-    no_args_is_help=True,
+    rich_markup_mode=None,  # help texts hold brackets
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,7 +52,9 @@ MetricOption = Annotated[str | None, typer.Option(help="Metric to score by, or f
 BackendOption = Annotated[
     str | None, typer.Option(help="Backend, such as onnxruntime:provider=cuda [default: the target's].")
 ]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads of the backend; 0 leaves it to the runtime.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, max=MOST_THREADS, help="Threads of the backend; 0 leaves it to the runtime.")
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also print every remark of the passes.")]
@@ -63,6 +81,7 @@ class ListKind(enum.StrEnum):
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -70,9 +89,12 @@ def _root(
 
         typer.echo(f"graphopt {installed_version()}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(EXIT_USAGE)
 
 
-@app.command()
+@app.command(short_help="Run passes over a model and write the result.")
 def optimize(
     model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
     passes: Annotated[
@@ -101,7 +123,9 @@ def optimize(
     report: Annotated[Path | None, typer.Option(help="Write the report here, as .json.", metavar="FILE")] = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
-    keep_failed: Annotated[bool, typer.Option(help="Write the model even if a check or the budget failed.")] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Write the model even if a check or the budget failed.")
+    ] = False,
     verbose: VerboseOption = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -131,10 +155,17 @@ def optimize(
     except VerificationError as error:
         if error.report is not None:
             _show_report(error.report, report, quiet, verbose)
+            _say_written(error.output, report, quiet)
         raise
     _show_report(result.report, report, quiet, verbose)
-    if not quiet:
-        typer.echo(f"wrote {result.output}" + (f"   report: {report}" if report is not None else ""))
+    _say_written(result.output, report, quiet)
+
+
+def _say_written(output: Path | None, report: Path | None, quiet: bool) -> None:
+    if quiet:
+        return
+    model = f"wrote {output}" if output is not None else "no model written"
+    typer.echo(model + (f"   report: {report}" if report is not None else ""))
 
 
 def _pipeline(passes: str | None, recipe: Path | None) -> Any:
@@ -161,8 +192,16 @@ def _check_report(report: Path | None, model: Path, output: Path) -> None:
         return
     if report.suffix != ".json":
         raise UsageError(f"report `{report}` is of unknown kind", hint="name it `.json`")
-    if report in (model, output) or report.is_dir() or not report.parent.is_dir():
-        raise UsageError(f"cannot write report `{report}`", hint="name a new file in a folder that exists")
+    from graphopt.driver import is_same_file
+
+    if any(is_same_file(report, file) for file in (model, output)):
+        raise UsageError(f"cannot write report `{report}`: it is the model", hint="name another file")
+    if not report.parent.is_dir():
+        raise UsageError(f"the folder of report `{report}` does not exist", hint=f"create `{report.parent}` first")
+    if not os.access(report.parent, os.W_OK) or (report.exists() and not os.access(report, os.W_OK)):
+        raise UsageError(f"cannot write report `{report}`: no permission", hint="choose another place")
+    if report.exists() and not report.is_file():
+        raise UsageError(f"cannot write report `{report}`: it is no regular file", hint="name a file")
 
 
 def _show_report(report: Report, file: Path | None, quiet: bool, verbose: bool) -> None:
@@ -178,7 +217,7 @@ def _show_report(report: Report, file: Path | None, quiet: bool, verbose: bool) 
             raise UsageError(f"cannot write report `{file}`: {error.strerror}", hint="choose another place") from error
 
 
-@app.command()
+@app.command(short_help="Show what a model is made of.")
 def inspect(
     model: Annotated[Path, typer.Argument(help="ONNX model.", show_default=False)], as_json: JsonOption = False
 ) -> None:
@@ -194,7 +233,7 @@ def inspect(
         tables.print_summary(str(model), summary, size)
 
 
-@app.command()
+@app.command(short_help="Compare the outputs of two models.")
 def compare(
     a: Annotated[Path, typer.Argument(help="Reference model.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Model to compare with it.", show_default=False)],
@@ -213,22 +252,32 @@ def compare(
     from graphopt import tables
     from graphopt.side_by_side import compare as run
 
+    if tolerance is not None and math.isnan(tolerance):
+        raise UsageError("option `--tolerance` cannot be `nan`", hint="a number, 0 or more")
     result = run(a, b, data=data, labels=labels, metric=metric, backend=backend, seed=seed, threads=threads)
     if as_json:
-        outputs = {name: error.as_dict() for name, error in result.outputs.items()}
-        _print_json({"within": result.within(tolerance), "outputs": outputs, "metrics": result.metrics})
+        _print_json(
+            {
+                "within": result.within(tolerance),
+                "samples": result.samples,
+                "outputs": {name: error.as_dict() for name, error in result.outputs.items()},
+                "metrics": result.metrics,
+            }
+        )
     else:
         tables.print_comparison(result, tolerance)
     if not result.within(tolerance):
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
-@app.command()
+@app.command(short_help="Time models side by side.")
 def bench(
     models: Annotated[list[Path], typer.Argument(help="Models with the same inputs.", show_default=False)],
     data: DataOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per run.")] = 1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Time to spend in all.")] = 5.0,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples per run [default: 1, or the model's fixed batch size].")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, max=86400, help="Time to spend in all.")] = 5.0,
     backend: BackendOption = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
@@ -236,16 +285,18 @@ def bench(
 ) -> None:
     """Time models side by side, their runs interleaved."""
     from graphopt import tables
+    from graphopt.choices import find_backend, find_target
     from graphopt.side_by_side import bench as run
 
     times = run(models, data=data, batch=batch, backend=backend, threads=threads, seconds=seconds, seed=seed)
     if as_json:
         _print_json([{"model": str(m), **tables.as_values(t)} for m, t in zip(models, times, strict=True)])
     else:
-        tables.print_latencies([str(model) for model in models], times, batch, threads)
+        runtime = find_backend(backend, find_target(None)).describe()
+        tables.print_latencies([str(model) for model in models], times, runtime, threads)
 
 
-@app.command(name="list")
+@app.command(name="list", short_help="List passes, presets, backends, targets and metrics.")
 def list_(
     kind: Annotated[ListKind | None, typer.Argument(help="What to list; everything by default.")] = None,
 ) -> None:
@@ -257,24 +308,94 @@ def list_(
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    from graphopt.report import finite
+
+    typer.echo(json.dumps(finite(value), indent=2))
 
 
 def main() -> None:
-    """Run the command line; every `GraphoptError` becomes one line, a hint and an exit code."""
+    """Run the command line; whatever goes wrong becomes one line, a hint and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no `→` gets a `?`.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    with _cleanup_on_termination():
+        code = _run()
+    if code == EXIT_INTERRUPTED:
+        _explain("interrupted", "run it again; a file is written whole or not at all")
+    if code:
+        sys.exit(code)
+
+
+def _run() -> int:
     try:
-        app()
+        # Outside of standalone mode an exit code is returned, and the mistakes of users are raised.
+        code = app(prog_name="graphopt", standalone_mode=False)
+        sys.stdout.flush()
     except GraphoptError as error:
-        typer.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            typer.echo(f"hint: {error.hint}", err=True)
-        if error.__cause__ is not None and {"-v", "--verbose"} & set(sys.argv):
-            traceback.print_exception(error.__cause__)
-        sys.exit(error.exit_code)
+        _explain(error.message, error.hint, error.__cause__)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`graphopt list | head`); nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_CHECK_FAILED)
+        return EXIT_CHECK_FAILED
     except OSError as error:
-        typer.echo(f"error: {error.strerror or error}: {error.filename or ''}", err=True)
-        sys.exit(EXIT_USAGE)
+        where = f": `{error.filename}`" if error.filename else ""
+        _explain(f"{error.strerror or error}{where}", "check the path, the disk and your permissions", error)
+        return EXIT_USAGE
+    except MemoryError as error:
+        _explain("out of memory", "close other programs, or use a machine with more memory", error)
+        return EXIT_USAGE
+    except Exception as error:
+        _explain(*_mistake(error), error)
+        return EXIT_USAGE
+    return code if isinstance(code, int) else 0
+
+
+def _explain(message: str, hint: str | None, cause: BaseException | None = None) -> None:
+    """Say what went wrong on stderr; with ``-v`` also where."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    if hint:
+        typer.echo(f"hint: {' '.join(hint.split())}", err=True)
+    if cause is not None and {"-v", "--verbose"} & set(sys.argv):
+        traceback.print_exception(cause)
+
+
+def _mistake(error: Exception) -> tuple[str, str]:
+    """Return message and hint for what is no `GraphoptError`: a wrong command line, or a fault of ours."""
+    describe = getattr(error, "format_message", None)
+    if describe is None:
+        text = f"graphopt failed: {type(error).__name__}: {error}"
+        return text, "this is a fault of graphopt; `-v` shows where; please report it"
+    message = describe().replace("Value error, ", "").rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "graphopt"
+    if message.startswith("No such command"):
+        unknown = message.removeprefix("No such command").strip(" '\"")
+        return f"unknown command `{unknown}`", did_you_mean(unknown, _commands())
+    message, _, close = message.partition(" (Possible options: ")
+    hint = f"did you mean `{close.strip(')')}`?" if close else f"see `{command} --help`"
+    return message[:1].lower() + message[1:], hint
+
+
+def _commands() -> list[str]:
+    return [str(one.name or getattr(one.callback, "__name__", "")) for one in app.registered_commands]
+
+
+@contextlib.contextmanager
+def _cleanup_on_termination() -> Iterator[None]:
+    """Let a request to end the process clean up as an interrupt does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(EXIT_TERMINATED)

@@ -142,12 +142,18 @@ class Comparison:
 
     Attributes:
         runs: How many feeds were run.
-        metrics: Metric name to its value on each side, where labels were given.
+        samples: How many samples were in them.
+        source: Where the samples came from; None where they were made up.
+        metrics: Metric name to its value on each side, None on the left where it compares with the left.
+        metric_types: Metric name to its class, for showing values.
     """
 
     outputs: dict[str, OutputError] = field(default_factory=dict)
     runs: int = 0
+    samples: int = 0
+    source: str | None = None
     metrics: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    metric_types: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def equal(self) -> bool:

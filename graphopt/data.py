@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +45,29 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Batch:
-    """Feeds for one run; the first ``count`` samples are real, the rest padding for a fixed batch size."""
+    """Feeds for one run.
+
+    Attributes:
+        feeds: Input name to array.
+        labels: Labels of the real samples, or None.
+        count: How many samples are real; where a fixed batch size is padded, they come first.
+        padded_to: The fixed batch size where there is padding, else 0.
+    """
 
     feeds: dict[str, Array]
     labels: Array | None
     count: int
+    padded_to: int = 0
+
+    def real(self, output: Any) -> Any:
+        """Return an output without the rows that only pad; one that has no such rows is returned as it is."""
+        if not self.padded_to or not isinstance(output, np.ndarray) or not output.ndim:
+            return output
+        return output[: self.count] if len(output) == self.padded_to else output
+
+    def all_real(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all outputs without the rows that only pad."""
+        return {name: self.real(output) for name, output in outputs.items()}
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,11 @@ class Chunk:
     size: int
     divisible: bool
     stacked: frozenset[str] = frozenset()  # inputs of which each sample is a whole feed
+
+
+def batch_size(feed: Mapping[str, Array]) -> int:
+    """Return how many samples a feed holds: the length of its first array that is no scalar."""
+    return next((len(array) for array in feed.values() if array.ndim), 1)
 
 
 Chunks = Callable[[], Iterator[Chunk]]
@@ -91,19 +116,26 @@ class Dataset:
         chunks: Opens the source and yields its chunks.
         specs: The model's inputs.
         name: How messages call the source.
-        chosen: Indices of the samples that belong to this set; None for all.
         total: Number of samples of the source.
+        has_labels: Whether the samples have labels.
+        chosen: Indices of the samples that belong to this set; None for all.
     """
 
     def __init__(
-        self, chunks: Chunks, specs: Sequence[InputSpec], name: str, total: int, chosen: Array | None = None
+        self,
+        chunks: Chunks,
+        specs: Sequence[InputSpec],
+        name: str,
+        total: int,
+        has_labels: bool,
+        chosen: Array | None = None,
     ) -> None:
         self._chunks = chunks
         self._specs = list(specs)
         self.name = name
         self._total = total
         self._chosen = chosen
-        self.has_labels = next(chunks()).labels is not None if total else False
+        self.has_labels = has_labels
 
     def __len__(self) -> int:
         return self._total if self._chosen is None else len(self._chosen)
@@ -129,7 +161,7 @@ class Dataset:
 
     def _subset(self, indices: Array) -> Dataset:
         own = np.arange(self._total) if self._chosen is None else self._chosen
-        return Dataset(self._chunks, self._specs, self.name, self._total, np.sort(own[indices]))
+        return Dataset(self._chunks, self._specs, self.name, self._total, self.has_labels, np.sort(own[indices]))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield the samples in batches of at most ``size``; a model's fixed batch size takes precedence."""
@@ -153,13 +185,14 @@ class Dataset:
             padded = np.resize(picked, fixed) if fixed and len(picked) < fixed else picked
             feeds = {name: _rows(array, padded, name in chunk.stacked) for name, array in chunk.arrays.items()}
             labels = chunk.labels[picked] if chunk.labels is not None else None
-            yield Batch(feeds, labels, len(picked))
+            yield Batch(feeds, labels, len(picked), padded_to=len(padded) if len(padded) > len(picked) else 0)
 
 
 def _rows(array: Array, rows: Array, stacked: bool) -> Array:
     if array.ndim == 0:
         return array
-    return np.ascontiguousarray(array[rows[0]] if stacked else array[rows])
+    picked = array[rows[0]] if stacked else array[rows]
+    return np.asarray(picked, dtype=array.dtype, order="C")
 
 
 def open_data(source: Any, model: ir.Model, *, labels: str | None = None) -> Dataset:
@@ -182,10 +215,15 @@ def open_data(source: Any, model: ir.Model, *, labels: str | None = None) -> Dat
         for where, arrays, divisible in raw([spec.name for spec in specs]):
             yield _checked_chunk(arrays, specs, key, labels is not None, divisible, where)
 
-    total = sum(chunk.size for chunk in chunks())
+    total, labelled = 0, set()
+    for chunk in chunks():
+        total += chunk.size
+        labelled.add(chunk.labels is not None)
     if not total:
         raise DataError(f"data `{name}` is empty", hint="give at least one sample")
-    return Dataset(chunks, specs, name, total)
+    if len(labelled) > 1:
+        raise DataError(f"only some samples of `{name}` have labels `{key}`", hint="give labels to all or to none")
+    return Dataset(chunks, specs, name, total, labelled.pop())
 
 
 # A raw source yields (where it is, arrays by name, whether the first axis is known to be samples).
@@ -200,6 +238,11 @@ def _open_source(source: Any) -> tuple[OpenRaw, str]:
         return functools.partial(_from_function, source), getattr(source, "__name__", "data")
     if isinstance(source, Sequence) and not isinstance(source, str):
         return functools.partial(_from_function, lambda: source), "data"
+    if not isinstance(source, str | Path):
+        raise DataError(
+            f"data cannot be read from `{type(source).__name__}`",
+            hint="a path, a dict of arrays, a list of dicts, or a function that returns an iterator of dicts",
+        )
     text = str(source)
     file, colon, function = text.rpartition(":")
     if colon and file.endswith(".py"):
@@ -209,6 +252,8 @@ def _open_source(source: Any) -> tuple[OpenRaw, str]:
         return functools.partial(_from_folder, path), text
     if not path.exists():
         raise DataError(f"data `{text}` does not exist", hint="a .npz file, a folder, or file.py:function")
+    if path.suffix == ".py":
+        raise DataError(f"data `{text}` names no function", hint="write `file.py:function`")
     return functools.partial(_from_npz, path), text
 
 
@@ -235,11 +280,24 @@ def _run_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise DataError(f"`{path}` is not a Python file", hint="write `file.py:function`")
     module = importlib.util.module_from_spec(spec)
+    # As for a script: what lies beside the file can be imported, and the module can be found by its name.
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    sys.modules.setdefault(path.stem, module)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise DataError(f"`{path}` fails to run: {type(error).__name__}: {error}", hint="run it by itself") from error
+    except (Exception, SystemExit) as error:
+        if sys.modules.get(path.stem) is module:
+            del sys.modules[path.stem]
+        raise DataError(f"`{path}` fails to run: {in_words(error)}", hint="run it by itself") from error
     return module
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _from_npz(path: Path, _: list[str]) -> Raw:
@@ -248,15 +306,16 @@ def _from_npz(path: Path, _: list[str]) -> Raw:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("not an archive of named arrays")
             yield str(path), {name: archive[name] for name in archive.files}, True
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise DataError(
-            f"cannot read `{path}`: {error}", hint="write it with numpy.savez(FILE, input_name=array, labels=labels)"
+            f"cannot read `{path}`: {in_words(error)}",
+            hint="write it with numpy.savez(FILE, input_name=array, labels=labels)",
         ) from error
 
 
 def _from_folder(path: Path, inputs: list[str]) -> Raw:
     files = sorted(path.glob("*.npz"))
-    sets = sorted(path.glob("test_data_set_*"))
+    sets = [path] if (path / "input_0.pb").is_file() else sorted(path.glob("test_data_set_*"))
     if not files and not sets:
         raise DataError(f"`{path}` holds no data", hint="put .npz files or test_data_set_* folders there")
     for file in files:
@@ -273,7 +332,9 @@ def _test_data_set(folder: Path, inputs: list[str]) -> dict[str, Array]:
             tensor = onnx.TensorProto.FromString(file.read_bytes())
             arrays[tensor.name or name] = onnx.numpy_helper.to_array(tensor)
         except Exception as error:
-            raise DataError(f"cannot read `{file}` for input `{name}`: {error}") from error
+            raise DataError(
+                f"cannot read `{file}` for input `{name}`: {in_words(error)}", hint="one `input_N.pb` tensor per input"
+            ) from error
     return arrays
 
 
@@ -287,8 +348,8 @@ def _from_function(function: Callable[[], Any], _: list[str]) -> Raw:
             yield f"{where}, item {index}", arrays, False
     except DataError:
         raise
-    except Exception as error:
-        raise DataError(f"`{where}` fails: {type(error).__name__}: {error}", hint="run it by itself") from error
+    except (Exception, SystemExit) as error:
+        raise DataError(f"`{where}` fails: {in_words(error)}", hint="run it by itself") from error
 
 
 def _checked_chunk(
@@ -328,11 +389,13 @@ def _missing_hint(spec: InputSpec, arrays: Mapping[str, Any]) -> str:
 
 
 def _fit_dtype(array: Array, spec: InputSpec, where: str) -> Array:
-    """Return the array in the input's dtype; only a change of width within a kind is made silently."""
+    """Return the array in the input's dtype; only a change of width is made silently, and only if nothing is lost."""
     if spec.dtype is None or array.dtype == spec.dtype:
         return array
-    same_kind = np.can_cast(array.dtype, spec.dtype, "same_kind") and array.dtype.kind == spec.dtype.kind
-    if not same_kind:
+    kinds = array.dtype.kind, spec.dtype.kind
+    if kinds[1] == "O" and kinds[0] in "SU":
+        return array.astype(str).astype(object)
+    if not (kinds == ("f", "f") or set(kinds) <= {"i", "u"}):
         raise DataError(
             f"{where}: `{array.dtype}` array for input {spec}",
             hint=f"preprocess as the model expects and store {spec.dtype}",
@@ -362,4 +425,7 @@ def _fit_shape(array: Array, spec: InputSpec, where: str) -> bool:
 def _check_finite(array: Array, spec: InputSpec, where: str) -> None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0]) if array.ndim else 0
-        raise DataError(f"{where}: NaN or infinity in input `{spec.name}`, sample {row}", hint="clean the data")
+        raise DataError(
+            f"{where}: NaN or infinity in input `{spec.name}`, sample {row}",
+            hint="clean the data; in a mask, use a large finite number",
+        )

@@ -125,7 +125,10 @@ class DataFiles:
     def _map(self, path: str, tensor_name: str) -> MappedFile:
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ModelError(f"the data of tensor `{tensor_name}` at `{path}` is not a regular file")
+                raise ModelError(
+                    f"the data of tensor `{tensor_name}` at `{path}` is not a regular file",
+                    hint="put the data file next to the model",
+                )
             return MappedFile(path, pinned=len(self._by_real_path) < MAX_PINNED_FILES)
         except OSError as error:
             raise ModelError(

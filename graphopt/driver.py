@@ -15,8 +15,16 @@ import onnx_ir as ir
 
 from graphopt import latency
 from graphopt.authoring import Guarantee, Pass
-from graphopt.choices import ModelLike, chosen_metrics, find_backend, find_target, known_metrics, open_model
-from graphopt.data import Dataset, open_data
+from graphopt.choices import (
+    LABELS_HINT,
+    ModelLike,
+    chosen_metrics,
+    find_backend,
+    find_target,
+    known_metrics,
+    open_model,
+)
+from graphopt.data import Dataset, batch_size, open_data
 from graphopt.errors import BackendError, UsageError, VerificationError
 from graphopt.evaluation import Judge
 from graphopt.instruments import (
@@ -32,11 +40,12 @@ from graphopt.instruments import (
 )
 from graphopt.manager import PassManager, Setting
 from graphopt.metrics import Budget
-from graphopt.model_io import gzip_bytes, save, stored_bytes
+from graphopt.model_io import gzip_bytes, save, source, stored_bytes
 from graphopt.pipeline import Pipeline, schedule, weakest
 from graphopt.report import Check, Report, Side
 from graphopt.rewrite_check import RewriteChecker
 from graphopt.shapes import forget_inferred
+from graphopt.staged_files import StagedFiles
 from graphopt.summary import summarize
 from graphopt.verify import Signature, verify
 
@@ -141,18 +150,20 @@ def optimize(
     return _Run(request).run()
 
 
-def check_output(output: Path, source: ModelLike) -> None:
+def check_output(output: Path, model: ModelLike) -> None:
     """Raise an error, before any work, if a file cannot be written where it is wanted.
 
     Raises:
         UsageError: It is the input itself, a folder, or in a folder that is missing or not writable.
     """
-    if not isinstance(source, ir.Model) and output.exists() and output.samefile(source):
+    if not isinstance(model, ir.Model) and is_same_file(output, Path(model)):
         raise UsageError(
             f"output `{output}` is the input", hint="graphopt never changes its input; choose another name"
         )
     if output.is_dir():
         raise UsageError(f"output `{output}` is a folder", hint="name a file in it")
+    if output.exists() and not output.is_file():
+        raise UsageError(f"output `{output}` is no regular file", hint="name a file; it is replaced, not written into")
     if not output.parent.is_dir():
         raise UsageError(f"the folder of output `{output}` does not exist", hint=f"create `{output.parent}` first")
     try:
@@ -162,6 +173,25 @@ def check_output(output: Path, source: ModelLike) -> None:
         raise UsageError(
             f"cannot write to `{output.parent}`: {error.strerror}", hint="choose another folder"
         ) from error
+
+
+def is_same_file(a: Path, b: Path) -> bool:
+    """Return whether two paths lead to one file, links followed, or would if there were one."""
+    try:
+        return a.samefile(b)
+    except OSError:
+        return os.path.realpath(a) == os.path.realpath(b)
+
+
+def _check_data_files(output: Path, model: ir.Model) -> None:
+    """Raise an error if writing the output, or the data file beside it, would change data of the input."""
+    origin = source(model)
+    for path in (output, output.with_name(output.name + ".data")):
+        if origin is not None and any(is_same_file(path, Path(file)) for file in origin.data_files):
+            raise UsageError(
+                f"output `{path}` holds the data of the input `{origin.path}`",
+                hint="graphopt never changes its input; choose another name",
+            )
 
 
 class _Run:
@@ -175,13 +205,15 @@ class _Run:
         self.backend = find_backend(request.backend, self.target)
         if request.output is not None:
             check_output(request.output, request.model)
-        known_metrics(request.metric)
+        known = known_metrics(request.metric)
         self.model = open_model(request.model)
+        if request.output is not None:
+            _check_data_files(request.output, self.model)
         self.original = self.model.clone()
         self.calibration, self.scored = self._open_data()
         self.steps = schedule(self.pipeline, has_data=self.calibration is not None)
-        self.metrics = chosen_metrics(request.metric, self.original, self.scored)
-        self.metric_types = {**known_metrics(request.metric), **{metric.name: metric for metric in self.metrics}}
+        self.metrics = chosen_metrics(request.metric, known, self.original, self.scored)
+        self.metric_types = {**known, **{metric.name: metric for metric in self.metrics}}
         self.budgets = [Budget.parse(text, self.metric_types) for text in request.budget]
         self._check_budgets()
 
@@ -207,7 +239,7 @@ class _Run:
                         f"budget on `{budget.metric}` needs data to score", hint="add `--data` or `--eval`"
                     )
                 if metric.needs_labels and not self.scored.has_labels:
-                    raise UsageError(f"budget on `{budget.metric}` needs labels", hint="see `--labels`")
+                    raise UsageError(f"budget on `{budget.metric}` needs labels", hint=LABELS_HINT)
                 self.metrics.append(metric)
 
     def run(self) -> Result:
@@ -216,6 +248,10 @@ class _Run:
         self.judge = Judge(
             self.original, self.backend, self.scored, self.metrics, seed=request.seed, threads=request.threads
         )
+        if self.judge.refusal is not None and request.verify != "off":
+            raise BackendError(
+                self.judge.refusal.message, hint="another `--backend`, or `--verify off` to go without any proof"
+            ) from self.judge.refusal
         with _staging(request.output) as folder:
             report = self._report_of_original(folder)
             failure = self._transform(report)
@@ -229,7 +265,7 @@ class _Run:
                     delivered = _move_into_place(files, request.output)
         if failure is not None:
             report.ok, report.failure = False, failure.message
-            failure.report = report
+            failure.report, failure.output = report, delivered
             raise failure
         return Result(self.model, report, delivered)
 
@@ -253,13 +289,17 @@ class _Run:
             backend=self.backend.describe(),
             seed=request.seed,
             threads=request.threads,
-            scored=self.judge.scored_on,
+            scored=self.judge.scored_on + (", not calibrated on" if self._held_back else ""),
             steps=[],
             before=before,
             after=None,
             ok=True,
             metric_types=self.metric_types,
         )
+
+    @property
+    def _held_back(self) -> bool:
+        return self.calibration is not None and self.request.evaluation is None
 
     def _transform(self, report: Report) -> VerificationError | None:
         """Run the passes and return what failed, if anything."""
@@ -317,7 +357,9 @@ class _Run:
         else:
             record.check = judged(guarantee, self.judge.reference, self.judge.probe(self.model))
         if record.check.ok is False:
-            raise VerificationError(f"the passes changed the model: {record.check.why}")
+            raise VerificationError(
+                f"the passes changed the model: {record.check.why}", hint="`--verify each` finds the pass"
+            )
 
     def _measure(self, report: Report, staged: Path) -> VerificationError | None:
         """Measure the file that will be delivered and return what failed, if anything."""
@@ -328,7 +370,10 @@ class _Run:
                 report.deployed = self.judge.deployed(self.source, staged)
             self._time(report, staged)
             if report.deployed is not None and report.deployed.ok is False:
-                raise VerificationError(f"as deployed, the model changed: {report.deployed.why}")
+                raise VerificationError(
+                    f"as deployed, the model changed: {report.deployed.why}",
+                    hint="`--verify rewrites` may find the pass; `--keep-failed` writes the model all the same",
+                )
             enforce(self.budgets, self._baseline(report), report.after.metrics, self.metric_types, "in the end")
         except VerificationError as error:
             return error
@@ -348,6 +393,7 @@ class _Run:
             before, after = latency.measure(sessions, [feed, feed], seconds=LATENCY_SECONDS)
         report.before.latency_ms, report.after.latency_ms = before.median, after.median
         report.latency_ratio = after.ratio
+        report.latency_batch = batch_size(feed)
 
 
 def _side(model: ir.Model, file: Path) -> Side:
@@ -371,10 +417,11 @@ def _staging(output: Path | None) -> Iterator[Path]:
 
 
 def _move_into_place(files: Sequence[Path], output: Path) -> Path:
-    """Rename staged files to where the output is wanted, the model itself last."""
-    model, *rest = sorted(files, key=lambda file: file.name != output.name)
-    for file in (*rest, model):
-        os.replace(file, output.parent / file.name)
+    """Give staged files, as `save` returns them, the names that are wanted, all or none."""
+    staged = StagedFiles()
+    for file in reversed(files):  # the model itself last
+        staged.adopt(file, output.parent / file.name)
+    staged.publish()
     return output
 
 

@@ -19,11 +19,12 @@ class GraphoptError(Exception):
     """
 
     exit_code = EXIT_USAGE
+    usual_hint: str | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(GraphoptError):
@@ -41,6 +42,8 @@ class DataError(GraphoptError):
 class BackendError(GraphoptError):
     """A runtime that is missing, or that refuses the model."""
 
+    usual_hint = "another `--backend` may do; see `graphopt list backends`"
+
 
 class PassError(GraphoptError):
     """A pass that cannot do what it was asked on this model."""
@@ -51,10 +54,13 @@ class VerificationError(GraphoptError):
 
     Attributes:
         report: What the run had done and measured until then, or None.
+        output: The file written all the same because that was asked for, or None.
     """
 
     exit_code = EXIT_CHECK_FAILED
+    usual_hint = "this is a mistake of a pass, not yours; `--verify each` finds it"
     report: Any = None
+    output: Any = None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
-from graphopt.backend import Array, Backend
+from graphopt.backend import Array, Backend, Session
 from graphopt.comparison import Comparison
 from graphopt.data import Batch, Dataset
 from graphopt.errors import BackendError, DataError
@@ -39,6 +39,7 @@ class Judge:
 
     Attributes:
         cannot_probe: Why outputs cannot be compared, or None.
+        refusal: The backend's error where it refuses the original whatever it is fed, or None.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Judge:
         self.metrics = list(metrics)
         self.threads = threads
         self.cannot_probe: str | None = None
+        self.refusal: BackendError | None = None
         self.feeds: list[dict[str, Array]] = []
         self.reference: Outputs | None = None
         self._prepare(seed)
@@ -69,23 +71,32 @@ class Judge:
     @property
     def scored_on(self) -> str:
         """What figures come from, for people."""
-        return f"{self.samples} samples of `{self.data.name}`" if self.data is not None else "generated inputs"
+        if self.data is None:
+            return "made-up inputs"
+        return f"{self.samples} sample{'s' if self.samples != 1 else ''} of `{self.data.name}`"
 
     def _prepare(self, seed: int) -> None:
         """Find feeds the original runs on and keep its outputs, or say why there are none."""
-        for feeds in self._candidate_feeds(seed):
-            self.feeds = feeds
-            try:
-                self.reference = self.probe(self.original)
-                break
-            except BackendError as error:
-                source = "the given data" if self.data is not None else "generated inputs"
-                self.cannot_probe = f"the original does not run on {source}: {error.message}"
+        try:
+            with self.backend.open(self.original, threads=self.threads, optimize=False) as session:
+                self._find_reference(session, seed)
+        except BackendError as error:
+            self.refusal, self.cannot_probe = error, error.message
         if self.reference is None:
             return
         self.cannot_probe = None
         if _has_random_ops(self.original) and not compare_outputs(self.reference, self.probe(self.original)).equal:
             self.cannot_probe = "the original's outputs differ from run to run (random operators)"
+
+    def _find_reference(self, session: Session, seed: int) -> None:
+        for feeds in self._candidate_feeds(seed):
+            self.feeds = feeds
+            try:
+                self.reference = [session.run(feed) for feed in feeds]
+                return
+            except BackendError as error:
+                source = "the given data" if self.data is not None else "made-up inputs (give real ones with `--data`)"
+                self.cannot_probe = f"the original does not run on {source}: {error.message}"
 
     def _candidate_feeds(self, seed: int) -> Iterator[list[dict[str, Array]]]:
         if self.data is not None:
@@ -111,7 +122,7 @@ class Judge:
 
         Without data, the SQNR on the probe feeds is all there is.
         """
-        if self.cannot_probe is not None and self.data is None:
+        if self.refusal is not None or (self.cannot_probe is not None and self.data is None):
             return {}
         metrics = [metric() for metric in self.metrics] if self.data is not None else [SQNR()]
         with (
@@ -152,6 +163,8 @@ class Judge:
 
     def single_feed(self) -> dict[str, Array] | None:
         """Return a feed of one sample to time runs with, or None where there is none."""
+        if self.refusal is not None:
+            return None
         if self.data is not None:
             return next(iter(self.data.take(1).batches(1))).feeds
         if self.cannot_probe is not None or not self.feeds:
@@ -175,4 +188,4 @@ def compare_outputs(before: Outputs, after: Outputs) -> Comparison:
 
 
 def _has_random_ops(model: ir.Model) -> bool:
-    return any(node.op_type in walk.NONDETERMINISTIC_OPS for node in walk.every_node(model))
+    return any(walk.is_random(node) for node in walk.every_node(model))

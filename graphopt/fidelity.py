@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import Any
 
-from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
+import onnx
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 EXTERNAL_KEYS_READ = frozenset({"location", "offset", "length"})
 _EXTERNAL_KEYS_DROPPED = ("checksum", "basepath", "prepacked")
@@ -120,7 +121,7 @@ def _loss_in_list(before: Any, after: Any, field: Any, where: str) -> str | None
 
 def _loss_by_name(graph: Any, values: Iterable[Any], kept: Iterable[Any], key: str, path: str) -> str | None:
     found = {getattr(entry, key): entry for entry in kept}
-    described: set[str] | None = None
+    described: dict[str, Any] | None = None
     for value in values:
         name = getattr(value, key)
         if name in found:
@@ -129,21 +130,28 @@ def _loss_by_name(graph: Any, values: Iterable[Any], kept: Iterable[Any], key: s
                 return loss
             continue
         described = _names_needing_info(graph) if described is None else described
-        if name in described and _says_something(value, key):
+        if name in described and not _says_only(value, key, described[name]):
             return f"{path}[{name}]"
     return None
 
 
-def _names_needing_info(graph: Any) -> set[str]:
-    """Return the names in a graph or function that only value_info describes."""
-    names = {name for node in graph.node for name in node.output if name}
-    names.update(tensor.name for tensor in getattr(graph, "initializer", ()))
-    # The inputs and outputs of a function are plain strings, without a type of their own.
-    return names.difference(entry.name for entry in (*graph.input, *graph.output) if not isinstance(entry, str))
+def _names_needing_info(graph: Any) -> dict[str, Any]:
+    """Return the names in a graph or function that only value_info describes, and the initializers among them."""
+    names: dict[str, Any] = {name: None for node in graph.node for name in node.output if name}
+    names.update((tensor.name, tensor) for tensor in getattr(graph, "initializer", ()))
+    for entry in (*graph.input, *graph.output):
+        if not isinstance(entry, str):  # those of a function are plain strings, without a type of their own
+            names.pop(entry.name, None)
+    return names
 
 
-def _says_something(entry: Any, key: str) -> bool:
-    return first_loss(entry, type(entry)(**{key: getattr(entry, key)})) is not None
+def _says_only(entry: Any, key: str, tensor: Any) -> bool:
+    """Return whether an entry says nothing, or only what the initializer of its name says of itself."""
+    if first_loss(entry, type(entry)(**{key: getattr(entry, key)})) is None:
+        return True
+    if tensor is None or key != "name":
+        return False
+    return first_loss(entry, onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)) is None
 
 
 def _loss_in_pairs(values: Sequence[Any], kept: Sequence[Any], path: str) -> str | None:

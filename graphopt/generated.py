@@ -65,7 +65,7 @@ def _values(value: ir.Value, shape: list[int], rng: np.random.Generator) -> Arra
     dtype = numpy_dtype(value)
     assert dtype is not None, "checked with the shape"
     if dtype.kind == "b":
-        return rng.random(shape) < 0.5
+        return np.asarray(rng.random(shape) < 0.5)  # of a scalar, a comparison makes a bool
     if dtype.kind in "iu":
         return rng.integers(0, index_bound(value), shape).astype(dtype)
     if dtype.kind in "OSU":

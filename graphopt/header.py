@@ -174,7 +174,19 @@ def _seen_initializer(value: ir.Value, hold: Hold, is_main: bool) -> _Seen:
         raise ModelError(
             f"initializer `{value.name}` has no data or no name", hint="set its `const_value`, or remove it"
         )
-    return _Seen(value, const_value=_seen_tensor(value.const_value, value.name, hold, is_main))
+    tensor = _seen_tensor(value.const_value, value.name, hold, is_main)
+    if _is_declared_as(value, value.const_value):
+        # The tensor says it all: no value_info, which onnx_ir would write for each initializer.
+        return _Seen(value, const_value=tensor, type=None, shape=None)
+    return _Seen(value, const_value=tensor)
+
+
+def _is_declared_as(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    """Return whether a value's type and shape are its tensor's and nothing more is known of it."""
+    same_type = value.type is None or (type(value.type) is ir.TensorType and value.dtype == tensor.dtype)
+    same_shape = value.shape is None or tuple(value.shape) == tuple(tensor.shape)
+    said = value.doc_string or value.metadata_props or (value.type is not None and value.type.denotation)
+    return bool(same_type and same_shape and not said)
 
 
 def _seen_node(node: ir.Node, hold: Hold) -> Any:

@@ -23,6 +23,7 @@ class Latency:
         high: 90th percentile.
         runs: How many runs were timed.
         ratio: Median over runs of (this session's time / the first session's in the same round).
+        batch: Samples in each run.
     """
 
     median: float
@@ -30,6 +31,7 @@ class Latency:
     high: float
     runs: int
     ratio: float
+    batch: int = 1
 
 
 def measure(sessions: Sequence[Session], feeds: Sequence[Feeds], *, seconds: float, min_runs: int = 3) -> list[Latency]:

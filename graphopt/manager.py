@@ -9,12 +9,12 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.analysis import AnalysisCache
-from graphopt.authoring import Context, Pass
+from graphopt.authoring import Context, Guarantee, Pass
 from graphopt.backend import Backend
 from graphopt.data import Dataset
 from graphopt.errors import GraphoptError, PassError
 from graphopt.instruments import Instrument
-from graphopt.model_io import serialize
+from graphopt.model_io import saved_bytes
 from graphopt.pattern import RewriteCheck
 from graphopt.pipeline import Step
 from graphopt.report import PassRecord, StepRecord
@@ -23,6 +23,8 @@ from graphopt.target import Target
 
 # Rounds over a preset's passes; each pass is at its own fixpoint, so more than a few rounds means a ping-pong.
 PRESET_ROUNDS_LIMIT = 10
+# Characters of another library's error that are shown; some print a whole graph.
+LONGEST_CAUSE = 300
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class PassManager:
             instrument.step_started(step, model)
         if step.reason is not None:
             record.reason = step.reason
-        rounds = PRESET_ROUNDS_LIMIT if step.preset else 1
+        # Exact rewriting has a fixpoint; losing the same twice does not.
+        rounds = PRESET_ROUNDS_LIMIT if step.preset and step.guarantee is not Guarantee.LOSSY else 1
         for _ in range(rounds):
             if not sum([self._run_pass(one, model, record) for one in step.passes]):
                 break
@@ -112,7 +115,7 @@ class PassManager:
             raise
         except Exception as error:
             raise PassError(
-                f"pass `{one.name}` failed: {type(error).__name__}: {error}",
+                f"pass `{one.name}` failed: {type(error).__name__}: {_one_line(error)}",
                 hint="this is a mistake of the pass, not yours; `-v` shows where; leave it out, or report it",
             ) from error
         self._analyses.keep(one.preserves, since, rewriter.version)
@@ -135,7 +138,10 @@ def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> Non
     known.notes = [note for note in known.notes if not note.left] + context.notes
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:LONGEST_CAUSE]
+
+
 def _measure(model: ir.Model) -> tuple[int, int]:
     """Return the number of nodes, and the bytes the model takes on disk."""
-    header, weights = serialize(model)
-    return sum(1 for _ in walk.every_node(model)), len(header) + sum(tensor.nbytes for tensor in weights.values())
+    return sum(1 for _ in walk.every_node(model)), saved_bytes(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array
-from graphopt.data import Batch, load_function
-from graphopt.errors import DataError, UsageError
+from graphopt.data import Batch, in_words, load_function
+from graphopt.errors import DataError, UsageError, did_you_mean
 
 Outputs = Mapping[str, Any]
 
@@ -51,13 +52,19 @@ class Metric:
         """Return a value as people read it."""
         if value is None:
             return "–"
-        return f"{100 * value:.1f} %" if cls.percent else f"{value:.4g}"
+        return f"{100 * value:.1f} %" if cls.percent else show_number(value)
+
+
+def show_number(value: float) -> str:
+    """Return a number as people read it: four digits, and no exponent where a plain number is as short."""
+    text = f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    return text.replace("-", "−") if "e" not in text else text
 
 
 def first_output(outputs: Outputs, batch: Batch) -> Array:
     """Return the first tensor output, without the rows that only pad a fixed batch size."""
-    array = np.asarray(next(iter(outputs.values())))
-    return array[: batch.count] if batch.labels is not None and array.ndim else array
+    array: Array = batch.real(np.asarray(next(iter(outputs.values()))))
+    return array
 
 
 class _Mean(Metric):
@@ -77,9 +84,18 @@ class _Mean(Metric):
         return self.total / self.count
 
 
-def _class_scores(array: Array) -> Array:
-    """Return classifier outputs as [items, classes], dropping 1×1 spatial axes."""
-    return array.reshape(len(array), -1) if array.ndim != 3 else array
+def _class_scores(array: Array, metric: str) -> Array:
+    """Return scores as [items, ..., classes]; images hold their classes in axis 1, unless they are 1×1 pixels."""
+    scores = array
+    if array.ndim > 3:
+        pixels = math.prod(array.shape[1:]) // max(array.shape[1:])
+        scores = array.reshape(len(array), -1) if pixels == 1 else np.moveaxis(array, 1, -1)
+    if scores.ndim < 2 or scores.shape[-1] < 2:
+        raise DataError(
+            f"metric `{metric}` needs a score per class and the first output is {list(array.shape)}",
+            hint="name another `--metric`, such as `mse` or file.py:function",
+        )
+    return scores
 
 
 def _check_labels(labels: Array, items: tuple[int, ...], metric: str) -> Array:
@@ -91,6 +107,11 @@ def _check_labels(labels: Array, items: tuple[int, ...], metric: str) -> Array:
     return labels.reshape(items)
 
 
+def _classes_named(array: Array, labels: Array) -> bool:
+    """Return whether an output holds the classes themselves, one per label, rather than scores."""
+    return array.dtype.kind in "iubOSU" and array.size == labels.size
+
+
 class Top1(_Mean):
     """Share of items whose highest score is at the label."""
 
@@ -99,10 +120,26 @@ class Top1(_Mean):
 
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
         assert batch.labels is not None
-        scores = _class_scores(first_output(outputs, batch))
+        output = first_output(outputs, batch)
+        if _classes_named(output, batch.labels):
+            self.add(output.reshape(-1) == batch.labels.reshape(-1))
+            return
+        scores = _class_scores(output, self.name)
         labels = _check_labels(batch.labels, scores.shape[:-1], self.name)
-        best = np.argsort(-scores, axis=-1, kind="stable")[..., : self.places]
-        self.add((best == labels[..., None]).any(-1))
+        best = _best(scores, self.places)
+        # Scores that are NaN name no class.
+        self.add((best == labels[..., None]).any(-1) & ~_has_nan(scores))
+
+
+def _best(scores: Array, places: int) -> Array:
+    """Return the places of the highest scores, of equal ones the first."""
+    if places == 1:
+        return np.asarray(scores.argmax(-1))[..., None]
+    return np.asarray(np.argsort(-scores.astype(np.float64), axis=-1, kind="stable"))[..., :places]
+
+
+def _has_nan(scores: Array) -> Array:
+    return np.asarray(np.isnan(scores.astype(np.float32, copy=False)).any(-1))
 
 
 class Top5(Top1):
@@ -120,20 +157,30 @@ class Perplexity(_Mean):
     name, help, higher_is_better = "perplexity", "exp of the mean next-token cross-entropy (language models)", False
 
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
-        logits = np.asarray(next(iter(outputs.values())))[: batch.count].astype(np.float64)
+        logits = first_output(outputs, batch).astype(np.float64)
         if batch.labels is not None:
             targets = _check_labels(batch.labels, logits.shape[:-1], self.name)
         else:
             tokens = next((a for a in batch.feeds.values() if a.dtype.kind in "iu" and a.ndim == 2), None)
             if tokens is None or logits.ndim != 3:
-                raise DataError("metric `perplexity` needs token ids in and [batch, tokens, vocabulary] out")
-            logits, targets = logits[:, :-1], tokens[: batch.count, 1:]
+                raise DataError(
+                    "metric `perplexity` needs token ids in and [batch, tokens, vocabulary] out",
+                    hint="name another `--metric`",
+                )
+            logits, targets = logits[:, :-1], batch.real(tokens)[:, 1:]
+        if targets.size and not 0 <= targets.min() <= targets.max() < logits.shape[-1]:
+            raise DataError(
+                f"metric `perplexity`: targets from {targets.min()} to {targets.max()}, vocabulary of "
+                f"{logits.shape[-1]}",
+                hint="targets are token ids",
+            )
         logits = logits - logits.max(-1, keepdims=True)
         chosen = np.take_along_axis(logits, targets[..., None].astype(np.int64), -1)[..., 0]
         self.add(np.log(np.exp(logits).sum(-1)) - chosen)
 
     def value(self) -> float:
-        return float(np.exp(super().value()))
+        with np.errstate(over="ignore"):
+            return float(np.exp(super().value()))
 
 
 class MeanSquaredError(_Mean):
@@ -145,7 +192,10 @@ class MeanSquaredError(_Mean):
         assert batch.labels is not None
         values = first_output(outputs, batch).astype(np.float64)
         if values.size != batch.labels.size:
-            raise DataError(f"metric `mse`: {batch.labels.size} labels for {values.size} outputs")
+            raise DataError(
+                f"metric `mse`: labels of shape {list(batch.labels.shape)} for an output of {list(values.shape)}",
+                hint="one label per value of the first output, or another `--metric`",
+            )
         self.add((values - batch.labels.reshape(values.shape)) ** 2)
 
 
@@ -156,8 +206,12 @@ class Agreement(_Mean):
     against_original = True
 
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
-        mine, theirs = (_class_scores(first_output(side, batch)) for side in (outputs, original))
-        self.add(mine.argmax(-1) == theirs.argmax(-1))
+        mine, theirs = (first_output(side, batch) for side in (outputs, original))
+        if batch.labels is not None and _classes_named(theirs, batch.labels):
+            self.add(mine == theirs)
+            return
+        mine, theirs = _class_scores(mine, self.name), _class_scores(theirs, self.name)
+        self.add((mine.argmax(-1) == theirs.argmax(-1)) & ~_has_nan(mine))
 
 
 class KL(_Mean):
@@ -167,17 +221,21 @@ class KL(_Mean):
     against_original = True
 
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
-        mine, theirs = (_log_probabilities(_class_scores(first_output(side, batch))) for side in (outputs, original))
+        mine, theirs = (
+            _class_scores(first_output(side, batch), self.name).astype(np.float64) for side in (outputs, original)
+        )
+        # The original decides for both: the model's probabilities may have drifted from a sum of one.
+        normalized = bool((theirs >= 0).all() and np.allclose(theirs.sum(-1), 1.0, atol=1e-3))
+        mine, theirs = _log_probabilities(mine, normalized), _log_probabilities(theirs, normalized)
         self.add((np.exp(theirs) * (theirs - mine)).sum(-1))
 
 
-def _log_probabilities(scores: Array) -> Array:
-    x = scores.astype(np.float64)
-    if (x >= 0).all() and np.allclose(x.sum(-1), 1.0, atol=1e-2):
-        return np.log(np.maximum(x, 1e-12))  # already probabilities
-    x -= x.max(-1, keepdims=True)
-    x -= np.log(np.exp(x).sum(-1, keepdims=True))
-    return x
+def _log_probabilities(scores: Array, normalized: bool) -> Array:
+    if normalized:
+        shares = np.maximum(scores, 1e-12)
+        return np.asarray(np.log(shares / shares.sum(-1, keepdims=True)))
+    x = scores - scores.max(-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
 
 
 class SQNR(Metric):
@@ -191,10 +249,14 @@ class SQNR(Metric):
         self.comparison = Comparison()
 
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
-        self.comparison.update(original, outputs)
+        self.comparison.update(batch.all_real(original), batch.all_real(outputs))
 
     def value(self) -> float:
         return self.comparison.sqnr_db
+
+    @classmethod
+    def show(cls, value: float | None) -> str:
+        return "–" if value is None else f"{value:.1f} dB".replace("-", "−")
 
 
 class UserMetric(Metric):
@@ -210,18 +272,20 @@ class UserMetric(Metric):
         self.labels: list[Array] = []
 
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
-        self.outputs.append({name: np.asarray(value)[: batch.count] for name, value in outputs.items()})
+        self.outputs.append({name: np.atleast_1d(batch.real(np.asarray(value))) for name, value in outputs.items()})
         if batch.labels is not None:
             self.labels.append(batch.labels)
 
     def value(self) -> float:
-        joined = {name: np.concatenate([part[name] for part in self.outputs]) for name in self.outputs[0]}
-        labels = np.concatenate(self.labels) if self.labels else None
+        if not self.outputs:
+            raise DataError(f"metric `{self.name}` had nothing to score", hint="give more samples")
         try:
+            joined = {name: np.concatenate([part[name] for part in self.outputs]) for name in self.outputs[0]}
+            labels = np.concatenate(self.labels) if self.labels else None
             return float(type(self).function(joined, labels))
         except Exception as error:
             raise DataError(
-                f"metric `{self.name}` fails: {type(error).__name__}: {error}",
+                f"metric `{self.name}` fails: {in_words(error)}",
                 hint="it is called as function(outputs: dict of arrays, labels or None) and returns a number",
             ) from error
 
@@ -250,13 +314,20 @@ def user_metric(text: str) -> type[Metric]:
 
 def default_metrics(model: ir.Model, batch: Batch) -> list[type[Metric]]:
     """Return what to score by when the user named no metric, judged by the first output and the labels."""
+    if not model.graph.outputs:
+        return []
     output = model.graph.outputs[0]
     rank = len(output.shape) if output.shape is not None else None
     labels = batch.labels
+    if labels is not None and rank is not None and _is_one_value(output):
+        return [MeanSquaredError, SQNR]
     is_class = labels is not None and labels.dtype.kind in "iub" and labels.ndim <= 2
     if is_class and labels is not None and labels.ndim == 2 and labels.shape[1] > 1 and rank == 3:
         return [Perplexity, Agreement, KL, SQNR]
-    if is_class:
+    is_image = labels is not None and labels.dtype.kind in "iub" and labels.ndim == 3 and rank == 4
+    if (is_class or is_image) and output.dtype is not None and output.dtype.is_integer():
+        return [Top1, Agreement]
+    if is_class or is_image:
         return [Top1, Agreement, KL, SQNR]
     if labels is not None:
         return [MeanSquaredError, SQNR]
@@ -264,6 +335,13 @@ def default_metrics(model: ir.Model, batch: Batch) -> list[type[Metric]]:
     if rank == 3 and len(tokens) == 1 and len(batch.feeds) == 1:
         return [Perplexity, Agreement, KL, SQNR]
     return [SQNR]
+
+
+def _is_one_value(output: ir.Value) -> bool:
+    """Return whether an output is one float per sample, which no classifier's is."""
+    if output.dtype is None or not output.dtype.is_floating_point() or output.shape is None:
+        return False
+    return len(output.shape) == 1 or (len(output.shape) == 2 and output.shape[1] == 1)
 
 
 @dataclass(frozen=True)
@@ -287,8 +365,6 @@ class Budget:
         Raises:
             UsageError: Not of that form, an unknown metric, or a negative drop.
         """
-        from graphopt.errors import did_you_mean
-
         name, equals, drop = text.partition("=")
         hint = "write `METRIC=DROP`, for example `top1=1%`"
         if not equals:
@@ -302,7 +378,15 @@ class Budget:
             raise UsageError(f"budget `{text}`: `{drop}` is not a number", hint=hint) from None
         if not 0 <= amount < float("inf"):
             raise UsageError(f"budget `{text}`: a drop is 0 or more", hint=hint)
-        return cls(name, amount / 100 if percent else amount, relative=percent and not known[name].percent)
+        metric = known[name]
+        if metric.percent and (amount / 100 if percent else amount) >= 1:
+            raise UsageError(f"budget `{text}` allows any loss", hint=f"one point is `{name}=1%` or `{name}=0.01`")
+        if percent and metric.against_original and not metric.percent:
+            raise UsageError(
+                f"budget `{text}`: the original has no `{name}` that could change by a share",
+                hint=f"write `{name}=DROP` without `%`",
+            )
+        return cls(name, amount / 100 if percent else amount, relative=percent and not metric.percent)
 
     def loss(self, before: float, after: float, metric: type[Metric]) -> float:
         """Return what was lost, in the unit the budget is given in; negative where the metric gained."""

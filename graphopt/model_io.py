@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError
 
 from graphopt.data_files import DataFiles, foreign_format, open_model_file
 from graphopt.errors import ModelError
@@ -20,7 +20,7 @@ from graphopt.fidelity import first_loss, unknown_field
 from graphopt.header import each_tensor, from_proto, graphs, reference, replace_tensors, to_proto
 from graphopt.mapped import COPY_CHUNK, MappedFile, MappedTensor
 from graphopt.staged_files import StagedFiles
-from graphopt.wire import HELD_ELSEWHERE, Hole, WireError, open_holes, size_of, strip_payloads
+from graphopt.wire import HELD_ELSEWHERE, Hole, Piece, WireError, open_holes, size_of, strip_payloads
 
 PAYLOAD_THRESHOLD = 1024
 """Bytes from which a tensor stays in its file; below, a reference is hardly smaller than the tensor."""
@@ -112,18 +112,53 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None
         external = _wants_data_file(model)
     staged = StagedFiles()
     try:
-        data = target.with_name(target.name + ".data")
-        _check_target(model, target, [target, data] if external else [target])
+        check_target(model, target, external=external)
         if external:
-            _write_external(model, target, data, staged)
+            data = _data_file(target)
+            _External.of(model, data.name).write(target, data, staged)
         else:
-            _write_inline(model, target, staged)
+            _Inline.of(model).write(target, staged)
         return staged.publish()
     except OSError as error:
         hint = _WRITE_HINTS.get(error.errno or 0, "check the path and the disk")
         raise ModelError(f"cannot write `{target}`: {error.strerror or error}", hint=hint) from error
     finally:
         staged.discard()
+
+
+def saved_bytes(model: ir.Model) -> int:
+    """Return how many bytes `save` would write for a model, without writing it."""
+    if _wants_data_file(model):
+        plan = _External.of(model, "model.onnx.data")
+        return len(plan.header) + plan.data_bytes
+    return size_of(_Inline.of(model).pieces)
+
+
+def check_target(model: ir.Model, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
+    """Check, before any work, that a model may be saved where it is wanted.
+
+    Raises:
+        ModelError: The folder is missing, or a file in the way is none to replace.
+    """
+    target = Path(path)
+    if external is None:
+        external = _wants_data_file(model)
+    written = [target, _data_file(target)] if external else [target]
+    if not target.parent.is_dir():
+        raise ModelError(f"cannot write `{target}`: there is no folder `{target.parent}`", hint="create it first")
+    origin = source(model)
+    folder = os.path.realpath(target.parent)
+    for path in written:
+        if path.is_dir() or (path.exists() and not path.is_file()):
+            raise ModelError(f"cannot write `{path}`: it exists and is not a regular file", hint="give another name")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise ModelError(f"cannot write `{path}`: it is write-protected", hint="give another name")
+        if origin is None or os.path.join(folder, path.name) not in origin.data_files:
+            continue
+        if os.path.realpath(origin.path) != os.path.realpath(target):
+            raise ModelError(
+                f"cannot write `{path}`: `{origin.path}` keeps its tensors there", hint="give another name"
+            )
 
 
 def serialize(model: ir.Model, *, inline_limit: int = PAYLOAD_THRESHOLD) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
@@ -285,22 +320,8 @@ def _loss_hint(loss: str) -> str:
 # Saving
 
 
-def _check_target(model: ir.Model, target: Path, written: list[Path]) -> None:
-    if not target.parent.is_dir():
-        raise ModelError(f"cannot write `{target}`: there is no folder `{target.parent}`", hint="create it first")
-    origin = source(model)
-    folder = os.path.realpath(target.parent)
-    for path in written:
-        if path.is_dir() or (path.exists() and not path.is_file()):
-            raise ModelError(f"cannot write `{path}`: it exists and is not a regular file", hint="give another name")
-        if path.exists() and not os.access(path, os.W_OK):
-            raise ModelError(f"cannot write `{path}`: it is write-protected", hint="give another name")
-        if origin is None or os.path.join(folder, path.name) not in origin.data_files:
-            continue
-        if os.path.realpath(origin.path) != os.path.realpath(target):
-            raise ModelError(
-                f"cannot write `{path}`: `{origin.path}` keeps its tensors there", hint="give another name"
-            )
+def _data_file(target: Path) -> Path:
+    return target.with_name(target.name + ".data")
 
 
 def _wants_data_file(model: ir.Model) -> bool:
@@ -310,54 +331,79 @@ def _wants_data_file(model: ir.Model) -> bool:
     return sum(tensor.nbytes for tensor in each_tensor(model) if _has_payload(tensor)) > EXTERNAL_THRESHOLD
 
 
-def _write_inline(model: ir.Model, target: Path, staged: StagedFiles) -> None:
-    held: list[ir.TensorProtocol] = []
+@dataclass
+class _Inline:
+    """A model as one file: pieces of header, and holes for the tensors that are written into them."""
 
-    def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
-        # A tensor that onnx parsed is in memory already, and is kept in the field it came in.
-        if isinstance(tensor, ir.serde.TensorProtoTensor) or not _is_large(tensor):
-            return None
-        held.append(tensor)
-        return reference(tensor, name, HELD_ELSEWHERE, len(held) - 1)
+    pieces: list[Piece]
+    held: list[ir.TensorProtocol]
 
-    pieces = open_holes(_to_bytes(to_proto(model, hold)))
-    if size_of(pieces) > PROTOBUF_LIMIT:
-        raise ModelError(
-            f"cannot write `{target}` as one file: {size_of(pieces):,} bytes are more than protobuf's 2 GB",
-            hint="save with external data",
-        )
-    with staged.open(target) as file:
-        for piece in pieces:
-            if isinstance(piece, Hole):
-                _write_tensor(file, held[piece.index], piece.length)
-            else:
-                file.write(piece)
+    @classmethod
+    def of(cls, model: ir.Model) -> _Inline:
+        held: list[ir.TensorProtocol] = []
+
+        def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
+            # A tensor that onnx parsed is in memory already, and is kept in the field it came in.
+            if isinstance(tensor, ir.serde.TensorProtoTensor) or not _is_large(tensor):
+                return None
+            held.append(tensor)
+            return reference(tensor, name, HELD_ELSEWHERE, len(held) - 1)
+
+        return cls(open_holes(_to_bytes(to_proto(model, hold))), held)
+
+    def write(self, target: Path, staged: StagedFiles) -> None:
+        if size_of(self.pieces) > PROTOBUF_LIMIT:
+            raise ModelError(
+                f"cannot write `{target}` as one file: {size_of(self.pieces):,} bytes are more than protobuf's 2 GB",
+                hint="save with external data",
+            )
+        with staged.open(target) as file:
+            for piece in self.pieces:
+                if isinstance(piece, Hole):
+                    _write_tensor(file, self.held[piece.index], piece.length)
+                else:
+                    file.write(piece)
 
 
-def _write_external(model: ir.Model, target: Path, data: Path, staged: StagedFiles) -> None:
-    placed: dict[object, tuple[ir.TensorProtocol, int]] = {}
-    end = 0
+@dataclass
+class _External:
+    """A model as a header and a data file: every large tensor at its offset."""
 
-    def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
-        nonlocal end
-        if not _is_large(tensor):
-            return None
-        key = _identity(tensor)
-        if key not in placed:
-            alignment = PAGE_ALIGNMENT if tensor.nbytes >= PAGE_ALIGNED_FROM else DATA_ALIGNMENT
-            offset = -(-end // alignment) * alignment
-            placed[key] = (tensor, offset)
-            end = offset + tensor.nbytes
-        return reference(tensor, name, data.name, placed[key][1])
+    header: bytes
+    placed: list[tuple[ir.TensorProtocol, int]]
 
-    header = _to_bytes(to_proto(model, hold))
-    if placed:
-        with staged.open(data) as file:
-            for tensor, offset in placed.values():
-                file.write(b"\0" * (offset - file.tell()))
-                _write_tensor(file, tensor, tensor.nbytes)
-    with staged.open(target) as file:
-        file.write(header)
+    @classmethod
+    def of(cls, model: ir.Model, data_name: str) -> _External:
+        placed: dict[object, tuple[ir.TensorProtocol, int]] = {}
+        end = 0
+
+        def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
+            nonlocal end
+            if not _is_large(tensor):
+                return None
+            key = _identity(tensor)
+            if key not in placed:
+                alignment = PAGE_ALIGNMENT if tensor.nbytes >= PAGE_ALIGNED_FROM else DATA_ALIGNMENT
+                offset = -(-end // alignment) * alignment
+                placed[key] = (tensor, offset)
+                end = offset + tensor.nbytes
+            return reference(tensor, name, data_name, placed[key][1])
+
+        return cls(_to_bytes(to_proto(model, hold)), list(placed.values()))
+
+    @property
+    def data_bytes(self) -> int:
+        tensor, offset = self.placed[-1] if self.placed else (None, 0)
+        return offset + (tensor.nbytes if tensor is not None else 0)
+
+    def write(self, target: Path, data: Path, staged: StagedFiles) -> None:
+        if self.placed:
+            with staged.open(data) as file:
+                for tensor, offset in self.placed:
+                    file.write(b"\0" * (offset - file.tell()))
+                    _write_tensor(file, tensor, tensor.nbytes)
+        with staged.open(target) as file:
+            file.write(self.header)
 
 
 def _write_tensor(file: BinaryIO, tensor: ir.TensorProtocol, length: int) -> None:

@@ -120,6 +120,19 @@ def describe(cls: type) -> Iterator[tuple[str, str, str]]:
         yield name, _show(field.default), field.metadata.get("help", "")
 
 
+def accepted(cls: type, name: str) -> str:
+    """Return what an option accepts, as text: its choices, its range, or nothing where its help says it all."""
+    hint = typing.get_type_hints(cls)[name]
+    if _allows_none(hint):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, typing.get_args(hint)))
+    if hint is bool:
+        return "true|false"
+    low, high = (fields(cls)[name].metadata.get(end) for end in ("low", "high"))
+    return _span(low, high) if low is not None or high is not None else ""
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "none"
@@ -186,10 +199,10 @@ def _number_hint(hint: type) -> str:
 def _check_range(value: float, low: float | None, high: float | None, place: str) -> None:
     # Written as `not inside` so that NaN fails too.
     if not ((low is None or value >= low) and (high is None or value <= high)):
-        if high is None:
-            span = f"at least {low:g}"
-        elif low is None:
-            span = f"at most {high:g}"
-        else:
-            span = f"from {low:g} to {high:g}"
-        raise UsageError(f"{place} is out of range: `{value}`", hint=span)
+        raise UsageError(f"{place} is out of range: `{value}`", hint=_span(low, high))
+
+
+def _span(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"at least {low:g}"
+    return f"at most {high:g}" if low is None else f"from {low:g} to {high:g}"

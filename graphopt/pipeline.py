@@ -20,7 +20,7 @@ CANONICALIZER = "simplify"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a pipeline: a pass, or the passes of a preset, repeated until they change nothing.
+    """One step of a pipeline: a pass, or the passes of a preset, repeated until they change nothing unless lossy.
 
     Attributes:
         name: Name of the pass or preset.

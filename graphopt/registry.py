@@ -33,10 +33,25 @@ class Preset:
 
 @dataclass(frozen=True)
 class _Plugin:
-    """A plug-in and how errors call it."""
+    """A plug-in: its entry point, the package that brings it, and its module."""
 
-    label: str
+    value: str
+    package: str
     module: ModuleType
+
+    @property
+    def label(self) -> str:
+        """How errors call it."""
+        return f"`{self.value}` of package `{self.package}`"
+
+    def table(self, kind: str) -> Mapping[str, Any]:
+        """Return one of its tables; empty where it has none."""
+        found = getattr(self.module, kind, {})
+        if not isinstance(found, Mapping):
+            raise UsageError(
+                f"plug-in {self.label}: `{kind}` is no table of names", hint=f"repair or uninstall `{self.package}`"
+            )
+        return found
 
 
 @functools.cache
@@ -46,7 +61,7 @@ def _plugins() -> tuple[_Plugin, ...]:
     for point in found:
         package = point.dist.name if point.dist is not None else point.value
         try:
-            plugins.append(_Plugin(f"`{point.value}` of package `{package}`", point.load()))
+            plugins.append(_Plugin(point.value, package, point.load()))
         except Exception as error:
             raise UsageError(
                 f"plug-in `{point.value}` of package `{package}` fails to load: {_one_line(error)}",
@@ -71,7 +86,7 @@ def table(kind: str) -> Mapping[str, Any]:
     owner: dict[str, str] = {}
     for plugin in _plugins():
         for one in kinds:
-            for name, entry in getattr(plugin.module, one, {}).items():
+            for name, entry in plugin.table(one).items():
                 if name in owner:
                     raise UsageError(
                         f"`{name}` is claimed by plug-in {owner[name]} and by {plugin.label}",

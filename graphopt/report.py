@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphopt.authoring import Note
-from graphopt.metrics import Metric
+from graphopt.metrics import Metric, show_number
 
 
 @dataclass
@@ -107,6 +107,7 @@ class Report:
         ok: Whether every check and the budget held.
         deployed: How the written file compares with the original, the runtime's optimizations on; None if lossy.
         latency_ratio: Median over paired runs of latency after / before.
+        latency_batch: Samples in each run that was timed.
     """
 
     graphopt: str
@@ -122,6 +123,7 @@ class Report:
     scored: str = ""
     deployed: Check | None = None
     latency_ratio: float | None = None
+    latency_batch: int = 1
     failure: str | None = None
     metric_types: dict[str, type[Metric]] = field(default_factory=dict)
 
@@ -140,20 +142,22 @@ class Report:
             "after": asdict(self.after) if self.after is not None else None,
             "deployed": asdict(self.deployed) if self.deployed is not None else None,
             "latency_ratio": self.latency_ratio,
+            "latency_batch": self.latency_batch,
             "ok": self.ok,
             "failure": self.failure,
         }
 
     def to_json(self) -> str:
         """Return the report as JSON text; infinities and NaN, which JSON lacks, become null."""
-        return json.dumps(_finite(self.as_dict()), indent=2) + "\n"
+        return json.dumps(finite(self.as_dict()), indent=2) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return JSON values without the infinities and NaN that JSON lacks: they become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value.item() if hasattr(value, "item") else value
@@ -195,7 +199,7 @@ def show_check(check: Check, metric_types: dict[str, type[Metric]], before: dict
 
 def show_metric(metric: type[Metric] | None, value: float, before: float | None) -> str:
     """Return a metric's value and how it moved."""
-    shown = metric.show(value) if metric is not None else f"{value:.4g}"
+    shown = metric.show(value) if metric is not None else show_number(value)
     return f"{shown} ({show_change(metric, before, value)})" if before is not None else shown
 
 
@@ -206,5 +210,5 @@ def show_change(metric: type[Metric] | None, before: float, after: float) -> str
         text = f"{100 * difference:+.1f}"
         text = "±0.0" if float(text) == 0 else text
     else:
-        text = f"{difference:+.3g}" if difference else "±0"
+        text = ("+" if difference > 0 else "") + show_number(difference) if difference else "±0"
     return text.replace("-", "−")

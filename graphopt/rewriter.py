@@ -15,6 +15,8 @@ from graphopt.backend import Array
 
 Attributes = Mapping[str, Any]
 Observer = Callable[[ir.Node], None]
+# Before this IR version every initializer had to be an input as well, which a caller may override.
+FIRST_WITH_PURE_INITIALIZERS = 4
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,10 @@ class Rewriter:
         with self.edit("replace", *sources):
             if new.type is None and new.shape is None:
                 new.type, new.shape = old.type, old.shape.copy() if old.shape is not None else None
-                new.meta[shapes.INFERRED] = old.meta.get(shapes.INFERRED, False)
+                new.meta[shapes.INFERRED] = old.meta.get(shapes.INFERRED)
             readers = [use.node for use in old.uses()]
             if old.is_graph_output():
-                new = self._take_over_output(old, new, sources)
+                self._take_over_output(old, new, sources)
             old.replace_all_uses_with(new)
             producer = new.producer()
             self._note(*readers, *([producer] if producer is not None else []))
@@ -202,7 +204,7 @@ class Rewriter:
             self._note(*(producer for producer in producers if producer.graph is not None))
 
     def const(self, content: ir.TensorProtocol | Array, name: str, *, near: ir.Node | None = None) -> ir.Value:
-        """Add a constant: an initializer of the main graph, or a Constant node inside a function.
+        """Add a constant: an initializer of the main graph, or a Constant node where there can be none.
 
         Args:
             content: What it holds.
@@ -216,7 +218,7 @@ class Rewriter:
     def make_const(self, content: ir.TensorProtocol | Array, name: str) -> ir.Value:
         """Make a constant that is in no graph yet; `adopt` puts it in."""
         if not isinstance(content, ir.TensorProtocol):
-            content = ir.tensor(np.ascontiguousarray(content))
+            content = _as_tensor(content)
         content.name = self.fresh_name(name)
         return ir.Value(
             name=content.name,
@@ -230,14 +232,14 @@ class Rewriter:
         root = self._root(near.graph) if near is not None and near.graph is not None else self.model.graph
         with self.edit("const", *([near] if near is not None else [])):
             self._changed = True
-            if isinstance(root, ir.Graph):
+            if isinstance(root, ir.Graph) and (self.model.ir_version or 0) >= FIRST_WITH_PURE_INITIALIZERS:
                 root.register_initializer(value)
                 return
-            # A function has no initializers and captures nothing.
+            # A function has no initializers and captures nothing; earlier IR versions make an initializer an input.
             attribute = ir.AttrTensor("value", value.const_value)  # type: ignore[arg-type]
             value.const_value = None
             node = ir.Node("", "Constant", [], [attribute], outputs=[value], name=self.fresh_name("Constant"))
-            provenance.record(node, [near] if near is not None else [])
+            provenance.record(node, [near if near is not None else root[0]])
             root.insert_before(root[0], node)
 
     def set_weight(self, value: ir.Value, tensor: ir.TensorProtocol | Array) -> None:
@@ -248,7 +250,7 @@ class Rewriter:
         """
         old = walk.constant_tensor(value)
         if not isinstance(tensor, ir.TensorProtocol):
-            tensor = ir.tensor(np.ascontiguousarray(tensor), name=value.name)
+            tensor = _as_tensor(tensor, value.name)
         if old is None or tensor.dtype != old.dtype or tuple(tensor.shape) != tuple(old.shape):
             raise ValueError(f"`{value.name}` cannot hold a {tensor.dtype} of shape {tuple(tensor.shape)}")
         producer = value.producer()
@@ -299,7 +301,7 @@ class Rewriter:
             self.model.opset_imports[domain] = version
             self._changed = True
 
-    def _take_over_output(self, old: ir.Value, new: ir.Value, sources: list[ir.Node]) -> ir.Value:
+    def _take_over_output(self, old: ir.Value, new: ir.Value, sources: list[ir.Node]) -> None:
         """Make ``new`` (or an Identity of it) the graph output that ``old`` is, under ``old``'s name."""
         graph = old.graph
         assert graph is not None, "an output belongs to a graph"
@@ -307,17 +309,19 @@ class Rewriter:
         movable = producer is not None and producer.graph is graph and not new.is_graph_output()
         if not movable:
             identity = self.make("Identity", [new], sources=sources or ([producer] if producer else []))
-            # At the end of the graph every value is defined, wherever `new` comes from.
+            # At the end of the graph every value is defined, wherever `new` comes from; nothing else reads it there.
             graph.append(identity)
             new = identity.outputs[0]
         name = old.name
         old.name = self.fresh_name(f"{name}_replaced")
         # The declared type and shape belong to the signature, which an edit never changes.
-        new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
+        new.name = name
+        new.type = old.type if old.type is not None else new.type
+        new.shape = old.shape if old.shape is not None else new.shape  # a scalar's shape is falsy
+        new.meta[shapes.INFERRED] = old.meta.get(shapes.INFERRED)
         for index, output in enumerate(graph.outputs):
             if output is old:
                 graph.outputs[index] = new
-        return new
 
     def _root(self, graph: ir.Graph) -> ir.Graph | ir.Function:
         """Return the main graph or function a graph is nested in."""
@@ -339,6 +343,13 @@ class Rewriter:
     def _write(self, rule: str, origins: provenance.Origins) -> None:
         self.edits += 1
         self.journal.edits.append(Edit(self.version + 1, self.pass_name, rule, origins))
+
+
+def _as_tensor(array: Array, name: str | None = None) -> ir.TensorProtocol:
+    if array.dtype.kind in "OSU":
+        encoded = [text.encode() if isinstance(text, str) else bytes(text) for text in array.reshape(-1)]
+        return ir.StringTensor(encoded, shape=ir.Shape(array.shape), name=name)
+    return ir.tensor(np.asarray(array, order="C"), name=name)
 
 
 def _all_names(model: ir.Model) -> set[str]:

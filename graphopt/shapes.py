@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx
 import onnx_ir as ir
 
@@ -10,8 +12,16 @@ from graphopt.errors import ModelError
 
 # Constants up to this size may hold shapes, axes or sizes, which inference reads; larger ones are weights.
 SHAPE_CONSTANT_LIMIT = 1024
-# Marks values of whose dtype and shape the file said nothing.
+# Marks values that learned something, with an `_Inferred`.
 INFERRED = "graphopt.inferred"
+
+
+@dataclass(frozen=True)
+class _Inferred:
+    """Type and shape of a value as the file says, and as inference made them."""
+
+    before: tuple[ir.TypeProtocol | None, ir.Shape | None]
+    after: tuple[ir.TypeProtocol | None, ir.Shape | None]
 
 
 def infer_shapes(model: ir.Model) -> int:
@@ -37,8 +47,10 @@ def forget_inferred(model: ir.Model) -> None:
     """Take back what `infer_shapes` filled in, so that a saved file holds no more than it came with."""
     for node in walk.every_node(model):
         for value in node.outputs:
-            if value.meta.pop(INFERRED, False) and not value.is_graph_output():
-                value.type = value.shape = None
+            inferred = value.meta.pop(INFERRED, None)
+            # What a pass has stamped since is the pass's own.
+            if inferred is not None and (value.type, value.shape) == inferred.after:
+                value.type, value.shape = inferred.before
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
@@ -93,16 +105,17 @@ def _learn(value: ir.Value, info: onnx.ValueInfoProto | None) -> int:
     if info is None or not info.type.HasField("tensor_type"):
         return 0
     found = ir.serde.deserialize_value_info_proto(info, None)
-    learned, knew_nothing = False, value.type is None and value.shape is None
+    learned, before = False, (value.type, value.shape)
     if value.type is None and found.type is not None and found.dtype != ir.DataType.UNDEFINED:
         value.type, learned = found.type, True
-    if found.shape is not None:
+    if found.shape is not None and not value.is_graph_output():  # what an output declares is the signature
         if value.shape is None:
             value.shape, learned = found.shape, True
-        elif not value.is_graph_output() and len(value.shape) == len(found.shape):
+        elif len(value.shape) == len(found.shape):
             learned = _refine(value, found.shape) or learned
-    if knew_nothing and learned:
-        value.meta[INFERRED] = True
+    if learned:
+        known = value.meta.get(INFERRED)
+        value.meta[INFERRED] = _Inferred(known.before if known is not None else before, (value.type, value.shape))
     return int(learned)
 
 

@@ -31,6 +31,10 @@ class StagedFiles:
         with contextlib.suppress(FileNotFoundError):
             shutil.copymode(target, temporary)
 
+    def adopt(self, temporary: Path, target: Path) -> None:
+        """Take over a finished file that is to become `target`, on the same file system."""
+        self._files.append((temporary, target))
+
     def publish(self) -> list[Path]:
         """Give all files their real names, the last one opened last."""
         done: list[tuple[Path, Path | None]] = []

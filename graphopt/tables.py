@@ -15,17 +15,30 @@ from graphopt import options, registry
 from graphopt.choices import known_metrics
 from graphopt.comparison import Comparison
 from graphopt.latency import Latency
+from graphopt.metrics import show_number
 from graphopt.report import Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
 from graphopt.summary import ModelSummary
 
 # Where stdout is no terminal nothing may wrap: a script reads lines.
-_WIDTH_OF_PIPE = 200
+_WIDTH_OF_PIPE = 10_000
+# Ratios of sizes are shown to two digits; what is 1.00 then is the same.
+_ROUNDING = 0.005
+# Medians of run times of one and the same model differ by as much.
+_LATENCY_NOISE = 0.02
 
 
-def _console() -> Console:
+def _print(content: Table | str = "", style: str | None = None) -> None:
+    """Print a table, or a line that the terminal may wrap; no line ends in spaces."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OF_PIPE
     # Names and shapes hold brackets, which must not be taken for markup.
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(content, style=style, soft_wrap=isinstance(content, str))
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _table(*headers: str, right: Sequence[str] = ()) -> Table:
@@ -42,21 +55,32 @@ def as_values(record: Any) -> dict[str, Any]:
 
 def print_report(report: Report, *, verbose: bool = False) -> None:
     """Print the steps of a run, what it measured, and the remarks of its passes."""
-    console = _console()
     table = _table("step", "pass", "edits", "nodes", "size", "time", "check", right=("edits",))
     total = len(report.steps)
     for index, step in enumerate(report.steps, 1):
         table.add_row(f"{index}/{total}", *_step_cells(step, report))
-    console.print(table)
+    _print(table)
     for step in report.steps:
         for note in step.notes if verbose else _summaries(step):
             where = f" [{note.node}]" if note.node else ""
-            console.print(f" {note.pass_name}{where}: {note.text}", style="dim")
-        if not step.check.ok:
-            console.print(f" {step.name}: {'FAILED' if step.check.ok is False else 'not checked'}: {step.check.why}")
+            _print(f" {note.pass_name}{where}: {note.text}", style="dim")
+    for line in _doubts(report):
+        _print(line)
     if report.after is not None:
-        console.print()
-        console.print(_sides(report, report.before, report.after))
+        _print()
+        _print(_sides(report, report.before, report.after))
+
+
+def _doubts(report: Report) -> list[str]:
+    """Return why steps failed, or could not be checked; a reason that several share only once."""
+    doubts: dict[str, list[str]] = {}
+    for step in report.steps:
+        if not step.check.ok:
+            why = f"{'FAILED' if step.check.ok is False else 'not checked'}: {step.check.why}"
+            doubts.setdefault(why, []).append(step.name)
+    if report.deployed is not None and not report.deployed.ok:
+        doubts[f"{'FAILED' if report.deployed.ok is False else 'not checked'}: {report.deployed.why}"] = ["as deployed"]
+    return [f" {', '.join(dict.fromkeys(names))}: {why}" for why, names in doubts.items()]
 
 
 def _summaries(step: StepRecord) -> list[Any]:
@@ -86,34 +110,48 @@ def _sides(report: Report, before: Side, after: Side) -> Table:
         change = _ratio(before.bytes_gzip, after.bytes_gzip, "smaller", "larger")
         table.add_row("size, gzip", show_bytes(before.bytes_gzip), show_bytes(after.bytes_gzip), change, "")
     if before.latency_ms is not None and after.latency_ms is not None:
-        threads = f"{report.threads} threads" if report.threads else "default threads"
-        change = _ratio(1.0, report.latency_ratio or 1.0, "faster", "slower")
+        change = _faster(before.latency_ms, after.latency_ms, report.latency_ratio)
         times = f"{before.latency_ms:.3g} ms", f"{after.latency_ms:.3g} ms"
-        table.add_row("latency", *times, change, f"{report.backend}, {threads}, batch 1")
+        place = f"{report.backend}, {_threads(report.threads)}, batch {report.latency_batch}"
+        table.add_row("latency", *times, change, place)
     table.add_row("nodes", str(before.nodes), str(after.nodes), "", "")
     table.add_row("parameters", show_count(before.parameters), show_count(after.parameters), "", "")
     table.add_row("nonzero", _share(before), _share(after), "", "")
+    scored = report.scored
     for name, value in after.metrics.items():
         metric = report.metric_types.get(name)
-        shown = metric.show if metric is not None else (lambda number: f"{number:.4g}")
+        shown = metric.show if metric is not None else show_number
         old = before.metrics.get(name)
         if old is None:
-            table.add_row(name, "–", shown(value), "", f"{report.scored}, against the original")
+            table.add_row(name, "–", shown(value), "", ", ".join(filter(None, ("against the original", scored))))
         else:
-            table.add_row(name, shown(old), shown(value), show_change(metric, old, value), report.scored)
+            table.add_row(name, shown(old), shown(value), show_change(metric, old, value), scored)
+        scored = ""  # the same for all of them
     return table
+
+
+def _threads(count: int) -> str:
+    return _counted(count, "thread") if count else "default threads"
+
+
+def _faster(before: float, after: float, paired: float | None) -> str:
+    """Return how much faster, in words, by the ratio of medians or the median of ratios, whichever claims less."""
+    ratios = [before / after, 1 / paired if paired else before / after]
+    if min(ratios) < 1 < max(ratios):
+        return "the same"
+    return _ratio(min(ratios, key=lambda ratio: abs(ratio - 1)), 1.0, "faster", "slower", noise=_LATENCY_NOISE)
 
 
 def _share(side: Side) -> str:
     return f"{side.nonzero / side.parameters:.1%}" if side.parameters else "–"
 
 
-def _ratio(before: float, after: float, better: str, worse: str) -> str:
+def _ratio(before: float, after: float, better: str, worse: str, *, noise: float = _ROUNDING) -> str:
     """Return before/after in words; what cannot be told from noise is called the same."""
     if not before or not after:
         return ""
     ratio = before / after
-    if 0.98 <= ratio <= 1.02:
+    if abs(ratio - 1) < noise:
         return "the same"
     factor, word = (ratio, better) if ratio > 1 else (1 / ratio, worse)
     return f"{factor:.{1 if factor >= 1.1 else 2}f}× {word}"
@@ -121,39 +159,41 @@ def _ratio(before: float, after: float, better: str, worse: str) -> str:
 
 def print_summary(name: str, summary: ModelSummary, size: int) -> None:
     """Print what a model is made of."""
-    console = _console()
     facts = _table("", "")
     facts.add_row("model", name)
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in summary.opsets.items())
     facts.add_row("opset", f"{opsets} (IR {summary.ir_version})")
     facts.add_row("size", show_bytes(size))
-    facts.add_row("nodes", f"{summary.nodes}" + (f", {summary.functions} functions" if summary.functions else ""))
-    facts.add_row("parameters", f"{show_count(summary.parameters)}, {summary.nonzero} of {summary.parameters} nonzero")
-    unknown = f", {len(summary.unknown_cost)} nodes of unknown cost" if summary.unknown_cost else ""
+    functions = f", {_counted(summary.functions, 'function')}" if summary.functions else ""
+    facts.add_row("nodes", f"{summary.nodes}{functions}")
+    facts.add_row(
+        "parameters", f"{show_count(summary.parameters)}, {summary.nonzero:,} of {summary.parameters:,} nonzero"
+    )
+    unknown = f", {_counted(len(summary.unknown_cost), 'node')} of unknown cost" if summary.unknown_cost else ""
     facts.add_row("MACs", f"{show_count(summary.macs)} per sample (dynamic dimensions as 1){unknown}")
     for kind, ports in (("input", summary.inputs), ("output", summary.outputs)):
         for port, dtype, shape in ports:
             facts.add_row(kind, f"{port}: {dtype} {shape}")
-    console.print(facts)
-    _print_columns(console, "operator", "count", [(op, str(count)) for op, count in summary.ops.items()])
-    _print_columns(console, "dtype", "bytes", [(d, show_bytes(n)) for d, n in summary.bytes_by_dtype.items()])
+    _print(facts)
+    _print_columns("operator", "count", [(op, str(count)) for op, count in summary.ops.items()])
+    _print_columns("dtype", "bytes", [(d, show_bytes(n)) for d, n in summary.bytes_by_dtype.items()])
     layers = _table("largest layers", "operator", "parameters", "bytes", "MACs", right=("parameters", "bytes", "MACs"))
     for layer in summary.largest:
         macs = "–" if layer.macs is None else show_count(layer.macs)
         layers.add_row(layer.name, layer.op_type, show_count(layer.parameters), show_bytes(layer.bytes), macs)
-    console.print(layers)
+    _print(layers)
 
 
-def _print_columns(console: Console, left: str, right: str, rows: Sequence[tuple[str, str]]) -> None:
+def _print_columns(left: str, right: str, rows: Sequence[tuple[str, str]]) -> None:
     table = _table(left, right, right=(right,))
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    _print()
+    _print(table)
 
 
 def print_comparison(comparison: Comparison, tolerance: float | None) -> None:
-    """Print the errors of all outputs and the metrics of both sides."""
-    console = _console()
+    """Print the errors of all outputs, the metrics of both sides, and what they were taken on."""
     table = _table("output", "max |Δ|", "max relative", "cosine", "SQNR", "top-1 agreement", "verdict")
     for name, error in comparison.outputs.items():
         agreement = error.top1_agreement
@@ -167,29 +207,32 @@ def print_comparison(comparison: Comparison, tolerance: float | None) -> None:
             "–" if agreement is None else f"{agreement:.1%}",
             f"{verdict}: {error.mismatch}" if error.mismatch else verdict,
         )
-    console.print(table)
+    _print(table)
     for name, (a, b) in comparison.metrics.items():
-        console.print(f" {name}: {a:.4g} → {b:.4g}")
+        show = comparison.metric_types[name].show
+        _print(f" {name}: {show(b)}" if a is None else f" {name}: {show(a)} → {show(b)}")
+    allowed = "rounding" if tolerance is None else f"|Δ| up to {tolerance:g}"
+    source = f"of `{comparison.source}`" if comparison.source is not None else "made up"
+    _print(f" {_counted(comparison.samples, 'sample')} {source}; tolerance: {allowed}", style="dim")
 
 
-def print_latencies(names: Sequence[str], latencies: Sequence[Latency], batch: int, threads: int) -> None:
+def print_latencies(names: Sequence[str], latencies: Sequence[Latency], backend: str, threads: int) -> None:
     """Print run times side by side."""
-    table = _table("model", "median", "p10–p90", "runs", "ratio", right=("median", "runs", "ratio"))
+    numbers = ("median", "runs", "batch", "ratio")
+    table = _table("model", "median", "p10–p90", "runs", "batch", "ratio", right=numbers)
     for name, one in zip(names, latencies, strict=True):
         spread = f"{one.low:.3g}–{one.high:.3g} ms"
-        table.add_row(name, f"{one.median:.3g} ms", spread, str(one.runs), f"{one.ratio:.2f}")
-    console = _console()
-    console.print(table)
-    console.print(f" batch {batch}, {threads or 'default'} threads, runs interleaved, ratio to the first", style="dim")
+        table.add_row(name, f"{one.median:.3g} ms", spread, str(one.runs), str(one.batch), f"{one.ratio:.2f}")
+    _print(table)
+    _print(f" {backend}, {_threads(threads)}, runs interleaved, ratio to the first", style="dim")
 
 
 def print_list(kind: str) -> None:
     """Print everything of one kind with what it is for and, where it has any, its options."""
-    console = _console()
     table = _table(kind, "")
     for name, text in _LISTERS[kind]():
         table.add_row(name, text)
-    console.print(table)
+    _print(table)
 
 
 def _first_line(documented: Any) -> str:
@@ -201,7 +244,15 @@ def _list_passes() -> list[tuple[str, str]]:
     for name in sorted(registry.table("PASSES")):
         cls = registry.find("PASSES", name)
         rows.append((name, f"{_first_line(cls)} ({cls.guarantee.value})"))
-        rows += [(f"  {option}", f"{help} [default: {default}]") for option, default, help in options.describe(cls)]
+        rows += _options_of(cls)
+    return rows
+
+
+def _options_of(cls: type) -> list[tuple[str, str]]:
+    rows = []
+    for option, default, help in options.describe(cls):
+        facts = [options.accepted(cls, option), f"default: {default or 'none'}"]
+        rows.append((f"  {option}", f"{help} [{'; '.join(filter(None, facts))}]"))
     return rows
 
 
@@ -215,7 +266,7 @@ def _list_backends() -> list[tuple[str, str]]:
         cls = registry.find("BACKENDS", name)
         missing = cls().missing()
         rows.append((name, f"{cls.help}" + (f" — not here: {missing}" if missing else "")))
-        rows += [(f"  {option}", f"{help} [default: {default}]") for option, default, help in options.describe(cls)]
+        rows += _options_of(cls)
     return rows
 
 

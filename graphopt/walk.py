@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 ONNX_DOMAINS = ("", "ai.onnx")
 
-# Operators whose result differs from run to run, or that carry state: never folded, merged or duplicated.
+# Operators whose result differs from run to run: never folded, merged or duplicated. See `is_random`.
 NONDETERMINISTIC_OPS = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
@@ -93,6 +94,31 @@ def _all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                 yield from attr.as_tensors()
 
 
+def is_random(node: ir.Node) -> bool:
+    """Return whether a node's result may differ from run to run: a random operator, or Dropout while training."""
+    if node.op_type in NONDETERMINISTIC_OPS:
+        return True
+    if not is_onnx_op(node, "Dropout") or len(node.inputs) < 3 or node.inputs[2] is None:
+        return False
+    training = constant_tensor(node.inputs[2])
+    return training is None or bool(training.numpy().any())
+
+
+def random_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """Return the functions whose result may differ from run to run, as do those that call them."""
+    found: set[ir.OperatorIdentifier] = set()
+    while True:
+        more = {
+            key
+            for key, function in model.functions.items()
+            if key not in found
+            and any(is_random(n) or n.op_identifier() in found for graph in graphs_within(function) for n in graph)
+        }
+        if not more:
+            return found
+        found |= more
+
+
 def is_onnx_op(node: ir.Node, *op_types: str) -> bool:
     """Return whether a node is one of the given operators of the standard ONNX domain."""
     return node.op_type in op_types and node.domain in ONNX_DOMAINS
@@ -147,9 +173,16 @@ def _constant_of(attr: ir.Attr) -> ir.TensorProtocol | None:
         case "value_int" | "value_ints":
             return ir.tensor(attr.value, dtype=ir.DataType.INT64)
         case "value_string" | "value_strings":
-            return ir.tensor(attr.value, dtype=ir.DataType.STRING)
+            return _string_tensor(attr.value)
         case _:
             return None  # sparse_value: kept as the node it is
+
+
+def _string_tensor(value: str | Sequence[str]) -> ir.StringTensor:
+    # ir.tensor takes no tuple of strings, which is what onnx_ir keeps.
+    strings = np.array(value, dtype=object)
+    encoded = [text.encode() for text in strings.reshape(-1)]
+    return ir.StringTensor(encoded, shape=ir.Shape(strings.shape))
 
 
 def label(node: ir.Node) -> str:

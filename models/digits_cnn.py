@@ -3,7 +3,7 @@
     python models/digits_cnn.py [--out models]
 
 writes three files: ``digits_cnn.onnx`` (the network, unfused), ``digits.npz`` (samples it never saw) and
-``digits_cnn.md`` (its card). It needs the extras ``cpu``, ``torch`` and ``dev``, and about 20 seconds on two
+``digits_cnn.md`` (its card). It needs the extras ``cpu``, ``torch`` and ``dev``, and about a minute on two
 cores. Two runs on one machine write the same bytes.
 """
 
@@ -26,8 +26,10 @@ SEED = 0
 THREADS = 2  # sums depend on how they are split, so the same bytes need the same number of threads
 TRAIN_SAMPLES = 1000
 WIDTH = 64
-EPOCHS = 40
+EPOCHS = 60
 BATCH = 50
+WEIGHT_DECAY = 0.1
+L1 = 0.005  # makes many weights small, so that pruning them costs little
 
 CARD = """\
 # digits_cnn
@@ -43,6 +45,7 @@ BatchNorm and every constant the exporter spells out still in place.
 | Output | `logits`, float32 [batch, 10] |
 | Data | `digits.npz`, {data_kb:.0f} kB: `image` float32 [{samples}, 1, 8, 8] and `labels` int64 [{samples}] |
 | Accuracy | {accuracy:.2%} ({correct} of {samples}), ONNX Runtime on the CPU over all of `digits.npz` |
+| Small weights | {small:.0%}, BatchNorm folded in: at most 1/1000 of the largest in their layer |
 
 ## Architecture
 
@@ -61,11 +64,18 @@ and the flattening before the Linear layer as arithmetic on the batch size (Shap
 
     python models/digits_cnn.py
 
-in an environment made with `pip install -e ".[cpu,torch,dev]"`, in about 20 seconds on two cores. It trains on
+in an environment made with `pip install -e ".[cpu,torch,dev]"`, in about a minute on two cores. It trains on
 {train:,} of the {total:,} samples for {epochs} epochs (AdamW, one cycle of the learning rate, label smoothing, small
-random affine changes of the images) from a fixed seed and keeps the weights of the last epoch. The other
-{samples} samples, shuffled and with every class in its share, are `digits.npz`; they took no part in training. Both
-parts hold digits by the same writers, so the accuracy says nothing about new writers.
+random affine changes of the images, weight decay {decay}, an L1 penalty of {l1}) from a fixed seed and keeps the
+weights of the last epoch. The other {samples} samples, shuffled and with every class in its share, are `digits.npz`;
+they took no part in training. Both parts hold digits by the same writers, so the accuracy says nothing about new
+writers.
+
+The L1 penalty is there for the demo's sake: it makes the network tolerate magnitude pruning without retraining. It is
+taken on the weights with BatchNorm folded in, as the mean over a layer's outputs of the sum of magnitudes. A network
+trained without it, with weight decay 0.01 for 40 epochs, lost about 15 points when half of each layer was pruned, so
+what pruning costs here says little about a network that nobody trained for it. The penalty, the decay and the epochs
+were chosen on splits of the training samples alone.
 
 The export is `torch.onnx.export(..., dynamo=True, optimize=False)` of PyTorch {torch}. With the default,
 `optimize=True`, the exporter folds the zero biases and the BatchNorms itself, so a gain measured against this file
@@ -131,20 +141,43 @@ def jitter(images: Tensor) -> Tensor:
     return F.grid_sample(images, F.affine_grid(affine, list(images.shape), align_corners=False), align_corners=False)
 
 
+def folded_weights(model: DigitsCNN) -> list[Tensor]:
+    """Return the weights of every layer as they are once its BatchNorm is folded into it."""
+    weights = [model.classifier.weight]
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            conv, norm = module
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            weights.append(conv.weight * scale[:, None, None, None])
+    return weights
+
+
+def l1_norm(model: DigitsCNN) -> Tensor:
+    """Return the sum over the layers of the mean magnitude sum of one output's weights, BatchNorm folded in."""
+    return sum(weight.abs().sum() / len(weight) for weight in folded_weights(model))
+
+
+def small_share(model: DigitsCNN) -> float:
+    """Return the share of weights that are at most 1/1000 of the largest in their layer, BatchNorm folded in."""
+    magnitudes = [weight.detach().abs() for weight in folded_weights(model)]
+    small = sum(int((values <= values.max() / 1000).sum()) for values in magnitudes)
+    return small / sum(values.numel() for values in magnitudes)
+
+
 def train(images: Tensor, labels: Tensor) -> DigitsCNN:
     """Return a network trained from scratch for a fixed number of epochs, in inference mode."""
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     model = DigitsCNN()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=steps)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(images)).split(BATCH):
             loss = F.cross_entropy(model(jitter(images[rows])), labels[rows], label_smoothing=0.1)
             optimizer.zero_grad()
-            loss.backward()
+            (loss + L1 * l1_norm(model)).backward()
             optimizer.step()
             schedule.step()
     return model.eval()
@@ -170,8 +203,8 @@ def export(model: DigitsCNN, path: Path) -> None:
     onnx.checker.check_model(path, full_check=True)
 
 
-def card(model: Path, data: Path) -> str:
-    """Return the card of the two files, its numbers measured on them."""
+def card(model: Path, data: Path, small: float) -> str:
+    """Return the card of the two files, its numbers measured on them, `small` the share of small weights."""
     proto = onnx.load(model)
     operators = Counter(node.op_type for node in proto.graph.node)
     samples = np.load(data)
@@ -192,6 +225,9 @@ def card(model: Path, data: Path) -> str:
         total=TRAIN_SAMPLES + len(right),
         width=WIDTH,
         epochs=EPOCHS,
+        decay=WEIGHT_DECAY,
+        l1=L1,
+        small=small,
         torch=torch.__version__.partition("+")[0],
     )
 
@@ -204,9 +240,11 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     train_images, images, train_labels, labels = load_split()
-    export(train(torch.from_numpy(train_images), torch.from_numpy(train_labels)), out / "digits_cnn.onnx")
+    model = train(torch.from_numpy(train_images), torch.from_numpy(train_labels))
+    export(model, out / "digits_cnn.onnx")
     np.savez_compressed(out / "digits.npz", image=images, labels=labels)
-    (out / "digits_cnn.md").write_text(card(out / "digits_cnn.onnx", out / "digits.npz"), encoding="utf-8")
+    text = card(out / "digits_cnn.onnx", out / "digits.npz", small_share(model))
+    (out / "digits_cnn.md").write_text(text, encoding="utf-8")
     for name in ("digits_cnn.onnx", "digits.npz", "digits_cnn.md"):
         print(out / name)
 

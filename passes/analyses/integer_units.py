@@ -1,4 +1,4 @@
-"""Integer units: which operators pay to run in integers on a target, and which values share a scale.
+"""Integer units: which operators pay to run in integers on a target.
 
 A runtime fuses an operator into an integer kernel only if every input comes from a DequantizeLinear and every
 output goes to a QuantizeLinear; Q and DQ around anything else only cost time. So operators are chosen together.
@@ -7,8 +7,8 @@ output goes to a QuantizeLinear; Q and DQ around anything else only cost time. S
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,8 @@ _FLOAT_OUTPUT_OPS = ("Gemm", "MatMul")
 # the integers themselves. Operator -> first version that takes 8-bit integers.
 _ANY_DTYPE_MOVES = {"DepthToSpace": 13, "Pad": 13, "SpaceToDepth": 13, "Split": 2, "Tile": 6}
 _FIRST_VERSIONS = {"MaxPool": 12, "Resize": 10}
+# Operators whose result spans little more than what they read, so that one more rounding is harmless.
+_SUMS = ("Add", "Concat")
 _OPERANDS = {"Add": 2, "Mul": 2, "MatMul": 2}
 
 Kind = Literal["linear", "join", "move"]
@@ -42,6 +44,7 @@ class Unit:
         kind: ``linear`` computes with weights, ``join`` has an integer kernel of its own, ``move`` only moves
             or selects values, so that its inputs and outputs share one scale.
         inputs: (Position, value) of each activation it reads.
+        adder: The Add that gives a MatMul its bias, which runtimes fuse with it, or None.
         tail: The Relu or Clip that ends it, or None.
         layer: The linear layer, where it has constant weights.
         on_integers: Whether it reads the integers themselves, with no Q and DQ around it.
@@ -50,14 +53,29 @@ class Unit:
     node: ir.Node
     kind: Kind
     inputs: tuple[tuple[int, ir.Value], ...]
+    adder: ir.Node | None = None
     tail: ir.Node | None = None
     layer: LinearLayer | None = None
     on_integers: bool = False
 
     @property
+    def core(self) -> ir.Node:
+        """The node that makes its values, before the activation."""
+        return self.adder if self.adder is not None else self.node
+
+    @property
+    def end(self) -> ir.Node:
+        """The node that makes the values later nodes read."""
+        return self.tail if self.tail is not None else self.core
+
+    @property
     def outputs(self) -> tuple[ir.Value, ...]:
         """The values that later nodes read."""
-        return tuple(self.tail.outputs if self.tail is not None else self.node.outputs)
+        return tuple(self.end.outputs)
+
+    def read(self) -> tuple[ir.Value, ...]:
+        """Return the activations it reads."""
+        return tuple(value for _, value in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -81,23 +99,9 @@ class IntegerUnits:
         # A kernel that rescales to float by itself (float bias) needs no Q behind it either.
         return unit.node.op_type not in _FLOAT_OUTPUT_OPS and scheme.bias == "int32"
 
-    def scale_groups(self) -> dict[ir.Value, ir.Value]:
-        """Return for each value in integers the one that stands for all that share its scale."""
-        groups = _Groups()
-        for unit in self.units:
-            for _, value in unit.inputs:
-                groups.find(value)
-            for value in unit.outputs:
-                groups.find(value)
-            if unit.kind == "move":
-                for value in unit.outputs:
-                    groups.join(unit.inputs[0][1], value)
-            if unit.node.op_type == "Concat":
-                # What only the Concat reads is rounded once, to its scale, instead of twice.
-                for _, value in unit.inputs:
-                    if walk.constant_tensor(value) is None and len(value.uses()) == 1 and not value.is_graph_output():
-                        groups.join(unit.outputs[0], value)
-        return {value: groups.find(value) for value in list(groups.parent)}
+    def values(self) -> list[ir.Value]:
+        """Return each value held in integers, once."""
+        return list(dict.fromkeys(value for unit in self.units for value in (*unit.read(), *unit.outputs)))
 
 
 def integer_units(model: ir.Model, target: Target, scheme: IntegerScheme, selection: Selection) -> IntegerUnits:
@@ -108,40 +112,56 @@ def integer_units(model: ir.Model, target: Target, scheme: IntegerScheme, select
     until nothing changes.
     """
     search = _Search(model, target, scheme, selection)
-    units = {node: unit for node in model.graph if (unit := search.unit_of(node)) is not None}
-    while rejected := [unit for unit in units.values() if unit.kind != "linear" and not _pays(unit, units)]:
-        for unit in rejected:
-            del units[unit.node]
-    search.note_float_operators(units)
-    wanted = frozenset(value for unit in units.values() for _, value in unit.inputs)
-    return IntegerUnits(tuple(units.values()), search.left, wanted)
+    units = _Units(unit for node in model.graph if (unit := search.unit_of(node)) is not None)
+    while rejected := [unit for unit in units.by_node.values() if unit.kind != "linear" and not _pays(unit, units)]:
+        units.drop(rejected)
+    chosen = tuple(units.by_node.values())
+    wanted = frozenset(value for unit in chosen for value in unit.read())
+    return IntegerUnits(chosen, search.left(units), wanted)
 
 
-def _pays(unit: Unit, units: Mapping[ir.Node, Unit]) -> bool:
-    wanted = any(_readers_in_integers(value, units) for value in unit.outputs)
-    return wanted and any(_held(value, units) for _, value in unit.inputs)
+class _Units:
+    """Units by their operator and by the node they end in."""
+
+    def __init__(self, units: Iterable[Unit]) -> None:
+        self.by_node = {unit.node: unit for unit in units}
+        for adder in [unit.adder for unit in self.by_node.values() if unit.adder is not None]:
+            self.by_node.pop(adder, None)
+        self.by_end = {unit.end: unit for unit in self.by_node.values()}
+
+    def drop(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            del self.by_node[unit.node], self.by_end[unit.end]
+
+    def make(self, value: ir.Value) -> bool:
+        """Return whether a unit makes a value."""
+        producer = value.producer()
+        return producer is not None and producer in self.by_end
+
+    def reading(self, value: ir.Value) -> list[Unit]:
+        """Return the units that read a value as an activation."""
+        readers = (self.by_node.get(use.node) for use in value.uses())
+        return [unit for unit in readers if unit is not None and any(read is value for read in unit.read())]
+
+    def hold(self, node: ir.Node) -> bool:
+        """Return whether a node belongs to a unit."""
+        if node in self.by_node or node in self.by_end:
+            return True
+        return any(unit.core is node for unit in self.by_node.values() if unit.adder is not None)
 
 
-def _held(value: ir.Value, units: Mapping[ir.Node, Unit]) -> bool:
+def _pays(unit: Unit, units: _Units) -> bool:
+    """Return whether a unit that needs no integers still costs less in them, given what else is in integers."""
+    values = unit.read()
+    if any(units.reading(value) for value in unit.outputs):
+        return any(_held(value, units) for value in values)
+    # Leaving integers once, behind it, is cheaper than once for each of the values it joins.
+    return unit.node.op_type in _SUMS and len(set(values)) > 1 and all(units.make(value) for value in values)
+
+
+def _held(value: ir.Value, units: _Units) -> bool:
     """Return whether a value is there in integers whether or not the unit asking runs in integers."""
-    producer = value.producer()
-    if producer is not None and _unit_ending_in(producer, units) is not None:
-        return True
-    return any(reader.kind == "linear" for reader in _readers_in_integers(value, units))
-
-
-def _unit_ending_in(node: ir.Node, units: Mapping[ir.Node, Unit]) -> Unit | None:
-    unit = units.get(node)
-    if unit is not None:
-        return unit if unit.tail is None else None
-    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-    unit = units.get(source) if source is not None else None
-    return unit if unit is not None and unit.tail is node else None
-
-
-def _readers_in_integers(value: ir.Value, units: Mapping[ir.Node, Unit]) -> list[Unit]:
-    readers = (units.get(use.node) for use in value.uses())
-    return [unit for unit in readers if unit is not None and any(read is value for _, read in unit.inputs)]
+    return units.make(value) or any(reader.kind == "linear" for reader in units.reading(value))
 
 
 @dataclass
@@ -152,7 +172,7 @@ class _Search:
     target: Target
     scheme: IntegerScheme
     selection: Selection
-    left: Counter[tuple[str, str]] = field(default_factory=Counter)
+    obstacles: dict[ir.Node, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.opset = walk.opset(self.model)
@@ -168,21 +188,43 @@ class _Search:
             return None
         reason = self._obstacle(node, layer)
         if reason is not None:
-            if kind == "linear":
-                self.left[node.op_type, reason] += 1
+            self.obstacles[node] = reason
             return None
         on_integers = kind == "move" and node.op_type not in self.target.shared_scale_ops
-        return Unit(node, kind, tuple(_activations(node, kind, layer)), _tail(node), layer, on_integers)
+        adder = self._adder(layer) if layer is not None and node.op_type == "MatMul" else None
+        if adder is not None and layer is not None:
+            layer = replace(layer, bias=next(value for value in adder.inputs if value is not node.outputs[0]))
+        inputs = tuple(_activations(node, kind, layer))
+        return Unit(node, kind, inputs, adder, _tail(adder or node), layer, on_integers)
 
-    def note_float_operators(self, units: Mapping[ir.Node, Unit]) -> None:
-        """Count the operators that stay float between operators in integers, for want of a kernel."""
-        known = self.target.integer_ops | self.target.shared_scale_ops | set(_ANY_DTYPE_MOVES)
+    def left(self, units: _Units) -> Counter[tuple[str, str]]:
+        """Count, by operator and reason, what stays float: linear layers, and what reads integers."""
+        left: Counter[tuple[str, str]] = Counter()
         for node in self.model.graph:
-            if node.op_type in known or node in units or not walk.is_onnx_op(node, node.op_type):
+            if not walk.is_onnx_op(node, node.op_type) or units.hold(node):
                 continue
-            producer = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-            if producer is not None and (unit := _unit_ending_in(producer, units)) and unit.tail is not node:
-                self.left[node.op_type, "no integer kernel on this target"] += 1
+            source = node.inputs[0] if node.inputs else None
+            if node.op_type not in _LINEAR_OPS and (source is None or not units.make(source)):
+                continue
+            reason = self.obstacles.get(node)
+            if reason is None and node.outputs[0].dtype in (None, ir.DataType.FLOAT):
+                reason = None if self._kind(node, None) is not None else "no integer kernel on this target"
+            if reason is not None:
+                left[node.op_type, reason] += 1
+        return left
+
+    def _adder(self, layer: LinearLayer) -> ir.Node | None:
+        """Return the Add of a constant per channel behind a MatMul.
+
+        ONNX Runtime makes a Gemm of the two, and an integer Gemm only if the bias is in integers too.
+        """
+        adder = _only_reader(layer.node)
+        if self.scheme.bias != "int32" or adder is None or not walk.is_onnx_op(adder, "Add"):
+            return None
+        biases = [value for value in adder.inputs if value is not layer.node.outputs[0]]
+        if len(biases) != 1 or not self.selection.allows(adder):
+            return None
+        return adder if _is_channel_bias(replace(layer, bias=biases[0])) else None
 
     def _kind(self, node: ir.Node, layer: LinearLayer | None) -> Kind | None:
         if node.op_type in self.target.integer_ops:
@@ -202,6 +244,8 @@ class _Search:
             return "not float32"
         if layer is not None:
             return self._weight_obstacle(layer)
+        if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
+            return "squares, whose range is too wide"
         return self._version_obstacle(node)
 
     def _weight_obstacle(self, layer: LinearLayer) -> str | None:
@@ -243,30 +287,37 @@ def _activations(node: ir.Node, kind: Kind, layer: LinearLayer | None) -> Iterat
             yield index, value
 
 
-def _tail(node: ir.Node) -> ir.Node | None:
-    """Return the Relu or Clip that is the only reader of a node, and clips to constants around zero."""
+def _only_reader(node: ir.Node) -> ir.Node | None:
+    """Return the node of the same graph that alone reads what a node makes."""
     output = node.outputs[0]
     if len(node.outputs) > 1 or output.is_graph_output() or len(output.uses()) != 1:
         return None
     (use,) = output.uses()
-    tail = use.node
-    if tail.graph is not node.graph or use.idx != 0 or not walk.is_onnx_op(tail, *_ACTIVATIONS):
+    return use.node if use.node.graph is node.graph else None
+
+
+def _tail(node: ir.Node) -> ir.Node | None:
+    """Return the Relu or Clip that alone reads a node, if a range that holds zero can stand for what it clips."""
+    tail = _only_reader(node)
+    if tail is None or not walk.is_onnx_op(tail, *_ACTIVATIONS) or tail.inputs[0] is not node.outputs[0]:
         return None
-    return tail if tail.op_type == "Relu" or _clips_around_zero(tail) else None
+    bounds = clip_bounds(tail)
+    return tail if bounds is not None and bounds[0] <= 0.0 <= bounds[1] else None
 
 
-def _clips_around_zero(clip: ir.Node) -> bool:
-    """Return whether a Clip has constant bounds with zero between, which a range that holds zero can replace."""
-    low, high = clip.attributes.get_float("min", -np.inf), clip.attributes.get_float("max", np.inf)
-    bounds = [low, high]
-    for index, value in enumerate(clip.inputs[1:3]):
+def clip_bounds(activation: ir.Node) -> tuple[float, float] | None:
+    """Return what a Relu or Clip lets through, or None where that is no constant."""
+    if activation.op_type == "Relu":
+        return 0.0, np.inf
+    bounds = [activation.attributes.get_float("min", -np.inf), activation.attributes.get_float("max", np.inf)]
+    for index, value in enumerate(activation.inputs[1:3]):
         if value is None:
             continue
         tensor = walk.constant_tensor(value)
         if tensor is None:
-            return False
+            return None
         bounds[index] = float(tensor.numpy().item())
-    return bounds[0] <= 0.0 <= bounds[1]
+    return bounds[0], bounds[1]
 
 
 def _is_channel_bias(layer: LinearLayer) -> bool:
@@ -286,20 +337,3 @@ def _pads_zeros(node: ir.Node) -> bool:
         return True
     tensor = walk.constant_tensor(node.inputs[2])
     return tensor is not None and not np.any(tensor.numpy())
-
-
-class _Groups:
-    """Disjoint sets of values (union by parent links, with path halving)."""
-
-    def __init__(self) -> None:
-        self.parent: dict[ir.Value, ir.Value] = {}
-
-    def find(self, value: ir.Value) -> ir.Value:
-        self.parent.setdefault(value, value)
-        while self.parent[value] is not value:
-            self.parent[value] = self.parent[self.parent[value]]
-            value = self.parent[value]
-        return value
-
-    def join(self, one: ir.Value, other: ir.Value) -> None:
-        self.parent[self.find(other)] = self.find(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,17 @@ from graphopt.authoring import Context, Guarantee, Pass
 
 # Constants up to this size are compared by content; larger duplicates are the business of weight sharing.
 CONTENT_LIMIT = 1024
+# Attributes whose text is all there is to them.
+_PLAIN = frozenset(
+    {
+        ir.AttributeType.FLOAT,
+        ir.AttributeType.FLOATS,
+        ir.AttributeType.INT,
+        ir.AttributeType.INTS,
+        ir.AttributeType.STRING,
+        ir.AttributeType.STRINGS,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +36,10 @@ class CommonSubexpressions(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Merge graph by graph; a nested graph does not look into the one around it."""
+        random = walk.random_functions(model)
         for graph in list(walk.every_graph(model)):
             _merge_constants(graph, ctx)
-            _merge_nodes(graph, ctx)
+            _merge_nodes(graph, ctx, random)
 
 
 def _merge_constants(graph: ir.Graph | ir.Function, ctx: Context) -> None:
@@ -42,11 +55,11 @@ def _merge_constants(graph: ir.Graph | ir.Function, ctx: Context) -> None:
             ctx.rewriter.replace(value, same)
 
 
-def _merge_nodes(graph: ir.Graph | ir.Function, ctx: Context) -> None:
+def _merge_nodes(graph: ir.Graph | ir.Function, ctx: Context, random: Container[ir.OperatorIdentifier]) -> None:
     first: dict[Any, ir.Node] = {}
     for node in list(graph):
         key = _key(node)
-        if key is None:
+        if key is None or node.op_identifier() in random:
             continue
         same = first.setdefault(key, node)
         if same is not node and not any(value.is_graph_output() for value in node.outputs):
@@ -58,7 +71,7 @@ def _merge_nodes(graph: ir.Graph | ir.Function, ctx: Context) -> None:
 
 def _key(node: ir.Node) -> Any:
     """Return what two nodes share if and only if they compute the same, or None where that cannot be told."""
-    if node.op_type in walk.NONDETERMINISTIC_OPS or any(True for _ in walk.subgraphs(node)):
+    if walk.is_random(node) or any(True for _ in walk.subgraphs(node)):
         return None
     attributes: list[tuple[str, str, Any]] = []
     for name, attribute in sorted(node.attributes.items()):
@@ -68,8 +81,10 @@ def _key(node: ir.Node) -> Any:
             tensor = attribute.as_tensor()
             content = _tensor_key(tensor) if tensor.size <= CONTENT_LIMIT else id(tensor)
             attributes.append((name, "tensor", content))
-        else:
+        elif attribute.type in _PLAIN:
             attributes.append((name, attribute.type.name, repr(attribute.value)))
+        else:
+            return None
     inputs = tuple(id(value) if value is not None else None for value in node.inputs)
     return node.op_identifier(), inputs, tuple(attributes), len(node.outputs)
 

@@ -74,7 +74,6 @@ def _substitute(node: ir.Node, contents: Iterable[Array], ctx: Context) -> None:
         for value, content in zip(node.outputs, contents, strict=True):
             if value.uses() or value.is_graph_output():
                 folded = ctx.rewriter.const(content, f"{value.name}_folded", near=node)
-                folded.type = value.type or folded.type
                 ctx.rewriter.replace(value, folded)
         ctx.rewriter.erase(node)
 
@@ -90,13 +89,13 @@ class _Folder:
         for node in self.graph:
             if self._is_foldable(node):
                 self.foldable[node] = None
-        edge = [node for node in self.foldable if self._is_read_outside(node)]
+        edge = [node for node in self.foldable if self._is_read_outside(node) and not _names_an_output(node)]
         if edge:
             for node, contents in self._compute(edge).items():
                 self._fold(node, contents)
 
     def _is_foldable(self, node: ir.Node) -> bool:
-        if node.domain not in walk.ONNX_DOMAINS or node.op_type in walk.NONDETERMINISTIC_OPS | _KEPT_OPS:
+        if node.domain not in walk.ONNX_DOMAINS or node.op_type in _KEPT_OPS or walk.is_random(node):
             return False
         if any(True for _ in walk.subgraphs(node)) or any(a.is_ref() for a in node.attributes.values()):
             return False
@@ -149,6 +148,13 @@ class _Folder:
             for value in weights
             if (tensor := walk.constant_tensor(value)) is not None and all(use.node in region for use in value.uses())
         )
+
+
+def _names_an_output(node: ir.Node) -> bool:
+    """Return whether a node is there to give a constant the name of a graph output: that is as folded as can be."""
+    if not walk.is_onnx_op(node, "Identity") or not node.outputs[0].is_graph_output():
+        return False
+    return walk.constant_tensor(node.inputs[0]) is not None
 
 
 def _region(node: ir.Node, foldable: Iterable[ir.Node]) -> list[ir.Node]:

@@ -123,7 +123,9 @@ class Neutral(Rule):
         return getattr(op, self._op_type)(x, self._element)
 
     def check(self, m: Match) -> Miss | None:
-        tensor = next(t for value in m.root.inputs if (t := walk.constant_tensor(value)) is not None)
+        first, second = m.root.inputs
+        tensor = walk.constant_tensor(second if first is m.x else first)
+        assert tensor is not None, "the pattern matched a constant"
         shape = walk.dims(tensor)
         if m.x.shape is None and shape:
             return Miss("may broadcast its input to more axes", m.root)

@@ -112,11 +112,16 @@ class WeightStore:
             self.ctx.rewriter.remove_initializer(constant)
 
 
-def codes_like_weight(layer: LinearLayer, codes: Array) -> Array:
-    """Return codes [outputs, inputs] in the layout of the layer's weight."""
+def weight_tensor(layer: LinearLayer) -> ir.TensorProtocol:
+    """Return the tensor of a layer's weight; unlike the value that holds it, it always knows dtype and shape."""
     tensor = walk.constant_tensor(layer.weight)
     assert tensor is not None, "a linear layer has a constant weight"
-    shape = [int(dim) for dim in tensor.shape]  # type: ignore[arg-type]
+    return tensor
+
+
+def codes_like_weight(layer: LinearLayer, codes: Array) -> Array:
+    """Return codes [outputs, inputs] in the layout of the layer's weight."""
+    shape = [int(dim) for dim in weight_tensor(layer).shape]  # type: ignore[arg-type]
     outputs = shape.pop(layer.output_axis)
     return np.ascontiguousarray(np.moveaxis(codes.reshape(outputs, *shape), 0, layer.output_axis))
 
@@ -125,8 +130,7 @@ def takes_channel_scales(layer: LinearLayer) -> bool:
     """Return whether the integer kernels of an operator take a scale for each output channel."""
     if layer.node.op_type == "ConvTranspose":
         return layer.node.attributes.get_int("group", 1) == 1
-    rank = len(layer.weight.shape or ())
-    return layer.node.op_type != "MatMul" or rank == 2
+    return layer.node.op_type != "MatMul" or len(weight_tensor(layer).shape) == 2
 
 
 def _reaches(stored: StoredWeight, least_scales: Array | None) -> bool:

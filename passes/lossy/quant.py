@@ -17,7 +17,8 @@ from graphopt.statistics import RangeMethod
 
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers
 from ..analyses.selection import Selection, select
-from .integer_weights import PER_CHANNEL_OPSET
+from ..solvers import grid
+from .integer_weights import PER_CHANNEL_OPSET, WeightStore, weight_tensor
 from .quant_dynamic import FIRST_OPSET as FIRST_DYNAMIC_OPSET
 from .quant_dynamic import quantize_dynamic
 from .quant_static import quantize_static
@@ -53,8 +54,10 @@ class Quant(Pass):
     mode: Literal["auto", "static", "dynamic", "weights"] = opt(
         "auto", help="ranges from data (static), taken at run time (dynamic), or weights stored only (weights)"
     )
-    ranges: Literal["minmax", "percentile"] = opt("minmax", help="how activation ranges are read off the data")
-    percentile: float = opt(99.99, help="share of values inside a range, in percent", low=50, high=100)
+    ranges: Literal["auto", "minmax", "percentile"] = opt(
+        "auto", help="how activation ranges are read off the data; auto: percentile where convolutions dominate"
+    )
+    percentile: float = opt(99.999, help="share of values inside a range, in percent", low=50, high=100)
     per_channel: bool | None = opt(None, help="a weight scale for each output channel; by default as the target likes")
     include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
     exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")
@@ -91,13 +94,11 @@ class Quant(Pass):
             case "dynamic":
                 self._run_dynamic(model, ctx, selection)
             case "weights":
-                quantize_weights(model, ctx, selection, per_channel=self.per_channel is not False)
+                quantize_weights(model, ctx, selection, WeightStore(ctx, self.per_channel is not False))
 
     def _choose(self, model: ir.Model, ctx: Context) -> Mode:
         """Choose a mode from the data, the target and where the work is, and say why."""
-        work = _multiplications(model)
-        convolutions = work["Conv"] + work["ConvTranspose"]
-        share = convolutions / max(work.total(), 1)
+        share = _convolution_share(model)
         in_convolutions = f"{share:.0%} of the multiplications are in convolutions"
         static, dynamic = ctx.target.static is not None, bool(ctx.target.dynamic_ops)
         mode: Mode = "weights"
@@ -129,9 +130,18 @@ class Quant(Pass):
                 f"export with opset {PER_CHANNEL_OPSET} or later for better accuracy",
                 opset=walk.opset(model),
             )
-        method = RangeMethod(self.percentile if self.ranges == "percentile" else 100.0)
+        method = self._range_method(model)
         quantize_static(model, ctx, selection, method, scheme=scheme, per_channel=per_channel)
         _note_nested(model, ctx)
+
+    def _range_method(self, model: ir.Model) -> RangeMethod:
+        """Cut off the rarest values of convolutional networks, but none of transformers.
+
+        Measured: KL to float32 of SqueezeNet 0.0104 by min-max and 0.0073 at 99.999 %, ResNet-20 and MobileNet alike
+        by both; MiniLM loses 0.002 Spearman, as transformers hold what matters in few very large values.
+        """
+        cuts = self.ranges == "percentile" or (self.ranges == "auto" and _convolution_share(model) >= 0.5)
+        return RangeMethod(self.percentile if cuts else 100.0)
 
     def _run_dynamic(self, model: ir.Model, ctx: Context, selection: Selection) -> None:
         if not ctx.target.dynamic_ops:
@@ -140,9 +150,12 @@ class Quant(Pass):
                 hint="use `quant:mode=weights`",
             )
         _require_opset(model, FIRST_DYNAMIC_OPSET, "dynamic")
-        per_channel = self.per_channel is not False
-        quantize_dynamic(model, ctx, selection, per_channel=per_channel)
-        quantize_weights(model, ctx, selection, per_channel=per_channel)
+        # What is left, embeddings above all, is stored in integers too; a tied table is stored once for both.
+        scheme = ctx.target.static
+        bits = grid.REDUCED_RANGE_BITS if scheme is not None and scheme.reduce_range else grid.FULL_RANGE_BITS
+        weights = WeightStore(ctx, self.per_channel is not False, bits)
+        quantize_dynamic(model, ctx, selection, weights)
+        quantize_weights(model, ctx, selection, weights)
 
 
 def _refuse_quantized(model: ir.Model) -> None:
@@ -156,11 +169,11 @@ def _refuse_quantized(model: ir.Model) -> None:
 
 def _refuse_other_floats(model: ir.Model) -> None:
     """Raise an error where no linear layer is float32 but some are of another float dtype."""
-    dtypes = Counter(layer.weight.dtype for layer in linear_layers(model))
+    dtypes = Counter(weight_tensor(layer).dtype for layer in linear_layers(model))
     if dtypes and ir.DataType.FLOAT not in dtypes:
         found = dtypes.most_common(1)[0][0]
         raise PassError(
-            f"pass `quant` needs float32 weights and the model's are {found.name if found else 'of unknown dtype'}",
+            f"pass `quant` needs float32 weights and the model's are {found.name}",
             hint="quantize the float32 model instead",
         )
 
@@ -172,6 +185,12 @@ def _require_opset(model: ir.Model, first: int, mode: str) -> None:
             f"pass `quant:mode={mode}` needs opset {first} and the model has {found}",
             hint=f"export the model with opset {max(first, PER_CHANNEL_OPSET)} or later",
         )
+
+
+def _convolution_share(model: ir.Model) -> float:
+    """Return which share of the multiplications convolutions make; 0 where there are none."""
+    work = _multiplications(model)
+    return (work["Conv"] + work["ConvTranspose"]) / max(work.total(), 1)
 
 
 def _multiplications(model: ir.Model) -> Counter[str]:

@@ -14,10 +14,10 @@ from graphopt.authoring import Context
 
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
 from ..analyses.selection import Selection
-from ..solvers import grid
-from .integer_weights import WeightStore
+from .integer_weights import WeightStore, weight_tensor
 
 _RULE = "quant-dynamic"
+_NAME = "dyn"
 # The version that brought DynamicQuantizeLinear.
 FIRST_OPSET = 11
 
@@ -35,7 +35,7 @@ class Product:
     transpose: ir.Node | None = None
 
 
-def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, *, per_channel: bool) -> Counter[str]:
+def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, weights: WeightStore) -> None:
     """Put the matrix products the target runs well on dynamic ranges into integers, in subgraphs too.
 
     Each becomes DynamicQuantizeLinear, MatMulInteger, Cast and Mul, which ONNX Runtime fuses into one kernel;
@@ -45,15 +45,10 @@ def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, *, per
         model: The model, changed in place.
         ctx: Target and rewriter.
         selection: Nodes that may run in integers.
-        per_channel: Whether weights have a scale for each output channel.
-
-    Returns:
-        How many of each operator were lowered.
+        weights: Where weights are stored.
     """
     layers = linear_layers(model)
-    scheme = ctx.target.static
-    bits = grid.REDUCED_RANGE_BITS if scheme is not None and scheme.reduce_range else grid.FULL_RANGE_BITS
-    lowering = _Lowering(ctx, WeightStore(ctx, per_channel, bits))
+    lowering = _Lowering(ctx, weights)
     done: Counter[str] = Counter()
     left: Counter[tuple[str, str]] = Counter()
     for node in list(walk.every_node(model)):
@@ -67,14 +62,13 @@ def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, *, per
         done[node.op_type] += 1
         lowering.lower(product)
     _summarise(done, left, lowering, ctx)
-    return done
 
 
 def as_product(node: ir.Node) -> Product | None:
     """Return a node as a product with a constant, read directly or through a Transpose (a tied output layer)."""
     layer = as_linear_layer(node)
     if layer is not None:
-        return Product(layer) if layer.weight_index == 1 and layer.weight.dtype == ir.DataType.FLOAT else None
+        return Product(layer) if layer.weight_index == 1 and weight_tensor(layer).dtype == ir.DataType.FLOAT else None
     if node.op_type != "MatMul" or node.inputs[0] is None or node.inputs[1] is None:
         return None
     transpose = node.inputs[1].producer()
@@ -83,7 +77,7 @@ def as_product(node: ir.Node) -> Product | None:
     tensor = walk.constant_tensor(transpose.inputs[0])
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
         return None
-    if transpose.attributes.get_ints("perm", [1, 0]) != [1, 0]:
+    if list(transpose.attributes.get_ints("perm", [1, 0])) != [1, 0]:
         return None
     return Product(LinearLayer(node, node.inputs[0], transpose.inputs[0], 1, 0, None), transpose)
 
@@ -95,7 +89,7 @@ def _obstacle(product: Product, layers: list[LinearLayer]) -> str | None:
             return "its input is transposed"
         if layer.bias is not None and walk.constant_tensor(layer.bias) is None:
             return "its bias is no constant"
-    if len(layer.weight.shape or ()) != 2:
+    if len(weight_tensor(layer).shape) != 2:
         return "its weight is no matrix"
     if product.transpose is None:
         others = readers_elsewhere(layer, layers)
@@ -146,13 +140,13 @@ class _Lowering:
     def _make(
         self, node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, object] | None = None
     ) -> ir.Value:
-        made = self.ctx.rewriter.make(op_type, inputs, attributes, sources=[node])
+        made = self.ctx.rewriter.make(op_type, inputs, attributes, sources=[node], name=_NAME)
         return self.ctx.rewriter.insert(made, before=node).outputs[0]
 
     def _quantized(self, value: ir.Value, node: ir.Node) -> tuple[ir.Value, ...]:
         key = (value, node.graph)
         if key not in self.quantized:
-            made = self.ctx.rewriter.make("DynamicQuantizeLinear", [value], sources=[node], outputs=3)
+            made = self.ctx.rewriter.make("DynamicQuantizeLinear", [value], sources=[node], outputs=3, name=_NAME)
             self.quantized[key] = tuple(self.ctx.rewriter.insert(made, before=node).outputs)
         return self.quantized[key]
 

@@ -18,6 +18,7 @@ from graphopt.target import IntegerScheme
 from ..analyses.integer_units import IntegerUnits, Unit, integer_units
 from ..analyses.linear_layers import LinearLayer
 from ..analyses.selection import Selection
+from ..analyses.shared_scales import shared_spans
 from ..solvers import grid
 from .integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore
 
@@ -73,8 +74,7 @@ def quantize_static(
         per_channel: Whether weights have a scale for each output channel.
     """
     units = integer_units(model, ctx.target, scheme, selection)
-    groups = units.scale_groups()
-    grids = _grids(groups, ctx, method, scheme)
+    grids = _grids(units, ctx, method, scheme)
     bits = grid.REDUCED_RANGE_BITS if scheme.reduce_range else grid.FULL_RANGE_BITS
     lowering = _Lowering(ctx, scheme, units, grids, WeightStore(ctx, per_channel, bits))
     for unit in units.units:
@@ -84,18 +84,16 @@ def quantize_static(
 
 
 def _grids(
-    groups: dict[ir.Value, ir.Value], ctx: Context, method: RangeMethod, scheme: IntegerScheme
+    units: IntegerUnits, ctx: Context, method: RangeMethod, scheme: IntegerScheme
 ) -> dict[ir.Value, ActivationGrid]:
-    """Return the grid of each value; values of a group share the union of their ranges."""
-    constants = {value: tensor.numpy() for value in groups if (tensor := walk.constant_tensor(value)) is not None}
-    observed = ctx.ranges([value for value in groups if value not in constants], method) if groups else {}
-    spans: dict[ir.Value, Range] = {}
-    for value, leader in groups.items():
-        array = constants.get(value)
-        span = _span_of(array) if array is not None else observed[value.name or ""]
-        known = spans.get(leader, span)
-        spans[leader] = Range(min(known.low, span.low), max(known.high, span.high))
-    return {value: activation_grid(spans[leader], scheme) for value, leader in groups.items()}
+    """Return the grid of each value in integers, by what was observed of it and of those that share its scale."""
+    values = units.values()
+    constants = {value: tensor.numpy() for value in values if (tensor := walk.constant_tensor(value)) is not None}
+    varying = [value for value in values if value not in constants]
+    observed = ctx.ranges(varying, method) if varying else {}
+    spans = {value: _span_of(array) for value, array in constants.items()}
+    spans.update((value, observed[value.name or ""]) for value in varying)
+    return {value: activation_grid(span, scheme) for value, span in shared_spans(units, spans).items()}
 
 
 def _span_of(array: Array) -> Range:
@@ -134,7 +132,7 @@ class _Lowering:
             for index, value in unit.inputs:
                 self._quantize_input(unit, index, value)
             if unit.layer is not None:
-                self._lower_weights(unit.layer)
+                self._lower_weights(unit.layer, unit.adder)
             if unit.on_integers:
                 self._lower_move(unit)
             elif self.units.quantizes_output(unit, self.scheme):
@@ -173,7 +171,7 @@ class _Lowering:
         rewriter = self.ctx.rewriter
         # An asymmetric grid clips by itself what the Relu or Clip would; a symmetric one needs it in front.
         keeps_tail = unit.tail is None or self.scheme.activation_symmetric
-        made_by = unit.outputs if keeps_tail else unit.node.outputs
+        made_by = unit.outputs if keeps_tail else unit.core.outputs
         for value, made in zip(unit.outputs, made_by, strict=True):
             producer = made.producer()
             assert producer is not None, "a unit makes its output"
@@ -235,7 +233,7 @@ class _Lowering:
         codes: Array = np.clip(np.rint(array / own.scale) + own.zero_point, low, high).astype(self._dtype.numpy())
         return codes
 
-    def _lower_weights(self, layer: LinearLayer) -> None:
+    def _lower_weights(self, layer: LinearLayer, adder: ir.Node | None) -> None:
         node, weight, bias = layer.node, layer.weight, layer.bias
         alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
         in_scale = self.grids[layer.input].scale
@@ -245,7 +243,7 @@ class _Lowering:
         self.raised += stored.solution.raised
         self._read_weight(layer, stored)
         if offsets is not None:
-            self._read_bias(layer, stored, offsets, in_scale)
+            self._read_bias(layer, stored, offsets, in_scale, adder)
         if alpha != 1.0:
             self.ctx.rewriter.set_attribute(node, "alpha", None)
         if beta != 1.0 and offsets is not None:
@@ -263,15 +261,17 @@ class _Lowering:
     def _read_weight(self, layer: LinearLayer, stored: StoredWeight) -> None:
         rewriter = self.ctx.rewriter
         inputs = [stored.codes, self.weights.scales(stored, layer.node)]
-        if layer.node.op_type == "Gemm":
-            # ONNX Runtime fuses a Conv or MatMul without it, but no Gemm.
+        if layer.node.op_type in ("Gemm", "MatMul"):
+            # ONNX Runtime fuses a Conv without it, but no Gemm, which it also makes of MatMul and Add.
             inputs.append(rewriter.const(ir.tensor(np.zeros_like(stored.scales, np.int8)), "weight_zero"))
         axis = layer.output_axis if stored.per_channel else None
         node = rewriter.make("DequantizeLinear", inputs, {"axis": axis}, sources=[layer.node], name="w")
         rewriter.insert(node, before=layer.node)
         rewriter.set_input(layer.node, layer.weight_index, node.outputs[0])
 
-    def _read_bias(self, layer: LinearLayer, stored: StoredWeight, offsets: Array, in_scale: np.float32) -> None:
+    def _read_bias(
+        self, layer: LinearLayer, stored: StoredWeight, offsets: Array, in_scale: np.float32, adder: ir.Node | None
+    ) -> None:
         """Store the bias as int32 on the grid of the sums of products, the only one the kernels take."""
         rewriter = self.ctx.rewriter
         scales = np.asarray(in_scale * stored.scales, np.float32)
@@ -280,7 +280,10 @@ class _Lowering:
         axis = 0 if stored.per_channel else None
         node = rewriter.make("DequantizeLinear", inputs, {"axis": axis}, sources=[layer.node], name="b")
         rewriter.insert(node, before=layer.node)
-        rewriter.set_input(layer.node, 2, node.outputs[0])
+        if adder is None:
+            rewriter.set_input(layer.node, 2, node.outputs[0])
+        else:
+            rewriter.set_input(adder, list(adder.inputs).index(layer.bias), node.outputs[0])
 
 
 def _summarise(units: IntegerUnits, lowering: _Lowering, ctx: Context) -> None:

@@ -12,7 +12,7 @@ from graphopt.authoring import Context
 
 from ..analyses.linear_layers import LinearLayer, as_linear_layer
 from ..analyses.selection import Selection
-from .integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore
+from .integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore, weight_tensor
 
 _RULE = "quant-weights"
 # What the nodes, names and shapes that bring a weight back to float take in a file, roughly.
@@ -20,7 +20,7 @@ _OVERHEAD_BYTES = 256
 _BYTES_SAVED, _BYTES_PER_SCALE = 3, 4
 
 
-def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, *, per_channel: bool) -> None:
+def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, weights: WeightStore) -> None:
     """Store the weights of linear layers and the tables of embeddings as int8.
 
     A matrix is read through a DequantizeLinear in the form ONNX Runtime computes on directly (MatMulNBits). Any
@@ -31,13 +31,13 @@ def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, *, per
         model: The model, changed in place.
         ctx: Target and rewriter.
         selection: Nodes whose weights may be stored as integers.
-        per_channel: Whether weights have a scale for each output channel.
+        weights: Where weights are stored.
     """
-    lowering = _Lowering(ctx, WeightStore(ctx, per_channel), walk.opset(model) >= PER_CHANNEL_OPSET)
+    lowering = _Lowering(ctx, weights, walk.opset(model) >= PER_CHANNEL_OPSET)
     chosen: dict[ir.Value, LinearLayer] = {}
     for node in walk.every_node(model):
         layer = _weight_of(node, ctx)
-        if layer is not None and selection.allows(node) and _pays(layer, per_channel):
+        if layer is not None and selection.allows(node) and _pays(layer, weights.per_channel):
             chosen.setdefault(layer.weight, layer)
     before = after = 0
     for weight, layer in chosen.items():
@@ -59,7 +59,7 @@ def _weight_of(node: ir.Node, ctx: Context) -> LinearLayer | None:
     if not walk.is_onnx_op(node, *ctx.target.weight_only_ops):
         return None
     layer = as_linear_layer(node)
-    return layer if layer is not None and layer.weight.dtype == ir.DataType.FLOAT else None
+    return layer if layer is not None and weight_tensor(layer).dtype == ir.DataType.FLOAT else None
 
 
 def _is_lookup(node: ir.Node) -> bool:
@@ -68,8 +68,7 @@ def _is_lookup(node: ir.Node) -> bool:
 
 def _pays(layer: LinearLayer, per_channel: bool) -> bool:
     """Return whether integers and scales take less room than the floats."""
-    shape = layer.weight.shape
-    channels = int(shape[layer.output_axis]) if shape is not None and per_channel else 1  # type: ignore[arg-type]
+    channels = int(weight_tensor(layer).shape[layer.output_axis]) if per_channel else 1  # type: ignore[arg-type]
     return _size(layer.weight) * _BYTES_SAVED > channels * _BYTES_PER_SCALE + _OVERHEAD_BYTES
 
 
@@ -106,7 +105,7 @@ class _Lowering:
                 self.done[node.op_type] += 1
                 if _is_lookup(node) and layer.output_axis == 0 and node.inputs[0] is weight:
                     self._gather_integers(node, stored)
-                elif self.has_axis and _multiplies_directly(node, weight, layer.output_axis):
+                elif self.has_axis and _multiplies_directly(node, layer):
                     self._dequantize(node, layer.output_axis, stored)
                 else:
                     self._read_floats(node, weight, layer, stored, floats)
@@ -138,7 +137,7 @@ class _Lowering:
         floats: dict[object, ir.Value],
     ) -> None:
         if node.graph not in floats:
-            rank = len(weight.shape or ())
+            rank = len(weight_tensor(layer).shape)
             shape = tuple(-1 if axis == layer.output_axis else 1 for axis in range(rank))
             casted = self._make(node, "Cast", [stored.codes], to=ir.DataType.FLOAT)
             floats[node.graph] = self._make(node, "Mul", [casted, self.weights.scales(stored, node, shape)])
@@ -147,17 +146,17 @@ class _Lowering:
                 self.ctx.rewriter.set_input(node, index, floats[node.graph])
 
     def _make(self, node: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
-        made = self.ctx.rewriter.make(op_type, inputs, attributes, sources=[node])
+        made = self.ctx.rewriter.make(op_type, inputs, attributes, sources=[node], name="w")
         return self.ctx.rewriter.insert(made, before=node).outputs[0]
 
 
-def _multiplies_directly(node: ir.Node, weight: ir.Value, axis: int) -> bool:
+def _multiplies_directly(node: ir.Node, layer: LinearLayer) -> bool:
     """Return whether ONNX Runtime multiplies by the stored integers of this reader without unpacking them."""
-    if not walk.is_onnx_op(node, "MatMul", "Gemm") or node.inputs[1] is not weight or node.inputs[0] is weight:
+    if not walk.is_onnx_op(node, "MatMul", "Gemm") or node.inputs[1] is not layer.weight:
         return False
     plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
     untransposed = all(node.attributes.get_int(name, 0) == 0 for name in ("transA", "transB"))
-    return plain and untransposed and axis == 1 and len(weight.shape or ()) == 2
+    return plain and untransposed and layer.output_axis == 1 and len(weight_tensor(layer).shape) == 2
 
 
 def _summarise(chosen: dict[ir.Value, LinearLayer], before: int, after: int, lowering: _Lowering, ctx: Context) -> None:

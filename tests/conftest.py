@@ -1,0 +1,40 @@
+"""What all tests share: options, the folder of shared assets, and how hypothesis searches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# `fixed` draws the same examples on every run; `explore` draws others each time, for a search by hand:
+# HYPOTHESIS_PROFILE=explore pytest tests/test_properties.py
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)
+settings.register_profile("explore", settings.get_profile("fixed"), derandomize=False, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what golden tests get instead of comparing it")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be written anew."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared assets, beside the repository or where GRAPHOPT_SHARED says; skips where there is none."""
+    folder = Path(os.environ.get("GRAPHOPT_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no shared assets at `{folder}`; set GRAPHOPT_SHARED")
+    return folder

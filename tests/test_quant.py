@@ -1,0 +1,470 @@
+"""The pass `quant`: where it places integers, where it holds back, and what it costs in accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper, parser
+
+from graphopt import walk
+from graphopt.authoring import Context, Need
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.backends.targets import TARGETS
+from graphopt.data import open_data
+from graphopt.errors import PassError, UsageError
+from graphopt.passes.analyses.integer_units import integer_units
+from graphopt.passes.analyses.selection import Selection
+from graphopt.passes.lossy.quant import Quant
+from graphopt.passes.lossy.quant_static import activation_grid
+from graphopt.passes.solvers import grid
+from graphopt.rewriter import Rewriter
+from graphopt.statistics import Range
+from graphopt.verify import verify
+
+needs_runtime = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs onnxruntime")
+pytestmark = needs_runtime
+
+X86 = TARGETS["ort-cpu-x86"]
+STEPS = 255  # of a uint8 grid
+Array = np.ndarray[Any, Any]
+
+
+def model_of(
+    body: str, shape: str, weights: dict[str, Array], *, opset: int = 17, outputs: str = "float y"
+) -> ir.Model:
+    """Return a model with one float input `x`, nodes written in ONNX's text form, and named weights."""
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]> g (float[{shape}] x) => ({outputs}) {{ {body} }}"""
+    proto = parser.parse_model(text.replace("float y", "float[] y"))
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    proto.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
+    for number, node in enumerate(proto.graph.node):
+        node.name = f"{node.op_type.lower()}{number}"
+    return ir.from_proto(proto)
+
+
+def random(seed: int, *shape: int, scale: float = 1.0) -> Array:
+    """Return seeded normal float32 numbers."""
+    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """A quantized model with what it was made from."""
+
+    model: ir.Model
+    before: Array
+    after: Array
+    notes: list[str]
+
+    @property
+    def ops(self) -> Counter[str]:
+        return Counter(node.op_type for node in walk.every_node(self.model))
+
+    @property
+    def error(self) -> float:
+        """Largest error as a share of the output's span."""
+        return float(np.abs(self.before - self.after).max() / max(np.ptp(self.before), 1e-30))
+
+
+def run(model: ir.Model, feed: Array, *, optimize: bool = False) -> Array:
+    with OnnxRuntime().open(model, threads=1, optimize=optimize) as session:
+        return next(iter(session.run({"x": feed}).values()))
+
+
+def quantize(model: ir.Model, samples: Array | None, target: str = "ort-cpu-x86", **options: Any) -> Outcome:
+    feed = samples[:2] if samples is not None else random(9, *(int(dim) for dim in model.graph.inputs[0].shape or ()))
+    before = run(model, feed)
+    data = open_data({"x": samples}, model) if samples is not None else None
+    ctx = Context(model, Rewriter(model), TARGETS[target], OnnxRuntime(), threads=1, data=data)
+    Quant(**options).run(model, ctx)
+    verify(model)
+    return Outcome(model, before, run(model, feed), [note.text for note in ctx.notes])
+
+
+def fused(model: ir.Model, folder: Path) -> Counter[str]:
+    """Return the operators ONNX Runtime really runs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    proto = ir.to_proto(model).SerializeToString()
+    onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+CONV = "c = Conv<pads=[1,1,1,1]>(x, w, b) y = Relu(c)"
+CONV_WEIGHTS = {"w": random(1, 8, 3, 3, 3), "b": random(2, 8)}
+IMAGES = random(3, 16, 3, 8, 8)
+
+
+def test_conv_and_relu_become_one_integer_convolution(tmp_path: Path) -> None:
+    result = quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS), IMAGES, mode="static")
+    assert result.ops == {"QuantizeLinear": 2, "DequantizeLinear": 4, "Conv": 1}
+    assert result.error < 4 / STEPS
+    assert fused(result.model, tmp_path)["QLinearConv"] == 1
+    assert result.model.graph.outputs[0].name == "y"
+    assert "1 of 1 Conv" in result.notes[0]
+
+
+def test_a_relu_reaching_other_readers_through_its_conv_is_kept() -> None:
+    body = "c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) y = Add(r, c)"
+    result = quantize(model_of(body, "N,3,8,8", CONV_WEIGHTS), IMAGES, mode="static")
+    assert result.ops["Relu"] == 1
+    assert result.error < 4 / STEPS
+
+
+@pytest.mark.parametrize(("low", "high", "left"), [(-0.5, 6.0, 0), (0.0, 6.0, 0), (0.5, 6.0, 1)])
+def test_a_clip_goes_only_if_zero_lies_within(low: float, high: float, left: int) -> None:
+    body = "c = Conv<pads=[1,1,1,1]>(x, w, b) y = Clip(c, lo, hi)"
+    weights = CONV_WEIGHTS | {"lo": np.array(low, np.float32), "hi": np.array(high, np.float32)}
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static")
+    assert result.ops["Clip"] == left
+    # The convolution's own errors count against the clipped span, a third of its range.
+    assert result.error < 12 / STEPS
+
+
+def test_symmetric_targets_keep_the_relu_and_the_float_bias() -> None:
+    body = "c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) y = Conv(r, v)"
+    weights = CONV_WEIGHTS | {"v": random(4, 4, 8, 1, 1)}
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, "tensorrt", mode="static")
+    assert result.ops["Relu"] == 1
+    # Inputs and weights only: no bias, and no output that nothing reads in integers.
+    assert result.ops == {"Conv": 2, "Relu": 1, "QuantizeLinear": 2, "DequantizeLinear": 4}
+    assert all(
+        node.inputs[2] is None or node.inputs[2].dtype == ir.DataType.INT8
+        for node in result.model.graph
+        if node.op_type == "QuantizeLinear"
+    )
+
+
+def test_residual_concat_and_pooling_stay_in_integers(tmp_path: Path) -> None:
+    body = """a = Conv<pads=[1,1,1,1]>(x, w, b) ar = Relu(a) m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(ar)
+              p = Conv(m, v) q = Conv(m, v2) s = Add(p, m) sr = Relu(s) k = Concat<axis=1>(sr, q)
+              g = GlobalAveragePool(k) f = Flatten(g) y = Gemm<transB=1>(f, h, hb)"""
+    weights = CONV_WEIGHTS | {
+        "v": random(4, 8, 8, 1, 1),
+        "v2": random(5, 8, 8, 1, 1),
+        "h": random(6, 5, 16),
+        "hb": random(7, 5),
+    }
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static")
+    ran = fused(result.model, tmp_path)
+    assert ran["QLinearConv"] == 3
+    assert ran["QLinearAdd"] == ran["QLinearConcat"] == ran["QGemm"] == ran["QLinearGlobalAveragePool"] == 1
+    assert ran["QuantizeLinear"] == 1
+    assert ran["DequantizeLinear"] == 0
+    assert result.error < 12 / STEPS
+
+
+@pytest.mark.parametrize("activation", ["Relu(a)", "Clip(a, lo, hi)"])
+def test_a_shared_scale_never_undoes_a_relu_or_clip(activation: str) -> None:
+    body = f"a = Conv(x, v) r = {activation} c = Conv(x, v2) k = Concat<axis=1>(r, c) y = Conv(k, u)"
+    weights = {
+        "v": random(4, 8, 3, 1, 1),
+        "v2": random(5, 8, 3, 1, 1),
+        "u": random(6, 4, 16, 1, 1),
+        "lo": np.array(0, np.float32),
+        "hi": np.array(1, np.float32),
+    }
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static")
+    assert result.ops["Relu"] == result.ops["Clip"] == 0
+    assert result.error < 4 / STEPS
+
+
+def test_moves_share_one_scale_and_padding_moves_integers() -> None:
+    body = """a = Conv<pads=[1,1,1,1]>(x, w, b) s = Slice(a, begin, end) p = Pad(s, pads)
+              t = Transpose<perm=[0,1,3,2]>(p) y = Conv(t, v)"""
+    weights = CONV_WEIGHTS | {
+        "begin": np.array([0, 0, 0, 0]),
+        "end": np.array([99, 8, 4, 8]),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+        "v": random(4, 4, 8, 1, 1),
+    }
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static")
+    pad = next(node for node in result.model.graph if node.op_type == "Pad")
+    assert pad.inputs[0] is not None
+    assert pad.inputs[0].producer().op_type == "QuantizeLinear"  # type: ignore[union-attr]
+    scales = {
+        node.inputs[1].name  # type: ignore[union-attr]
+        for node in result.model.graph
+        if node.op_type == "QuantizeLinear" and node.inputs[0].producer() is not None  # type: ignore[union-attr]
+    }
+    assert len(scales) == 2  # the first convolution's, shared by every move, and the second's
+    assert result.error < 8 / STEPS
+
+
+def test_an_operator_between_floats_is_left_alone() -> None:
+    result = quantize(model_of("a = Tanh(x) b2 = Add(a, x) y = Sigmoid(b2)", "N,4", {}), random(1, 8, 4), mode="static")
+    assert result.ops == {"Tanh": 1, "Add": 1, "Sigmoid": 1}
+    assert "unchanged" in result.notes[-1]
+
+
+def test_matmul_with_bias_becomes_an_integer_gemm(tmp_path: Path) -> None:
+    weights = {"w": random(1, 16, 8), "b": random(2, 8), "v": random(3, 8, 4), "c": random(4, 4)}
+    body = "m = MatMul(x, w) a = Add(m, b) r = Relu(a) n = MatMul(r, v) y = Add(n, c)"
+    result = quantize(model_of(body, "N,16", weights), random(5, 32, 16), mode="static")
+    assert fused(result.model, tmp_path)["QGemm"] == 2
+    assert result.error < 6 / STEPS
+
+
+@pytest.mark.parametrize("attributes", ["", "<transB=1>", "<alpha=0.5, beta=2.0>", "<transA=1>"])
+def test_gemm_with_any_attributes(attributes: str, tmp_path: Path) -> None:
+    weight = random(1, 16, 8)
+    weights = {"w": np.ascontiguousarray(weight.T) if "transB" in attributes else weight, "b": random(2, 8)}
+    samples = random(3, 1, 16, 16) if "transA" in attributes else random(3, 32, 16)
+    model = model_of(f"y = Gemm{attributes}(x, w, b)", "16,16" if "transA" in attributes else "N,16", weights)
+    if "transA" in attributes:
+        samples = samples[0]
+        before = run(model, samples)
+        ctx = Context(model, Rewriter(model), X86, OnnxRuntime(), threads=1, data=open_data([{"x": samples}], model))
+        Quant(mode="static").run(model, ctx)
+        assert np.abs(run(model, samples) - before).max() < 4 / STEPS * np.ptp(before)
+    else:
+        result = quantize(model, samples, mode="static")
+        assert result.error < 4 / STEPS
+    assert fused(model, tmp_path)["QGemm"] == 1
+
+
+def test_depthwise_and_grouped_convolutions(tmp_path: Path) -> None:
+    body = "a = Conv<group=8, pads=[1,1,1,1]>(x, w) y = Conv<group=2>(a, v)"
+    weights = {"w": random(1, 8, 1, 3, 3), "v": random(2, 4, 4, 1, 1)}
+    result = quantize(model_of(body, "N,8,6,6", weights), random(3, 16, 8, 6, 6), mode="static")
+    assert fused(result.model, tmp_path)["QLinearConv"] == 2
+    assert result.error < 6 / STEPS
+
+
+def test_pruned_weights_stay_exactly_zero() -> None:
+    weight = random(1, 8, 3, 3, 3)
+    weight[np.abs(weight) < 0.7] = 0
+    weight[2] = 0
+    for mode in ("static", "weights"):
+        result = quantize(model_of("y = Conv(x, w)", "N,3,8,8", {"w": weight}), IMAGES, mode=mode)
+        codes = next(v.const_value.numpy() for v in result.model.graph.initializers.values() if v.name == "w_q")  # type: ignore[union-attr]
+        assert codes.dtype == np.int8
+        assert np.array_equal(codes == 0, (codes == 0) | (weight == 0))
+        assert not codes[weight == 0].any()
+        assert result.error < 4 / STEPS
+
+
+def test_zero_constant_and_empty_ranges_give_finite_scales() -> None:
+    weights = {"w": np.zeros((4, 3, 1, 1), np.float32), "b": np.array([0, 0.3, -7, 0], np.float32)}
+    result = quantize(model_of("y = Conv(x, w, b)", "N,3,8,8", weights), np.zeros_like(IMAGES), mode="static")
+    assert np.isfinite(result.after).all()
+    assert result.error < 2 / STEPS
+    for value in result.model.graph.initializers.values():
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        if array.dtype == np.float32:
+            assert (array > 0).all()
+            assert np.isfinite(array).all()
+
+
+def test_a_bias_that_would_overflow_int32_raises_its_channels_scale() -> None:
+    weight = random(1, 4, 3, 1, 1)
+    weight[1] *= 1e-9
+    weights = {"w": weight, "b": np.array([1.0, 50.0, 0.0, -1.0], np.float32)}
+    result = quantize(model_of("y = Conv(x, w, b)", "N,3,8,8", weights), IMAGES, mode="static")
+    assert result.error < 4 / STEPS
+    assert any("1 channels took a larger weight scale" in note for note in result.notes)
+
+
+def test_a_weight_read_twice_is_stored_once_and_one_shared_with_a_lookup_is_left() -> None:
+    result = quantize(
+        model_of("a = Conv(x, w) s = Sigmoid(a) y = Conv(s, w)", "N,3,4,4", {"w": random(1, 3, 3, 1, 1)}),
+        random(2, 8, 3, 4, 4),
+        mode="static",
+    )
+    assert (
+        sum(
+            value.dtype == ir.DataType.INT8 and len(value.shape or ()) == 4
+            for value in result.model.graph.initializers.values()
+        )
+        == 1
+    )
+    body = "i = Cast<to=7>(x) e = Gather(w, i) f = ReduceSum<keepdims=0>(e, ax) y = Gemm<transB=1>(f, w)"
+    tied = model_of(body, "N,4", {"w": random(1, 8, 16), "ax": np.array([1])})
+    result = quantize(tied, np.abs(random(3, 8, 4)).clip(0, 7), mode="static")
+    assert result.ops["QuantizeLinear"] == 0
+    assert "also read by Gather" in result.notes[-1]
+
+
+def test_float_readers_of_a_quantized_input_keep_the_float() -> None:
+    body = "c = Conv(x, w) t = Tanh(x) y = Add(c, t)"
+    result = quantize(model_of(body, "N,3,8,8", {"w": random(1, 3, 3, 1, 1)}), IMAGES, mode="static")
+    tanh = next(node for node in result.model.graph if node.op_type == "Tanh")
+    assert tanh.inputs[0] is result.model.graph.inputs[0]
+
+
+def test_old_opsets_get_one_scale_per_weight_and_too_old_ones_an_error(tmp_path: Path) -> None:
+    result = quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS, opset=11), IMAGES, mode="static")
+    assert "opset 11" in result.notes[0]
+    assert fused(result.model, tmp_path)["QLinearConv"] == 1
+    assert result.error < 6 / STEPS
+    with pytest.raises(PassError, match="needs opset 10"):
+        quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS, opset=9), IMAGES, mode="static")
+    with pytest.raises(PassError, match="needs opset 13"):
+        quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS, opset=11), IMAGES, mode="static", per_channel=True)
+
+
+def test_refuses_what_is_quantized_already_or_not_float32() -> None:
+    result = quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS), IMAGES, mode="static")
+    with pytest.raises(PassError, match="already quantized"):
+        quantize(result.model, IMAGES, mode="dynamic")
+    half = {name: value.astype(np.float16) for name, value in CONV_WEIGHTS.items()}
+    body = "h = Cast<to=10>(x) c = Conv(h, w, b) y = Cast<to=1>(c)"
+    with pytest.raises(PassError, match="FLOAT16"):
+        quantize(model_of(body, "N,3,8,8", half), IMAGES, mode="weights")
+
+
+def test_layers_in_subgraphs_are_left_with_a_note() -> None:
+    body = """c = Conv(x, w) s = ReduceSum<keepdims=0>(c) z = Greater(s, zero)
+              y = If<then_branch = g1 () => (float[N,3,8,8] t) { t = Conv(c, w) },
+                     else_branch = g2 () => (float[N,3,8,8] e) { e = Identity(c) }>(z)"""
+    weights = {"w": random(1, 3, 3, 1, 1), "zero": np.array(0, np.float32)}
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static")
+    assert any("left 1 linear layers inside subgraphs" in note for note in result.notes)
+    assert result.error < 4 / STEPS
+
+
+def test_include_and_exclude_take_names_operators_and_globs() -> None:
+    body = "a = Conv(x, w) r = Tanh(a) y = Conv(r, w)"
+    weights = {"w": random(1, 3, 3, 1, 1)}
+    for options in ({"include": ("conv0",)}, {"exclude": ("conv2",)}, {"include": ("Conv",), "exclude": ("*2",)}):
+        result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static", **options)
+        assert result.ops["QuantizeLinear"] == 2
+        assert "excluded" in result.notes[-1]
+    with pytest.raises(UsageError, match="`include=Cnov` matches no node") as caught:
+        quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static", include=("Cnov",))
+    assert caught.value.hint == "did you mean `Conv`?"
+
+
+def test_dynamic_products_fuse_and_share_what_they_quantize(tmp_path: Path) -> None:
+    weights = {name: random(seed, 32, 32) for seed, name in enumerate("qkv")}
+    body = "a = MatMul(x, q) b = MatMul(x, k) c = MatMul(x, v) s = Add(a, b) y = Mul(s, c)"
+    result = quantize(model_of(body, "2,4,32", weights), None, mode="dynamic")
+    assert result.ops["DynamicQuantizeLinear"] == 1
+    assert fused(result.model, tmp_path)["MatMulIntegerToFloat"] == 3
+    assert result.error < 4 / STEPS
+
+
+@pytest.mark.parametrize("attributes", ["", "<transB=1>", "<alpha=0.5, beta=2.0>"])
+def test_dynamic_gemm(attributes: str, tmp_path: Path) -> None:
+    weight = random(1, 32, 16)
+    weights = {"w": np.ascontiguousarray(weight.T) if "transB" in attributes else weight, "b": random(2, 16)}
+    result = quantize(model_of(f"y = Gemm{attributes}(x, w, b)", "4,32", weights), None, mode="dynamic")
+    assert fused(result.model, tmp_path)["DynamicQuantizeMatMul"] == 1
+    assert result.error < 4 / STEPS
+
+
+def test_dynamic_products_inside_a_subgraph() -> None:
+    body = """s = ReduceSum<keepdims=0>(x) z = Greater(s, zero)
+              y = If<then_branch = g1 () => (float[4,8] t) { t = MatMul(x, w) },
+                     else_branch = g2 () => (float[4,8] e) { e = MatMul(x, w) }>(z)"""
+    weights = {"w": random(1, 16, 8), "zero": np.array(0, np.float32)}
+    result = quantize(model_of(body, "4,16", weights), None, mode="dynamic")
+    assert result.ops["MatMulInteger"] == 2
+    assert sum(value.dtype == ir.DataType.INT8 for value in result.model.graph.initializers.values()) == 1
+    assert result.error < 4 / STEPS
+
+
+def test_a_tied_table_is_stored_once_for_lookup_and_output_layer() -> None:
+    body = "i = Cast<to=7>(x) e = Gather(w, i) t = Transpose<perm=[1,0]>(w) y = MatMul(e, t)"
+    for mode in ("dynamic", "weights"):
+        model = model_of(body, "2,4", {"w": random(1, 64, 32)})
+        feed = np.arange(8, dtype=np.float32).reshape(2, 4)
+        before = run(model, feed)
+        Quant(mode=mode).run(model, Context(model, Rewriter(model), X86, OnnxRuntime(), threads=1))  # type: ignore[arg-type]
+        verify(model)
+        tables = [
+            v for v in model.graph.initializers.values() if v.const_value is not None and v.const_value.size == 2048
+        ]
+        assert [value.dtype for value in tables] == [ir.DataType.INT8]
+        assert np.abs(run(model, feed) - before).max() < 6 / STEPS * np.ptp(before)
+
+
+def test_weights_only_needs_no_data_and_lets_the_runtime_fold(tmp_path: Path) -> None:
+    body = "c = Conv(x, w) f = Flatten(c) y = Gemm(f, h)"
+    weights = {"w": random(1, 16, 3, 3, 3), "h": random(2, 576, 10)}
+    result = quantize(model_of(body, "2,3,8,8", weights), None, mode="weights")
+    ran = fused(result.model, tmp_path)
+    assert ran["Conv"] == 1
+    assert ran["Cast"] == ran["DequantizeLinear"] == 0
+    assert ran["MatMulNBits"] == 1
+    assert result.error < 6 / STEPS
+    assert "computes in float" in result.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "shape", "data", "target", "mode"),
+    [
+        ("y = Conv(x, w)", "N,3,8,8", True, "ort-cpu-x86", "static"),
+        ("y = Conv(x, w)", "2,3,8,8", False, "ort-cpu-x86", "weights"),
+        ("y = Conv(x, w)", "N,3,8,8", True, "ort-cuda", "weights"),
+        ("y = MatMul(x, m)", "2,3,8,8", True, "ort-cpu-x86", "dynamic"),
+        ("y = MatMul(x, m)", "2,3,8,8", False, "ort-cpu-x86", "dynamic"),
+        ("y = MatMul(x, m)", "2,3,8,8", False, "ort-cuda", "weights"),
+    ],
+)
+def test_auto_follows_data_target_and_work(body: str, shape: str, data: bool, target: str, mode: str) -> None:
+    weights = {"w": random(1, 8, 3, 3, 3)} if "Conv" in body else {"m": random(1, 8, 64)}
+    samples = IMAGES if data else None
+    if data and shape.startswith("2"):
+        samples = IMAGES[:2]
+    result = quantize(model_of(body, shape, weights), samples, target)
+    assert result.notes[0].startswith(f"chose `mode={mode}`: ")
+
+
+def test_needs_follow_the_mode() -> None:
+    assert Quant(mode="static").needs == {Need.CANONICAL, Need.CALIBRATION}
+    assert Quant().needs == {Need.CANONICAL, Need.CALIBRATION_OPTIONAL}
+    assert Quant(mode="weights").needs == {Need.CANONICAL}
+
+
+def test_targets_without_the_mode_refuse_it() -> None:
+    for mode in ("static", "dynamic"):
+        with pytest.raises(PassError, match="gains nothing on target `ort-cuda`"):
+            quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS), IMAGES, "ort-cuda", mode=mode)
+
+
+def test_rounding_is_within_half_a_step_and_reduced_range_within_seven_bits() -> None:
+    weight = random(1, 6, 40)
+    for bits in (grid.FULL_RANGE_BITS, grid.REDUCED_RANGE_BITS):
+        for per_channel in (True, False):
+            found = grid.round_to_nearest(weight, per_channel=per_channel, bits=bits)
+            assert np.abs(found.codes).max() == 2 ** (bits - 1) - 1
+            restored = found.codes * found.scales[:, None]
+            assert (np.abs(restored - weight) <= found.scales[:, None] * 0.5001).all()
+            assert found.error == pytest.approx(np.square(restored - weight).sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("span", [Range(0, 0), Range(-1, 0), Range(0, 6), Range(-1e-44, 0), Range(-3, 5)])
+def test_zero_is_on_every_activation_grid(span: Range) -> None:
+    for target in TARGETS.values():
+        if target.static is None:
+            continue
+        found = activation_grid(span, target.static)
+        low, high = (0, 255) if target.static.activation == "uint8" else (-128, 127)
+        assert low <= found.zero_point <= high
+        assert found.scale >= grid.SMALLEST_SCALE
+        assert (low - found.zero_point) * found.scale <= span.low + found.scale
+        assert (high - found.zero_point) * found.scale >= span.high - found.scale
+
+
+def test_units_say_what_stays_float_and_why() -> None:
+    model = model_of("a = Conv(x, w) t = Tanh(a) y = Conv(t, t)", "3,3,8,8", {"w": random(1, 3, 3, 1, 1)})
+    assert X86.static is not None
+    units = integer_units(model, X86, X86.static, Selection())
+    assert [unit.node.name for unit in units.units] == ["conv0"]
+    assert units.left == {
+        ("Tanh", "no integer kernel on this target"): 1,
+        ("Conv", "its weight is no constant"): 1,
+    }

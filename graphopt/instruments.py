@@ -18,7 +18,8 @@ from graphopt.evaluation import Judge, Outputs, compare_outputs
 from graphopt.metrics import Budget, Metric
 from graphopt.pipeline import Step
 from graphopt.report import Check, StepRecord
-from graphopt.verify import Signature, verify
+from graphopt.shapes import contradiction
+from graphopt.verify import Signature, fingerprint, verify
 
 _MB = 1 << 20
 
@@ -32,8 +33,8 @@ class Instrument:
     def step_started(self, step: Step, model: ir.Model) -> None:
         """Called before a step."""
 
-    def pass_finished(self, one: Pass, model: ir.Model) -> None:
-        """Called after each pass of a step."""
+    def pass_finished(self, one: Pass, model: ir.Model, edits: int) -> None:
+        """Called after each pass of a step, with the number of edits it made."""
 
     def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
         """Called after a step; may add to its record."""
@@ -73,16 +74,34 @@ def peak_rss_mb() -> float:
 
 
 class VerifyStructure(Instrument):
-    """Checks the structure of the model after every pass."""
+    """Checks the structure of the model after every pass, and its shapes after every step."""
 
     def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
         self._signature = Signature.of(model)
+        self._fingerprint = fingerprint(model)
+        # A model may come with shapes that contradict each other; no pass is blamed for them.
+        self._came_sound = contradiction(model) is None
 
-    def pass_finished(self, one: Pass, model: ir.Model) -> None:
+    def pass_finished(self, one: Pass, model: ir.Model, edits: int) -> None:
+        before, self._fingerprint = self._fingerprint, fingerprint(model)
+        if not edits:
+            if self._fingerprint != before:
+                raise VerificationError(
+                    f"pass `{one.name}` changed the model and reported no edit",
+                    hint="this is a mistake of the pass: all edits must go through `ctx.rewriter`",
+                )
+            return
         try:
             verify(model, self._signature, provenance_too=True)
         except VerificationError as error:
             raise VerificationError(f"after pass `{one.name}`: {error.message}", hint=_BUG_HINT) from error
+
+    def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
+        if not record.edits or not self._came_sound:
+            return
+        why = contradiction(model)
+        if why is not None:
+            raise VerificationError(f"after pass `{step.spec}` declared shapes are wrong: {why}", hint=_BUG_HINT)
 
 
 _BUG_HINT = "this is a mistake of the pass, not yours; leave it out, or report it"

@@ -88,8 +88,15 @@ class PassManager:
         # Exact rewriting has a fixpoint; losing the same twice does not.
         rounds = PRESET_ROUNDS_LIMIT if step.preset and step.guarantee is not Guarantee.LOSSY else 1
         for _ in range(rounds):
-            if not sum([self._run_pass(one, model, record) for one in step.passes]):
+            editing = [one.name for one in step.passes if self._run_pass(one, model, record)]
+            if not editing:
                 break
+        else:
+            if rounds > 1:
+                names = ", ".join(f"`{name}`" for name in editing)
+                record.passes[-1].notes.append(
+                    Note(step.name, f"still changing the model after {rounds} rounds: {names}", left=True)
+                )
         record.nodes_after, record.bytes_after = _measure(model)
         for instrument in self.instruments:
             instrument.step_finished(step, model, record)
@@ -120,9 +127,8 @@ class PassManager:
             ) from error
         self._analyses.keep(one.preserves, since, rewriter.version)
         _fold_in(record, one, rewriter.edits, context)
-        if rewriter.edits:
-            for instrument in self.instruments:
-                instrument.pass_finished(one, model)
+        for instrument in self.instruments:
+            instrument.pass_finished(one, model, rewriter.edits)
         return rewriter.edits
 
 

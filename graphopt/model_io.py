@@ -19,6 +19,7 @@ from graphopt.errors import ModelError
 from graphopt.fidelity import first_loss, unknown_field
 from graphopt.header import each_tensor, from_proto, graphs, reference, replace_tensors, to_proto
 from graphopt.mapped import COPY_CHUNK, MappedFile, MappedTensor
+from graphopt.normal_form import normalize
 from graphopt.staged_files import StagedFiles
 from graphopt.wire import HELD_ELSEWHERE, Hole, Piece, WireError, open_holes, size_of, strip_payloads
 
@@ -225,6 +226,7 @@ def _load(path: str) -> ir.Model:
     loss = first_loss(proto, again)
     if loss is not None:
         raise ModelError(f"`{path}` holds what graphopt would lose: {loss}", hint=_loss_hint(loss))
+    normalize(model)
     return model
 
 

@@ -39,8 +39,19 @@ def infer_shapes(model: ir.Model) -> int:
         inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
     except onnx.shape_inference.InferenceError as error:
         line = " ".join(str(error).split())
-        raise ModelError(f"shapes of the model contradict each other: {line[:300]}") from error
+        raise ModelError(
+            f"shapes of the model contradict each other: {line[:300]}", hint="export the model again"
+        ) from error
     return _merge(model.graph, inferred.graph)
+
+
+def contradiction(model: ir.Model) -> str | None:
+    """Return how declared dtypes and shapes contradict what inference finds, or None; the model is left as it is."""
+    try:
+        onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        return " ".join(str(error).split())[:LONGEST_CAUSE]
+    return None
 
 
 def forget_inferred(model: ir.Model) -> None:

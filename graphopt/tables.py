@@ -251,8 +251,9 @@ def _list_passes() -> list[tuple[str, str]]:
 def _options_of(cls: type) -> list[tuple[str, str]]:
     rows = []
     for option, default, help in options.describe(cls):
-        facts = [options.accepted(cls, option), f"default: {default or 'none'}"]
-        rows.append((f"  {option}", f"{help} [{'; '.join(filter(None, facts))}]"))
+        accepted = options.accepted(cls, option)
+        text = f"{help} [default: {default or 'none'}]"
+        rows.append((f"  {option}", f"{text} ({accepted})" if accepted else text))
     return rows
 
 

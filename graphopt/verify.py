@@ -60,6 +60,23 @@ def verify(model: ir.Model, signature: Signature | None = None, *, provenance_to
         raise VerificationError(f"the model is malformed: {shown}{more}")
 
 
+def fingerprint(model: ir.Model) -> int:
+    """Return a number that changes with the structure: nodes, their order, names, attributes, and who reads what.
+
+    It is good for comparing a model with itself within one process. What tensors hold is not looked at.
+    """
+    parts: list[object] = [id(output) for output in model.graph.outputs]
+    for graph in walk.every_graph(model):
+        parts += [(value.name, id(value)) for value in (*graph.inputs, *graph.outputs)]
+        if isinstance(graph, ir.Graph):
+            parts += [(name, id(value), id(value.const_value)) for name, value in graph.initializers.items()]
+        for node in graph:
+            attributes = tuple((name, id(attribute)) for name, attribute in node.attributes.items())
+            values = tuple((id(value), value.name) for value in (*node.inputs, *node.outputs) if value is not None)
+            parts.append((id(node), node.op_identifier(), node.name, attributes, len(node.inputs), values))
+    return hash((tuple(parts), tuple(model.opset_imports.items()), tuple(model.functions)))
+
+
 def _problems(model: ir.Model, signature: Signature | None, provenance_too: bool) -> Iterator[str]:
     yield from _graph_problems(model.graph, frozenset(), frozenset(), model)
     for function in model.functions.values():

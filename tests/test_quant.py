@@ -335,6 +335,17 @@ def test_layers_in_subgraphs_are_left_with_a_note() -> None:
     assert result.error < 4 / STEPS
 
 
+def test_nothing_is_dequantized_into_moves_that_a_subgraph_captures(tmp_path: Path) -> None:
+    body = """c = Conv(x, w) u = Unsqueeze(c, ax) v = Squeeze(u, ax) s = ReduceSum<keepdims=0>(x) z = Greater(s, zero)
+              y = If<then_branch = g1 () => (float[N,3,8,8] t) { t = Relu(v) },
+                     else_branch = g2 () => (float[N,3,8,8] e) { e = Neg(v) }>(z)"""
+    weights = {"w": random(1, 3, 3, 1, 1), "zero": np.array(0, np.float32), "ax": np.array([0])}
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static")
+    assert result.ops["QuantizeLinear"] == 0
+    assert "read inside a subgraph" in result.notes[0]
+    assert fused(result.model, tmp_path)["If"] == 1  # ONNX Runtime 1.31 would abort here, not raise
+
+
 def test_include_and_exclude_take_names_operators_and_globs() -> None:
     body = "a = Conv(x, w) r = Tanh(a) y = Conv(r, w)"
     weights = {"w": random(1, 3, 3, 1, 1)}

@@ -195,7 +195,11 @@ class _Search:
         if adder is not None and layer is not None:
             layer = replace(layer, bias=next(value for value in adder.inputs if value is not node.outputs[0]))
         inputs = tuple(_activations(node, kind, layer))
-        return Unit(node, kind, inputs, adder, _tail(adder or node), layer, on_integers)
+        unit = Unit(node, kind, inputs, adder, _tail(adder or node), layer, on_integers)
+        if _reaches_subgraph(unit.outputs, self.target.shared_scale_ops):
+            self.obstacles[node] = "what moves its result is read inside a subgraph"
+            return None
+        return unit
 
     def left(self, units: _Units) -> Counter[tuple[str, str]]:
         """Count, by operator and reason, what stays float: linear layers, and what reads integers."""
@@ -285,6 +289,23 @@ def _activations(node: ir.Node, kind: Kind, layer: LinearLayer | None) -> Iterat
     for index, value in enumerate(node.inputs[: 1 if kind == "move" else count]):
         if value is not None:
             yield index, value
+
+
+def _reaches_subgraph(values: Iterable[ir.Value], moves: frozenset[str]) -> bool:
+    """Return whether a nested graph reads a value behind operators that move it.
+
+    ONNX Runtime 1.31 propagates a DequantizeLinear through such operators, takes the capture behind them for an
+    input of the If, Loop or Scan and aborts the process. What captures the dequantized value itself is fine.
+    """
+    behind = [
+        output
+        for value in values
+        for use in value.uses()
+        if walk.is_onnx_op(use.node, *moves) and use.idx == 0
+        for output in use.node.outputs
+    ]
+    captured = any(use.node.graph is not output.graph for output in behind for use in output.uses())
+    return captured or (bool(behind) and _reaches_subgraph(behind, moves))
 
 
 def _only_reader(node: ir.Node) -> ir.Node | None:

@@ -57,7 +57,7 @@ class ConvBatchNorm(Rule):
             m.conv,
             m.x,
             op.const(scaled, m.w.name),
-            op.const(folded.astype(weight.dtype), m.b.name if m.b is not None else f"{m.conv.name}.bias"),
+            op.const(folded.astype(weight.dtype), m.b.name if m.b is not None else f"{m.conv.name or m.w.name}.bias"),
         )
 
     def _per_output(self, scale: Array, weight: Array, groups: int) -> Array:

@@ -14,7 +14,20 @@ _ORT_CPU_INTEGER_OPS = frozenset(
 )
 # Value-preserving operators that run on integers when both sides share one scale.
 _ORT_CPU_SHARED_SCALE_OPS = frozenset(
-    {"MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Expand", "Resize"}
+    {
+        "DepthToSpace",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "MaxPool",
+        "Reshape",
+        "Resize",
+        "Slice",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 _MATRIX_OPS = frozenset({"MatMul", "Gemm"})
 _WEIGHT_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

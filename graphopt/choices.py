@@ -13,6 +13,7 @@ from graphopt.data import Dataset
 from graphopt.errors import BackendError, UsageError, did_you_mean
 from graphopt.metrics import BUILTIN, Metric, default_metrics, user_metric
 from graphopt.model_io import load
+from graphopt.normal_form import normalize
 from graphopt.target import Target
 
 LABELS_HINT = "store them beside the inputs under `labels`, or name their key with `--labels`"
@@ -23,6 +24,7 @@ ModelLike = ir.Model | str | Path
 def open_model(model: ModelLike) -> ir.Model:
     """Return a model of its own to work on: loaded, or a clone that shares weights, with origins stamped."""
     opened = model.clone() if isinstance(model, ir.Model) else load(model)
+    normalize(opened)
     provenance.stamp(opened)
     return opened
 

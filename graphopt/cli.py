@@ -373,10 +373,11 @@ def _mistake(error: Exception) -> tuple[str, str]:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "graphopt"
     if message.startswith("No such command"):
-        unknown = message.removeprefix("No such command").strip(" '\"")
+        unknown = message.split("'")[1]
         return f"unknown command `{unknown}`", did_you_mean(unknown, _commands())
     message, _, close = message.partition(" (Possible options: ")
-    hint = f"did you mean `{close.strip(')')}`?" if close else f"see `{command} --help`"
+    option = message.rpartition(": ")[2]
+    hint = did_you_mean(option, close.rstrip(")").split(", ")) if close else f"see `{command} --help`"
     return message[:1].lower() + message[1:], hint
 
 

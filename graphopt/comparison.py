@@ -74,8 +74,8 @@ class OutputError:
             for x, y in zip(a, b, strict=True):
                 self.update(x, y)
             return
-        if isinstance(a, dict) or a is None:  # an ONNX map, or an empty optional
-            if a != b:
+        if isinstance(a, dict) or a is None or b is None:  # an ONNX map, or an empty optional
+            if type(a) is not type(b) or a != b:
                 self._reject("values differ")
             return
         left, right = np.asarray(a), np.asarray(b)
@@ -209,8 +209,9 @@ def same_bits(a: Array, b: Array) -> bool:
         return True
     if a.dtype.kind in "biu":
         return False
-    differs = a.view(np.uint8).reshape(a.size, -1) != b.view(np.uint8).reshape(b.size, -1)
-    return bool((~differs.any(axis=1) | (np.isnan(a) & np.isnan(b)).reshape(-1)).all())
+    a, b = a.reshape(-1), b.reshape(-1)  # rows of bytes have no view of a scalar
+    bytes_a, bytes_b = (np.ascontiguousarray(one).view(np.uint8).reshape(one.size, -1) for one in (a, b))
+    return bool((~(bytes_a != bytes_b).any(axis=1) | (np.isnan(a) & np.isnan(b))).all())
 
 
 def run_both(a: Session, b: Session, feeds: Iterable[Feeds]) -> Comparison:

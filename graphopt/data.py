@@ -302,9 +302,10 @@ def in_words(error: BaseException) -> str:
 
 def _from_npz(path: Path, _: list[str]) -> Raw:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("not an archive of named arrays")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("not an archive of named arrays")
+        with archive:
             yield str(path), {name: archive[name] for name in archive.files}, True
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise DataError(

@@ -203,12 +203,11 @@ class _Run:
         self.pipeline = Pipeline.of(request.passes)
         self.target = find_target(request.target)
         self.backend = find_backend(request.backend, self.target)
-        if request.output is not None:
-            check_output(request.output, request.model)
-        known = known_metrics(request.metric)
         self.model = open_model(request.model)
         if request.output is not None:
+            check_output(request.output, request.model)
             _check_data_files(request.output, self.model)
+        known = known_metrics(request.metric)
         self.original = self.model.clone()
         self.calibration, self.scored = self._open_data()
         self.steps = schedule(self.pipeline, has_data=self.calibration is not None)

@@ -101,7 +101,7 @@ class VerifyStructure(Instrument):
             return
         why = contradiction(model)
         if why is not None:
-            raise VerificationError(f"after pass `{step.spec}` declared shapes are wrong: {why}", hint=_BUG_HINT)
+            raise VerificationError(f"after pass `{step.spec}`: {why}", hint=_BUG_HINT)
 
 
 _BUG_HINT = "this is a mistake of the pass, not yours; leave it out, or report it"

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.analysis import AnalysisCache
-from graphopt.authoring import Context, Guarantee, Pass
+from graphopt.authoring import Context, Guarantee, Note, Pass
 from graphopt.backend import Backend
 from graphopt.data import Dataset
 from graphopt.errors import GraphoptError, PassError

@@ -188,7 +188,7 @@ def show_check(check: Check, metric_types: dict[str, type[Metric]], before: dict
     if not check.ok:
         return "FAILED"
     if check.kind == "equal":
-        return "equal, every bit"
+        return check.why or "equal, every bit"
     if check.kind == "equivalent":
         return f"equal (max |Δ| {check.max_abs_error:.0e})"
     name = next(iter(check.metrics), None)

@@ -35,23 +35,26 @@ def infer_shapes(model: ir.Model) -> int:
     Raises:
         ModelError: The model's declared shapes contradict each other.
     """
-    try:
-        inferred = onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        line = " ".join(str(error).split())
-        raise ModelError(
-            f"shapes of the model contradict each other: {line[:300]}", hint="export the model again"
-        ) from error
-    return _merge(model.graph, inferred.graph)
+    return _merge(model.graph, _inferred(model, strict=False).graph)
 
 
 def contradiction(model: ir.Model) -> str | None:
     """Return how declared dtypes and shapes contradict what inference finds, or None; the model is left as it is."""
     try:
-        onnx.shape_inference.infer_shapes(_skeleton(model), data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        return " ".join(str(error).split())[:LONGEST_CAUSE]
+        _inferred(model, strict=True)
+    except ModelError as error:
+        return error.message
     return None
+
+
+def _inferred(model: ir.Model, *, strict: bool) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(_skeleton(model), strict_mode=strict, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        line = " ".join(str(error).split())
+        raise ModelError(
+            f"shapes of the model contradict each other: {line[:300]}", hint="export the model again"
+        ) from error
 
 
 def forget_inferred(model: ir.Model) -> None:

@@ -13,6 +13,8 @@ from graphopt.data import Dataset
 from graphopt.errors import DataError
 
 HISTOGRAM_BINS = 4096
+# Histograms start at this power of two: smaller values are zero to any grid, and bins stay normal in float32.
+SMALLEST_EXPONENT = -100
 # Bytes of observed values held at once; the batch size follows from it.
 OBSERVED_BYTES_LIMIT = 256 << 20
 LARGEST_BATCH = 32
@@ -54,13 +56,15 @@ class Histogram:
         if values.size == 0:
             return
         flat = values.reshape(-1).astype(np.float32, copy=False)
-        self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+        self.low, self.high = min(self.low, float(np.min(flat))), max(self.high, float(np.max(flat)))
         self._cover(max(abs(self.low), abs(self.high)))
         half = float(2.0 ** (self.exponent or 0))
-        self.counts += np.histogram(flat, HISTOGRAM_BINS, (-half, half))[0]
+        # Bins are a power of two wide, so the scaling is exact; the top edge belongs to the last bin.
+        bins = (flat * np.float32(HISTOGRAM_BINS / (2 * half)) + np.float32(HISTOGRAM_BINS / 2)).astype(np.int32)
+        self.counts += np.bincount(np.minimum(bins, HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)
 
     def _cover(self, peak: float) -> None:
-        needed = int(np.ceil(np.log2(peak))) if peak > 0 else -126
+        needed = max(int(np.ceil(np.log2(peak))), SMALLEST_EXPONENT) if peak > 0 else SMALLEST_EXPONENT
         if self.exponent is None:
             self.exponent = needed
         while self.exponent < needed:

@@ -99,9 +99,13 @@ def _op_name(node: ir.Node) -> str:
 
 
 def _port(value: ir.Value) -> tuple[str, str, str]:
-    shape = "?" if value.shape is None else "[" + ", ".join(map(str, value.shape)) + "]"
+    shape = "?" if value.shape is None else "[" + ", ".join(map(_dim, value.shape)) + "]"
     dtype = str(value.dtype).lower() if isinstance(value.type, ir.TensorType) else str(value.type)
     return value.name or "", dtype, shape
+
+
+def _dim(dim: int | ir.SymbolicDim) -> str:
+    return str(dim) if isinstance(dim, int) else dim.value or "?"
 
 
 def _parameter_tensors(model: ir.Model) -> list[ir.TensorProtocol]:

@@ -23,8 +23,8 @@ from graphopt.summary import ModelSummary
 _WIDTH_OF_PIPE = 10_000
 # Ratios of sizes are shown to two digits; what is 1.00 then is the same.
 _ROUNDING = 0.005
-# Medians of run times of one and the same model differ by as much.
-_LATENCY_NOISE = 0.02
+# Run times of one and the same model differ by as much on a machine that others use, too.
+_LATENCY_NOISE = 0.05
 
 
 def _print(content: Table | str = "", style: str | None = None) -> None:
@@ -169,8 +169,9 @@ def print_summary(name: str, summary: ModelSummary, size: int) -> None:
     facts.add_row(
         "parameters", f"{show_count(summary.parameters)}, {summary.nonzero:,} of {summary.parameters:,} nonzero"
     )
+    least = "at least " if summary.unknown_cost else ""
     unknown = f", {_counted(len(summary.unknown_cost), 'node')} of unknown cost" if summary.unknown_cost else ""
-    facts.add_row("MACs", f"{show_count(summary.macs)} per sample (dynamic dimensions as 1){unknown}")
+    facts.add_row("MACs", f"{least}{show_count(summary.macs)} per sample (dynamic dimensions as 1){unknown}")
     for kind, ports in (("input", summary.inputs), ("output", summary.outputs)):
         for port, dtype, shape in ports:
             facts.add_row(kind, f"{port}: {dtype} {shape}")

@@ -111,3 +111,9 @@ def outputs_of(model: onnx.ModelProto | ir.Model, feed: Feed) -> dict[str, Any]:
 def kinds(outputs: Mapping[str, Any]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Return dtype and shape of each output that is a tensor."""
     return {name: (value.dtype, value.shape) for name, value in outputs.items() if isinstance(value, np.ndarray)}
+
+
+def is_deterministic(model: ir.Model, passes: Any, data: Sequence[Feed] | None = None) -> bool:
+    """Tell whether passes make the same of two clones of a model, to the byte."""
+    first, second = (to_bytes(run_passes(model.clone(), passes, data=data).model) for _ in range(2))
+    return first == second

@@ -22,7 +22,7 @@ PACKAGES = {"graphopt": ROOT / "graphopt", "graphopt.passes": ROOT / "passes", "
 ROOMS = {
     "words": ("errors",),
     "ground": ("backend", "options", "provenance", "target", "walk"),
-    "files": ("data_files", "fidelity", "header", "mapped", "model_io", "staged_files", "wire"),
+    "files": ("data_files", "fidelity", "header", "mapped", "model_io", "normal_form", "staged_files", "wire"),
     "looking": (
         "analysis",
         "comparison",

@@ -16,6 +16,7 @@ import typer.main
 
 from graphopt import cli
 from graphopt.pipeline import Pipeline
+from graphopt.report import Report, Side, StepRecord
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -289,6 +290,16 @@ def test_architecture_names_every_file() -> None:
     for name in re.findall(r"`(\w+)\.py`", text):
         known = [ROOT / "graphopt" / f"{name}.py", ROOT / "passes" / f"{name}.py"]
         assert any(file.exists() for file in known) or name in ("optimize", "compare"), f"{name}.py is gone"
+
+
+def test_every_key_of_the_report_is_described() -> None:
+    side = Side(nodes=0, parameters=0, nonzero=0, bytes=0, bytes_gzip=0, macs=0)
+    step = StepRecord("", "", "", nodes_before=0, bytes_before=0)
+    report = Report("", "", "", "", seed=0, steps=[step], before=side, after=side, ok=True).as_dict()
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    section = text[text.index("## The report") :].partition("\n## ")[0]
+    described = set(re.findall(r"`(\w+)`", section)) | {"steps", "check"}
+    assert {*report, *report["steps"][0], *report["steps"][0]["check"], *report["before"]} <= described
 
 
 def test_nothing_names_a_machine() -> None:

@@ -26,9 +26,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import data_files, mapped, model_io
 from graphopt.errors import ModelError
-from graphopt.normal_form import FIRST_IR_WITH_DEFAULTS
 from graphopt.header import each_tensor, graphs
 from graphopt.mapped import MappedTensor
+from graphopt.normal_form import FIRST_IR_WITH_DEFAULTS
 from graphopt.wire import WireError, fields, length_delimited, open_holes, strip_payloads
 
 ROOT = Path(__file__).resolve().parents[1]

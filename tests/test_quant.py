@@ -26,6 +26,7 @@ from graphopt.passes.lossy.quant import Quant
 from graphopt.passes.lossy.quant_static import activation_grid
 from graphopt.passes.solvers import grid
 from graphopt.rewriter import Rewriter
+from graphopt.shapes import infer_shapes
 from graphopt.statistics import Range
 from graphopt.verify import verify
 
@@ -48,7 +49,9 @@ def model_of(
     proto.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in weights.items())
     for number, node in enumerate(proto.graph.node):
         node.name = f"{node.op_type.lower()}{number}"
-    return ir.from_proto(proto)
+    model: ir.Model = ir.from_proto(proto)
+    infer_shapes(model)
+    return model
 
 
 def random(seed: int, *shape: int, scale: float = 1.0) -> Array:
@@ -201,6 +204,15 @@ def test_moves_share_one_scale_and_padding_moves_integers() -> None:
     }
     assert len(scales) == 2  # the first convolution's, shared by every move, and the second's
     assert result.error < 8 / STEPS
+
+
+def test_a_relu_in_front_of_integers_that_move(tmp_path: Path) -> None:
+    body = "a = Conv(x, w) r = Relu(a) p = Pad(r, pads) s, t = Split<axis=1>(p) k = Add(s, t) y = Conv(k, v)"
+    weights = {"w": random(1, 8, 3, 1, 1), "v": random(2, 4, 4, 1, 1), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static")
+    ran = fused(result.model, tmp_path)
+    assert (ran["QLinearConv"], ran["QLinearAdd"], ran["QuantizeLinear"], ran["DequantizeLinear"]) == (2, 1, 1, 1)
+    assert result.error < 4 / STEPS
 
 
 def test_an_operator_between_floats_is_left_alone() -> None:

@@ -244,8 +244,8 @@ class _Search:
             return "excluded"
         if layer is None and node.op_type in ("Conv", "ConvTranspose", "Gemm"):
             return "its weight is no constant"
-        if any(value.dtype not in (None, ir.DataType.FLOAT) for value in _floats(node)):
-            return "not float32"
+        if not _is_float32(node, layer):
+            return "not known to be float32"
         if layer is not None:
             return self._weight_obstacle(layer)
         if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
@@ -275,9 +275,13 @@ class _Search:
         return None
 
 
-def _floats(node: ir.Node) -> Iterator[ir.Value]:
-    yield from (value for value in node.inputs[:1] if value is not None)
-    yield from node.outputs[:1]
+def _is_float32(node: ir.Node, layer: LinearLayer | None) -> bool:
+    """Return whether a node computes in float32; a constant weight tells even where no dtype was inferred."""
+    if layer is not None:
+        tensor = walk.constant_tensor(layer.weight)
+        return tensor is not None and tensor.dtype == ir.DataType.FLOAT
+    known = {value.dtype for value in (*node.inputs[:1], *node.outputs[:1]) if value is not None}
+    return ir.DataType.FLOAT in known and known <= {None, ir.DataType.FLOAT}
 
 
 def _activations(node: ir.Node, kind: Kind, layer: LinearLayer | None) -> Iterator[tuple[int, ir.Value]]:

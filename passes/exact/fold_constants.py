@@ -14,9 +14,11 @@ from graphopt.backend import Array
 from graphopt.errors import BackendError
 from graphopt.options import opt
 
+from ..analyses.quantized import reads_stored_integers
+
 # A folded result may be this many bytes larger than what it was computed from, so that folding never bloats a file.
 GROWTH_LIMIT = 4096
-# Quantized weights stay integers: folding these away would undo a quantization.
+# Quantized weights stay integers: folding these away would undo a quantization; so does a Cast of stored integers.
 _KEPT_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant"})
 
 
@@ -98,6 +100,8 @@ class _Folder:
         if node.domain not in walk.ONNX_DOMAINS or node.op_type in _KEPT_OPS or walk.is_random(node):
             return False
         if any(True for _ in walk.subgraphs(node)) or any(a.is_ref() for a in node.attributes.values()):
+            return False
+        if reads_stored_integers(node):
             return False
         inputs = [value for value in node.inputs if value is not None]
         return bool(inputs or node.op_type == "Constant") and all(self._is_constant(value) for value in inputs)

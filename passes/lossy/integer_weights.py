@@ -102,8 +102,14 @@ class WeightStore:
         )
 
     def release(self, constant: ir.Value | None) -> None:
-        """Remove a constant nothing reads any more."""
-        if constant is None or constant.uses() or constant.is_graph_output() or constant.is_graph_input():
+        """Remove a constant nothing reads any more; what is no constant stays."""
+        if (
+            constant is None
+            or walk.constant_tensor(constant) is None
+            or constant.uses()
+            or constant.is_graph_output()
+            or constant.is_graph_input()
+        ):
             return
         producer = constant.producer()
         if producer is not None:

@@ -15,6 +15,7 @@ from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 
 from ..analyses.linear_layers import LinearLayer, linear_layers, readers_elsewhere
+from ..analyses.quantized import first_quantized
 from ..solvers import mask
 
 _PATTERN = re.compile(r"(\d+)(?:of|:)(\d+)")
@@ -88,13 +89,12 @@ def _parse_pattern(text: str | None) -> tuple[int, int] | None:
 
 
 def _refuse_quantized(model: ir.Model) -> None:
-    for node in walk.every_node(model):
-        tensor = walk.constant_tensor(node.inputs[0]) if node.inputs else None
-        if walk.is_onnx_op(node, "DequantizeLinear") and tensor is not None and len(tensor.shape) > 1:
-            raise PassError(
-                f"pass `prune` finds weights already quantized (`{node.inputs[0].name}`)",  # type: ignore[union-attr]
-                hint="prune first, then quantize: `--passes prune,quant`",
-            )
+    node = first_quantized(model)
+    if node is not None:
+        raise PassError(
+            f"pass `prune` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
+            hint="prune first, then quantize: `--passes prune,quant`",
+        )
 
 
 def _summarise(layers: int, zeroed: int, total: int, ctx: Context) -> None:

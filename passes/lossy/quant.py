@@ -16,6 +16,7 @@ from graphopt.options import opt
 from graphopt.statistics import RangeMethod
 
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers
+from ..analyses.quantized import first_quantized
 from ..analyses.selection import Selection, select
 from ..solvers import grid
 from .integer_weights import PER_CHANNEL_OPSET, WeightStore, weight_tensor
@@ -30,21 +31,6 @@ Mode = Literal["static", "dynamic", "weights"]
 _FIRST_STATIC_OPSET = 10
 # Stands in for the positions a layer is computed at where shapes are dynamic; only the proportion matters.
 _ASSUMED_POSITIONS = 64
-_QUANTIZED_OPS = frozenset(
-    {
-        "ConvInteger",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "QGemm",
-        "QLinearConv",
-        "QLinearMatMul",
-        "QuantizeLinear",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -159,12 +145,12 @@ class Quant(Pass):
 
 
 def _refuse_quantized(model: ir.Model) -> None:
-    for node in walk.every_node(model):
-        if node.op_type in _QUANTIZED_OPS:
-            raise PassError(
-                f"pass `quant` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
-                hint="start from the float model",
-            )
+    node = first_quantized(model)
+    if node is not None:
+        raise PassError(
+            f"pass `quant` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
+            hint="start from the float model",
+        )
 
 
 def _refuse_other_floats(model: ir.Model) -> None:

@@ -60,7 +60,7 @@ class Histogram:
         self._cover(max(abs(self.low), abs(self.high)))
         half = float(2.0 ** (self.exponent or 0))
         # Bins are a power of two wide, so the scaling is exact; the top edge belongs to the last bin.
-        bins = (flat * np.float32(HISTOGRAM_BINS / (2 * half)) + np.float32(HISTOGRAM_BINS / 2)).astype(np.int32)
+        bins = np.floor(flat * np.float32(HISTOGRAM_BINS / (2 * half))).astype(np.int32) + HISTOGRAM_BINS // 2
         self.counts += np.bincount(np.minimum(bins, HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)
 
     def _cover(self, peak: float) -> None:

@@ -1115,7 +1115,6 @@ def test_a_real_limit_on_file_size_leaves_nothing_behind(tmp_path: Path, externa
         import resource, sys
         from graphopt import model_io
         from graphopt.errors import ModelError
-from graphopt.normal_form import FIRST_IR_WITH_DEFAULTS
         model = model_io.load(sys.argv[1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:

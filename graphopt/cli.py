@@ -192,7 +192,7 @@ def _check_report(report: Path | None, model: Path, output: Path) -> None:
         return
     if report.suffix != ".json":
         raise UsageError(f"report `{report}` is of unknown kind", hint="name it `.json`")
-    from graphopt.driver import is_same_file
+    from graphopt.output_files import is_same_file
 
     if any(is_same_file(report, file) for file in (model, output)):
         raise UsageError(f"cannot write report `{report}`: it is the model", hint="name another file")
@@ -254,7 +254,9 @@ def compare(
 
     if tolerance is not None and math.isnan(tolerance):
         raise UsageError("option `--tolerance` cannot be `nan`", hint="a number, 0 or more")
-    result = run(a, b, data=data, labels=labels, metric=metric, backend=backend, seed=seed, threads=threads)
+    result = run(
+        a, b, data=data, labels=labels, metric=metric, backend=backend, seed=seed, threads=threads, progress=not as_json
+    )
     if as_json:
         _print_json(
             {
@@ -288,7 +290,16 @@ def bench(
     from graphopt.choices import find_backend, find_target
     from graphopt.side_by_side import bench as run
 
-    times = run(models, data=data, batch=batch, backend=backend, threads=threads, seconds=seconds, seed=seed)
+    times = run(
+        models,
+        data=data,
+        batch=batch,
+        backend=backend,
+        threads=threads,
+        seconds=seconds,
+        seed=seed,
+        progress=not as_json,
+    )
     if as_json:
         _print_json([{"model": str(m), **tables.as_values(t)} for m, t in zip(models, times, strict=True)])
     else:

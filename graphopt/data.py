@@ -87,6 +87,7 @@ def batch_size(feed: Mapping[str, Array]) -> int:
 
 
 Chunks = Callable[[], Iterator[Chunk]]
+Advance = Callable[[int], None]
 
 
 def input_specs(model: ir.Model) -> list[InputSpec]:
@@ -119,6 +120,7 @@ class Dataset:
         total: Number of samples of the source.
         has_labels: Whether the samples have labels.
         chosen: Indices of the samples that belong to this set; None for all.
+        advance: Told of samples as they are used, to show progress.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Dataset:
         total: int,
         has_labels: bool,
         chosen: Array | None = None,
+        advance: Advance | None = None,
     ) -> None:
         self._chunks = chunks
         self._specs = list(specs)
@@ -136,6 +139,7 @@ class Dataset:
         self._total = total
         self._chosen = chosen
         self.has_labels = has_labels
+        self._advance = advance or (lambda samples: None)
 
     def __len__(self) -> int:
         return self._total if self._chosen is None else len(self._chosen)
@@ -161,7 +165,8 @@ class Dataset:
 
     def _subset(self, indices: Array) -> Dataset:
         own = np.arange(self._total) if self._chosen is None else self._chosen
-        return Dataset(self._chunks, self._specs, self.name, self._total, self.has_labels, np.sort(own[indices]))
+        chosen = np.sort(own[indices])
+        return Dataset(self._chunks, self._specs, self.name, self._total, self.has_labels, chosen, self._advance)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield the samples in batches of at most ``size``; a model's fixed batch size takes precedence."""
@@ -171,7 +176,9 @@ class Dataset:
             if self._chosen is not None:
                 rows = self._chosen[(self._chosen >= position) & (self._chosen < position + chunk.size)] - position
             position += chunk.size
-            yield from self._batches_of(chunk, rows, size)
+            for batch in self._batches_of(chunk, rows, size):
+                yield batch
+                self._advance(batch.count)
 
     def _batches_of(self, chunk: Chunk, rows: Array, size: int) -> Iterator[Batch]:
         if not chunk.divisible:
@@ -195,7 +202,7 @@ def _rows(array: Array, rows: Array, stacked: bool) -> Array:
     return np.asarray(picked, dtype=array.dtype, order="C")
 
 
-def open_data(source: Any, model: ir.Model, *, labels: str | None = None) -> Dataset:
+def open_data(source: Any, model: ir.Model, *, labels: str | None = None, advance: Advance | None = None) -> Dataset:
     """Open data for a model and check every sample against its inputs.
 
     Args:
@@ -203,6 +210,7 @@ def open_data(source: Any, model: ir.Model, *, labels: str | None = None) -> Dat
             ``file.py:function`` yielding dicts of arrays, or such a function, dict or list itself.
         model: The model the samples are for.
         labels: Key of the labels; ``labels`` where None, and then they may be missing.
+        advance: Told of samples as they are used, to show progress.
 
     Raises:
         DataError: Nothing there, empty, an input missing or misshaped, NaN, or labels of the wrong length.
@@ -223,7 +231,7 @@ def open_data(source: Any, model: ir.Model, *, labels: str | None = None) -> Dat
         raise DataError(f"data `{name}` is empty", hint="give at least one sample")
     if len(labelled) > 1:
         raise DataError(f"only some samples of `{name}` have labels `{key}`", hint="give labels to all or to none")
-    return Dataset(chunks, specs, name, total, labelled.pop())
+    return Dataset(chunks, specs, name, total, labelled.pop(), advance=advance)
 
 
 # A raw source yields (where it is, arrays by name, whether the first axis is known to be samples).

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +28,7 @@ from graphopt.evaluation import Judge
 from graphopt.instruments import (
     Gate,
     Instrument,
-    ProgressBar,
+    ShowProgress,
     Timing,
     VerifyNumerics,
     VerifyStructure,
@@ -40,12 +38,13 @@ from graphopt.instruments import (
 )
 from graphopt.manager import PassManager, Setting
 from graphopt.metrics import Budget
-from graphopt.model_io import gzip_bytes, save, source, stored_bytes
+from graphopt.model_io import gzip_bytes, save, stored_bytes
+from graphopt.output_files import check_output, move_into_place, staging_folder
 from graphopt.pipeline import Pipeline, schedule, weakest
+from graphopt.progress import Display
 from graphopt.report import Check, Report, Side
 from graphopt.rewrite_check import RewriteChecker
 from graphopt.shapes import forget_inferred
-from graphopt.staged_files import StagedFiles
 from graphopt.summary import summarize
 from graphopt.verify import Signature, verify
 
@@ -150,63 +149,20 @@ def optimize(
     return _Run(request).run()
 
 
-def check_output(output: Path, model: ModelLike) -> None:
-    """Raise an error, before any work, if a file cannot be written where it is wanted.
-
-    Raises:
-        UsageError: It is the input itself, a folder, or in a folder that is missing or not writable.
-    """
-    if not isinstance(model, ir.Model) and is_same_file(output, Path(model)):
-        raise UsageError(
-            f"output `{output}` is the input", hint="graphopt never changes its input; choose another name"
-        )
-    if output.is_dir():
-        raise UsageError(f"output `{output}` is a folder", hint="name a file in it")
-    if output.exists() and not output.is_file():
-        raise UsageError(f"output `{output}` is no regular file", hint="name a file; it is replaced, not written into")
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder of output `{output}` does not exist", hint=f"create `{output.parent}` first")
-    try:
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to `{output.parent}`: {error.strerror}", hint="choose another folder"
-        ) from error
-
-
-def is_same_file(a: Path, b: Path) -> bool:
-    """Return whether two paths lead to one file, links followed, or would if there were one."""
-    try:
-        return a.samefile(b)
-    except OSError:
-        return os.path.realpath(a) == os.path.realpath(b)
-
-
-def _check_data_files(output: Path, model: ir.Model) -> None:
-    """Raise an error if writing the output, or the data file beside it, would change data of the input."""
-    origin = source(model)
-    for path in (output, output.with_name(output.name + ".data")):
-        if origin is not None and any(is_same_file(path, Path(file)) for file in origin.data_files):
-            raise UsageError(
-                f"output `{path}` holds the data of the input `{origin.path}`",
-                hint="graphopt never changes its input; choose another name",
-            )
-
-
 class _Run:
     """One optimization from request to result; each method is one stage."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.display = Display(request.progress)
         # All that can be refused is refused here, before any work.
         self.pipeline = Pipeline.of(request.passes)
         self.target = find_target(request.target)
         self.backend = find_backend(request.backend, self.target)
         self.model = open_model(request.model)
         if request.output is not None:
-            check_output(request.output, request.model)
-            _check_data_files(request.output, self.model)
+            given = None if isinstance(request.model, ir.Model) else Path(request.model)
+            check_output(request.output, self.model, given)
         known = known_metrics(request.metric)
         self.original = self.model.clone()
         self.calibration, self.scored = self._open_data()
@@ -219,14 +175,17 @@ class _Run:
     def _open_data(self) -> tuple[Dataset | None, Dataset | None]:
         request = self.request
         scored = None
-        if request.evaluation is not None:
-            scored = open_data(request.evaluation, self.model, labels=request.labels)
-        if request.data is None:
-            return None, scored
-        # Labels of calibration samples are not read, so they may be missing where others are scored.
-        labels = request.labels if scored is None else None
-        calibration = open_data(request.data, self.model, labels=labels)
+        with self.display.stage("reading the data"):
+            if request.evaluation is not None:
+                scored = self._open(request.evaluation, request.labels)
+            if request.data is None:
+                return None, scored
+            # Labels of calibration samples are not read, so they may be missing where others are scored.
+            calibration = self._open(request.data, request.labels if scored is None else None)
         return (calibration, scored) if scored is not None else calibration.split(request.seed)
+
+    def _open(self, given: Any, labels: str | None) -> Dataset:
+        return open_data(given, self.model, labels=labels, advance=self.display.advance)
 
     def _check_budgets(self) -> None:
         computed = [metric.name for metric in self.metrics]
@@ -244,24 +203,28 @@ class _Run:
     def run(self) -> Result:
         """Run every stage."""
         request = self.request
-        self.judge = Judge(
-            self.original, self.backend, self.scored, self.metrics, seed=request.seed, threads=request.threads
-        )
+        with self.display.stage("running the original"):
+            self.judge = Judge(
+                self.original, self.backend, self.scored, self.metrics, seed=request.seed, threads=request.threads
+            )
         if self.judge.refusal is not None and request.verify != "off":
             raise BackendError(
                 self.judge.refusal.message, hint="another `--backend`, or `--verify off` to go without any proof"
             ) from self.judge.refusal
-        with _staging(request.output) as folder:
-            report = self._report_of_original(folder)
+        with staging_folder(request.output) as folder:
+            with self.display.stage("scoring the original"):
+                report = self._report_of_original(folder)
             failure = self._transform(report)
             delivered = None
             if failure is None or request.keep_failed:
                 staged = folder / (request.output.name if request.output is not None else "after.onnx")
                 forget_inferred(self.model)
-                files = save(self.model, staged)
-                failure = self._measure(report, staged) or failure
+                with self.display.stage("saving"):
+                    files = save(self.model, staged)
+                with self.display.stage("measuring the result"):
+                    failure = self._measure(report, staged) or failure
                 if request.output is not None and (failure is None or request.keep_failed):
-                    delivered = _move_into_place(files, request.output)
+                    delivered = move_into_place(files, request.output)
         if failure is not None:
             report.ok, report.failure = False, failure.message
             failure.report, failure.output = report, delivered
@@ -326,13 +289,11 @@ class _Run:
         )
 
     def _instruments(self, report: Report) -> list[Instrument]:
-        instruments: list[Instrument] = [Timing()]
+        instruments: list[Instrument] = [Timing(), ShowProgress(self.display)]
         if self.request.verify in ("each", "rewrites"):
             instruments += [VerifyStructure(), VerifyNumerics(self.judge)]
         if self.budgets:
             instruments.append(Gate(self.judge, self.budgets, self._baseline(report), self.metric_types))
-        if self.request.progress:
-            instruments.append(ProgressBar())
         return instruments
 
     def _baseline(self, report: Report) -> dict[str, float]:
@@ -405,23 +366,6 @@ def _side(model: ir.Model, file: Path) -> Side:
         bytes_gzip=gzip_bytes(file),
         macs=summary.macs,
     )
-
-
-@contextlib.contextmanager
-def _staging(output: Path | None) -> Iterator[Path]:
-    """Yield a folder that goes away again, on the disk of the output so that files can be renamed into place."""
-    parent = output.parent if output is not None else None
-    with tempfile.TemporaryDirectory(prefix=".graphopt-", dir=parent) as folder:
-        yield Path(folder)
-
-
-def _move_into_place(files: Sequence[Path], output: Path) -> Path:
-    """Give staged files, as `save` returns them, the names that are wanted, all or none."""
-    staged = StagedFiles()
-    for file in reversed(files):  # the model itself last
-        staged.adopt(file, output.parent / file.name)
-    staged.publish()
-    return output
 
 
 def installed_version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
@@ -9,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from graphopt.authoring import Guarantee, Pass
 from graphopt.errors import BackendError, VerificationError
 from graphopt.evaluation import Judge, Outputs, compare_outputs
 from graphopt.metrics import Budget, Metric
 from graphopt.pipeline import Step
+from graphopt.progress import Display
 from graphopt.report import Check, StepRecord
 from graphopt.shapes import contradiction
 from graphopt.verify import Signature, fingerprint, verify
@@ -197,28 +197,16 @@ def enforce(
             )
 
 
-class ProgressBar(Instrument):
-    """Shows on stderr which step runs; nothing where that is no terminal."""
+class ShowProgress(Instrument):
+    """Shows which step runs."""
 
-    def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task("starting", total=len(steps))
+    def __init__(self, display: Display) -> None:
+        self._display = display
+        self._shown = contextlib.ExitStack()
 
     def step_started(self, step: Step, model: ir.Model) -> None:
-        self._progress.update(self._task, description=step.spec)
-
-    def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
-        self._progress.advance(self._task)
+        self._shown.close()
+        self._shown.enter_context(self._display.stage(step.spec))
 
     def run_finished(self) -> None:
-        self._progress.stop()
+        self._shown.close()

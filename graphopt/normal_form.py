@@ -57,6 +57,7 @@ def _identity(graph: ir.Graph, returned: ir.Value, source: ir.Value, taken: dict
     while name in taken:
         name += "_"
     taken[name], output.name = output, name
-    output.type, output.shape = returned.type or source.type, returned.shape or source.shape
+    output.type = returned.type if returned.type is not None else source.type
+    output.shape = returned.shape if returned.shape is not None else source.shape
     graph.append(node)
     return output

@@ -12,6 +12,7 @@ from graphopt.errors import ModelError
 
 # Constants up to this size may hold shapes, axes or sizes, which inference reads; larger ones are weights.
 SHAPE_CONSTANT_LIMIT = 1024
+_SKELETON_DOMAIN = "graphopt.skeleton"
 # Marks values that learned something, with an `_Inferred`.
 INFERRED = "graphopt.inferred"
 
@@ -70,6 +71,7 @@ def forget_inferred(model: ir.Model) -> None:
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
     """Return the model with every weight turned into an input of the same dtype and shape."""
     copy = model.clone()
+    copy.opset_imports[_SKELETON_DOMAIN] = 1
     weights = []
     for value in list(copy.graph.initializers.values()):
         tensor = value.const_value
@@ -87,7 +89,7 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
 
 
 def _shrink_constant(node: ir.Node) -> None:
-    """Replace a large Constant by ConstantOfShape, which inference understands as well."""
+    """Replace a large Constant by an operator inference passes over, its dtype and shape declared."""
     attribute = node.attributes["value"]
     if attribute.is_ref() or attribute.as_tensor().size <= SHAPE_CONSTANT_LIMIT:
         return
@@ -95,7 +97,7 @@ def _shrink_constant(node: ir.Node) -> None:
     output = node.outputs[0]
     output.shape, output.type = ir.Shape(walk.dims(tensor)), ir.TensorType(tensor.dtype)
     node.attributes.clear()
-    node.op_type, node.domain = "_Weight", "graphopt.skeleton"
+    node.op_type, node.domain = "_Weight", _SKELETON_DOMAIN
 
 
 def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> int:

@@ -19,6 +19,7 @@ from graphopt.errors import UsageError
 from graphopt.evaluation import SCORING_BATCH
 from graphopt.generated import generated_feeds
 from graphopt.latency import Latency
+from graphopt.progress import Display
 
 BENCH_SECONDS = 2.0
 
@@ -33,6 +34,7 @@ def compare(
     backend: str | None = None,
     seed: int = 0,
     threads: int = 0,
+    progress: bool = False,
 ) -> Comparison:
     """Compare two models' outputs, matched by name, on the same inputs, as deployed.
 
@@ -45,17 +47,21 @@ def compare(
         backend: Backend text.
         seed: Seed of made-up inputs.
         threads: Threads for the backend.
+        progress: Show progress on stderr.
 
     Raises:
         ModelError: The two have different inputs or outputs.
         BackendError: The runtime refuses one of them.
     """
-    runtime = find_backend(backend, find_target(None))
+    runtime, display = find_backend(backend, find_target(None)), Display(progress)
     models = [open_model(one) for one in (a, b)]
     for kind in ("input", "output"):
         names = [[value.name or "" for value in getattr(model.graph, kind + "s")] for model in models]
         require_same_names(kind, *names)
-    samples = open_data(data, models[0], labels=labels) if data is not None else None
+    samples = None
+    if data is not None:
+        with display.stage("reading the data"):
+            samples = open_data(data, models[0], labels=labels, advance=display.advance)
     known = known_metrics(metric)
     if metric is not None and samples is None:
         raise UsageError(f"metric `{metric}` needs data to score", hint="add `--data`")
@@ -64,7 +70,11 @@ def compare(
     metrics = [one for one in chosen if not one.against_original or metric == one.name]
     comparison = Comparison(metric_types=known)
     scores = [[one() for one in metrics] for _ in models]
-    with runtime.open(models[0], threads=threads) as left, runtime.open(models[1], threads=threads) as right:
+    with (
+        display.stage("comparing"),
+        runtime.open(models[0], threads=threads) as left,
+        runtime.open(models[1], threads=threads) as right,
+    ):
         for batch in _comparison_batches(models[0], samples, seed):
             outputs = left.run(batch.feeds), right.run(batch.feeds)
             comparison.update(*(batch.all_real(out) for out in outputs))
@@ -93,6 +103,7 @@ def bench(
     threads: int = 0,
     seconds: float = BENCH_SECONDS,
     seed: int = 0,
+    progress: bool = False,
 ) -> list[Latency]:
     """Time model files in turn, each on the same inputs.
 
@@ -104,6 +115,7 @@ def bench(
         threads: Threads for the backend; 0 leaves it to the runtime.
         seconds: Time to spend in all.
         seed: Seed of made-up inputs.
+        progress: Show progress on stderr.
 
     Raises:
         UsageError: A model cannot run on so many samples, or the data hold fewer.
@@ -115,6 +127,7 @@ def bench(
         require_same_names("input", *([spec.name for spec in input_specs(one)] for one in (opened[0], other)))
     feeds = [_bench_feed(model, str(name), data, batch, seed) for model, name in zip(opened, models, strict=True)]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(Display(progress).stage("timing"))
         sessions = [stack.enter_context(runtime.open(Path(model), threads=threads)) for model in models]
         times = latency.measure(sessions, feeds, seconds=seconds)
     return [replace(one, batch=batch_size(feed)) for one, feed in zip(times, feeds, strict=True)]

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 # HYPOTHESIS_PROFILE=explore pytest tests/test_properties.py
 settings.register_profile(
     "fixed",
+    max_examples=60,
     derandomize=True,
     deadline=None,
     database=None,
@@ -29,6 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether golden files are to be written anew."""
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time models for a moment only: no test judges a latency."""
+    monkeypatch.setattr("graphopt.driver.LATENCY_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="session")

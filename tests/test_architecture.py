@@ -20,9 +20,19 @@ PACKAGES = {"graphopt": ROOT / "graphopt", "graphopt.passes": ROOT / "passes", "
 
 # The rooms of core from the ground up. A module imports from its own room and from those above it in this list.
 ROOMS = {
-    "words": ("errors",),
+    "words": ("errors", "progress"),
     "ground": ("backend", "options", "provenance", "target", "walk"),
-    "files": ("data_files", "fidelity", "header", "mapped", "model_io", "normal_form", "staged_files", "wire"),
+    "files": (
+        "data_files",
+        "fidelity",
+        "header",
+        "mapped",
+        "model_io",
+        "normal_form",
+        "output_files",
+        "staged_files",
+        "wire",
+    ),
     "looking": (
         "analysis",
         "comparison",

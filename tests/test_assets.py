@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +14,6 @@ import graphopt
 from graphopt import provenance, walk
 
 pytest.importorskip("onnxruntime")
-
-SHARED = Path(os.environ.get("GRAPHOPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-pytestmark = pytest.mark.skipif(not (SHARED / "assets").is_dir(), reason="the real models in ../shared are not here")
 
 NAMES = [
     "squeezenet",
@@ -35,8 +31,9 @@ SAMPLES = 12
 
 
 @pytest.fixture(scope="session")
-def score() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("score", SHARED / "assets" / "score.py")
+def score(shared: Path) -> ModuleType:
+    """The scorer that lies beside the models."""
+    spec = importlib.util.spec_from_file_location("score", shared / "assets" / "score.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -45,7 +42,7 @@ def score() -> ModuleType:
 
 
 def model_file(score: ModuleType, name: str) -> Path:
-    return SHARED / "assets" / "models" / str(score.ASSETS[name][0])
+    return Path(score.HERE) / "models" / str(score.ASSETS[name][0])
 
 
 def samples(score: ModuleType, name: str) -> dict[str, np.ndarray]:

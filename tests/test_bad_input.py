@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphopt import driver, staged_files
+from graphopt import driver, output_files, staged_files
 from graphopt.passes.lossy.prune import Prune
 
 from .command_line import FEATURES, Outcome, classifier, contents, fill, run, samples
@@ -459,7 +459,7 @@ def test_folder_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(driver.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(output_files.tempfile, "TemporaryFile", refuse)
     outcome = refused(folder, _optimize(folder))
     assert "cannot write to" in outcome.error
     assert "Permission denied" in outcome.error

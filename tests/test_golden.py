@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from graphopt import registry, walk
+from graphopt import provenance, registry, walk
 from graphopt.authoring import Guarantee, RewritePass
 from graphopt.comparison import Comparison
 from graphopt.generated import generated_feeds
@@ -142,6 +142,16 @@ def assert_outputs_agree(case: Case, before: onnx.ModelProto, run: PassRun) -> N
             comparison.update(first, second)
     exact = registry.find("PASSES", case.path.parent.name).guarantee is Guarantee.EXACT
     assert comparison.equal if exact else comparison.within(), f"{comparison.worst}"
+
+
+def test_new_constant_of_an_old_model_in_memory_is_a_node() -> None:
+    """Loading brings old models into a newer form; one never in a file has no pure initializers."""
+    [case] = [case for case in CASES if case.path.stem == "ir_version_3"]
+    model = ir.from_proto(onnx.parser.parse_model(case.before))
+    provenance.stamp(model)
+    assert run_passes(model, "fold-constants").edits
+    assert not model.graph.initializers
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
 def rules_of(name: str) -> set[str]:

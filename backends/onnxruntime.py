@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array, Feeds
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, UsageError
 from graphopt.model_io import serialize
 from graphopt.options import opt
 
@@ -33,23 +33,30 @@ class OnnxRuntime:
     """ONNX Runtime; ``provider`` says on what."""
 
     provider: Literal["cpu", "cuda", "tensorrt"] = opt("cpu", help="execution provider")
+    config: tuple[str, ...] = opt((), help="session configuration entries, KEY=VALUE")
 
     name: ClassVar[str] = "onnxruntime"
     help: ClassVar[str] = "ONNX Runtime (CPU, CUDA and TensorRT providers)"
 
-    def missing(self) -> str | None:
-        """Return why this provider cannot run here and what to install, or None if it can."""
+    def __post_init__(self) -> None:
+        """Refuse a configuration entry that is none."""
+        for entry in self.config:
+            if not all(entry.partition("=")):
+                raise UsageError(f"backend `onnxruntime`: `{entry}` is no configuration entry", hint="KEY=VALUE")
+
+    def missing(self) -> BackendError | None:
+        """Return the error that says why this provider cannot run here and what to install, or None if it can."""
         extra = "cpu" if self.provider == "cpu" else "gpu"
         runtime = _runtime()
         if runtime is None:
-            return f"ONNX Runtime is not installed; install `graphopt[{extra}]`"
+            return BackendError("ONNX Runtime is not installed", hint=f"install `graphopt[{extra}]`")
         wanted = _PROVIDERS[self.provider]
-        if wanted not in runtime.get_available_providers():
-            return (
-                f"this ONNX Runtime has no {wanted}; on a machine with an NVIDIA GPU, uninstall `onnxruntime` "
-                f"and install `graphopt[{extra}]`"
-            )
-        return None
+        if wanted in runtime.get_available_providers():
+            return None
+        hint = f"on a machine with an NVIDIA GPU, uninstall `onnxruntime` and install `graphopt[{extra}]`"
+        return BackendError(
+            f"backend `{self.describe()}` cannot run here: this ONNX Runtime has no {wanted}", hint=hint
+        )
 
     def describe(self) -> str:
         """Return the name tables show."""
@@ -61,27 +68,40 @@ class OnnxRuntime:
         """Open a model; see `graphopt.backend.Backend.open`."""
         why = self.missing()
         if why is not None:
-            raise BackendError(f"backend `{self.describe()}` cannot run here: {why.split(';')[0]}", hint=_hint(why))
+            raise why
         options = _session_options(threads, optimize, profile)
-        providers = [_PROVIDERS[self.provider]]
+        for entry in self.config:
+            key, _, value = entry.partition("=")
+            options.add_session_config_entry(key, value)
         try:
             if isinstance(model, Path):
-                return OnnxRuntimeSession(_runtime().InferenceSession(str(model), options, providers=providers))
+                return self._session(str(model), options, {})
             proto, weights = serialize(model)
             # The session reads the weights where they are mapped; they must outlive its creation.
-            arrays = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in weights.items()}
+            arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in weights.items()}
             _attach(options, arrays, weights)
-            return OnnxRuntimeSession(_runtime().InferenceSession(proto, options, providers=providers), arrays)
+            return self._session(proto, options, arrays)
         except Exception as error:
             if _is_runtime_error(error):
                 raise BackendError(f"{self.describe()} refuses the model: {_one_line(error)}") from error
             raise
 
+    def _session(self, model: str | bytes, options: Any, weights: dict[str, Array]) -> OnnxRuntimeSession:
+        wanted = _PROVIDERS[self.provider]
+        session = _runtime().InferenceSession(model, options, providers=[wanted])
+        # A provider whose libraries fail to load is replaced by the CPU with no more than a line in the log.
+        if wanted not in session.get_providers():
+            raise BackendError(
+                f"backend `{self.describe()}` did not start: ONNX Runtime fell back to the CPU",
+                hint="check the driver, CUDA and cuDNN that this ONNX Runtime was built for",
+            )
+        return OnnxRuntimeSession(session, weights)
+
 
 class OnnxRuntimeSession:
     """An open inference session."""
 
-    def __init__(self, session: Any, weights: dict[str, Array] | None = None) -> None:
+    def __init__(self, session: Any, weights: dict[str, Array]) -> None:
         self._session = session
         self._weights = weights
         # Inputs with a default (initializers) are listed apart by ONNX Runtime and need no feed.
@@ -106,7 +126,8 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Free the session."""
-        self._session = self._weights = None
+        self._session = None
+        self._weights = {}
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +172,3 @@ def _is_runtime_error(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
-
-
-def _hint(why: str) -> str | None:
-    return why.partition("; ")[2] or None

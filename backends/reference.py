@@ -22,7 +22,7 @@ class Reference:
     name: ClassVar[str] = "reference"
     help: ClassVar[str] = "onnx's reference evaluator: slow, a second judge"
 
-    def missing(self) -> str | None:
+    def missing(self) -> BackendError | None:
         """Return None: the onnx package is always there."""
         return None
 

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graphopt.errors import BackendError
+
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 
@@ -49,8 +51,8 @@ class Backend(Protocol):
     name: ClassVar[str]
     help: ClassVar[str]
 
-    def missing(self) -> str | None:
-        """Return why this backend cannot run on this machine and what to install, or None if it can."""
+    def missing(self) -> BackendError | None:
+        """Return the error that says why this backend cannot run here and what to install, or None if it can."""
 
     def describe(self) -> str:
         """Return a short name for tables, for example ``onnxruntime cpu``."""

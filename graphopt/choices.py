@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt import provenance, registry
 from graphopt.backend import Backend
 from graphopt.data import Dataset
-from graphopt.errors import BackendError, UsageError, did_you_mean
+from graphopt.errors import UsageError, did_you_mean
 from graphopt.metrics import BUILTIN, Metric, default_metrics, user_metric
 from graphopt.model_io import load
 from graphopt.normal_form import normalize
@@ -48,8 +48,7 @@ def find_backend(text: str | None, target: Target) -> Backend:
         found = registry.backend(text)
     why = found.missing()
     if why is not None:
-        reason, _, todo = why.partition("; ")
-        raise BackendError(f"backend `{found.describe()}` cannot run here: {reason}", hint=todo or None)
+        raise why
     return found
 
 

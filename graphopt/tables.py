@@ -266,8 +266,8 @@ def _list_backends() -> list[tuple[str, str]]:
     rows = []
     for name in sorted(registry.table("BACKENDS")):
         cls = registry.find("BACKENDS", name)
-        missing = cls().missing()
-        rows.append((name, f"{cls.help}" + (f" — not here: {missing}" if missing else "")))
+        why = cls().missing()
+        rows.append((name, f"{cls.help}" + (f" — not here: {why.message}; {why.hint}" if why is not None else "")))
         rows += _options_of(cls)
     return rows
 

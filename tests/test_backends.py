@@ -102,7 +102,7 @@ def test_a_provider_this_machine_lacks_says_what_to_install(provider: str, monke
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     backend = registry.backend(f"onnxruntime:provider={provider}")
-    assert "graphopt[gpu]" in (backend.missing() or "")
+    assert backend.missing() is not None
     with pytest.raises(BackendError) as caught:
         backend.open(model())
     assert "graphopt[gpu]" in (caught.value.hint or "")
@@ -129,7 +129,7 @@ def test_without_onnxruntime_the_message_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
         "from graphopt.backends.onnxruntime import OnnxRuntime\n"
-        "print(OnnxRuntime().missing())"
+        "print(OnnxRuntime().missing().hint)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "install `graphopt[cpu]`" in done.stdout
@@ -141,6 +141,30 @@ def test_unknown_backends_and_options_are_usage_errors() -> None:
     assert "did you mean `onnxruntime`?" in (caught.value.hint or "")
     with pytest.raises(UsageError, match="cannot be `cdua`"):
         registry.backend("onnxruntime:provider=cdua")
+    with pytest.raises(UsageError, match=r"`session\.load` is no configuration entry"):
+        registry.backend("onnxruntime:config=session.load")
+
+
+def test_configuration_entries_reach_the_session(tmp_path: Path) -> None:
+    backend = registry.backend("onnxruntime:config=session.disable_prepacking=1+session.intra_op.allow_spinning=0")
+    assert backend.config == ("session.disable_prepacking=1", "session.intra_op.allow_spinning=0")
+    with backend.open(model()) as session:
+        assert session._session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
+
+
+def test_a_silent_fall_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    class FallenBack:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FallenBack)
+    with pytest.raises(BackendError, match="fell back to the CPU"):
+        OnnxRuntime(provider="cuda").open(model())
 
 
 def test_every_target_names_an_installed_backend_and_provider() -> None:

@@ -199,7 +199,9 @@ def values_of(hint: Any, low: float | None, high: float | None) -> st.SearchStra
     if hint is float:
         return st.floats(low, high, allow_nan=False, allow_infinity=False)
     assert hint is str, f"no values are known for an option of type {hint}"
-    return st.one_of(st.sampled_from(("2of4", "1:2", "*", "a+b")), st.text(st.characters(codec="utf-8"), max_size=6))
+    # Pipeline text may have spaces around its commas, so that a value neither begins nor ends with one.
+    texts = st.text(st.characters(codec="utf-8"), max_size=6).filter(lambda text: text == text.strip())
+    return st.one_of(st.sampled_from(("2of4", "1:2", "*", "a+b")), texts)
 
 
 def objects_of(cls: type[Pass]) -> st.SearchStrategy[Any]:

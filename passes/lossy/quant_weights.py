@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Context
+from graphopt.report import show_bytes
 
 from ..analyses.linear_layers import LinearLayer, as_linear_layer
 from ..analyses.selection import Selection
@@ -168,7 +169,7 @@ def _summarise(chosen: dict[ir.Value, LinearLayer], before: int, after: int, low
     if lowering.direct:
         compute = f"the runtime computes in float, or for {lowering.direct} of them on the integers where it can"
     ctx.note(
-        f"{len(chosen)} weights stored as int8 for {readers}, {before / 1e6:.1f} → {after / 1e6:.1f} MB; {compute}",
+        f"weights stored as int8: {len(chosen)}, for {readers}, {show_bytes(before)} → {show_bytes(after)}; {compute}",
         weights=len(chosen),
         float_bytes=before,
         integer_bytes=after,

@@ -19,7 +19,7 @@ class SampleRuntime:
     name: ClassVar[str] = "sample-runtime"
     help: ClassVar[str] = "a third party's runtime"
 
-    def missing(self) -> str | None:
+    def missing(self) -> None:
         """Return None: it runs everywhere."""
         return None
 

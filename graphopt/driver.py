@@ -44,7 +44,7 @@ from graphopt.pipeline import Pipeline, schedule, weakest
 from graphopt.progress import Display
 from graphopt.report import Check, Report, Side
 from graphopt.rewrite_check import RewriteChecker
-from graphopt.shapes import forget_inferred
+from graphopt.shapes import forget_inferred, infer_shapes
 from graphopt.summary import summarize
 from graphopt.verify import Signature, verify
 
@@ -265,6 +265,7 @@ class _Run:
 
     def _transform(self, report: Report) -> VerificationError | None:
         """Run the passes and return what failed, if anything."""
+        infer_shapes(self.model)
         manager = PassManager(self.steps, self._setting(), self._instruments(report))
         report.steps = manager.records
         try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
 
 from graphopt import walk
-from graphopt.errors import ModelError
 
 # Constants up to this size may hold shapes, axes or sizes, which inference reads; larger ones are weights.
 SHAPE_CONSTANT_LIMIT = 1024
@@ -25,37 +25,32 @@ class _Inferred:
     after: tuple[ir.TypeProtocol | None, ir.Shape | None]
 
 
-def infer_shapes(model: ir.Model) -> int:
+def infer_shapes(model: ir.Model) -> str | None:
     """Fill in missing dtypes and shapes of values, by ONNX's own inference on a model without its weights.
 
     Symbolic dimensions stay symbolic. What is known already is kept.
 
     Returns:
-        How many values learned a dtype or a shape.
-
-    Raises:
-        ModelError: The model's declared shapes contradict each other.
+        Why nothing was inferred (runtimes run models whose declared shapes contradict each other), or None.
     """
-    return _merge(model.graph, _inferred(model, strict=False).graph)
+    inferred = _inferred(model, strict=False)
+    if isinstance(inferred, str):
+        return inferred
+    _merge(model.graph, inferred.graph)
+    return None
 
 
 def contradiction(model: ir.Model) -> str | None:
     """Return how declared dtypes and shapes contradict what inference finds, or None; the model is left as it is."""
-    try:
-        _inferred(model, strict=True)
-    except ModelError as error:
-        return error.message
-    return None
+    inferred = _inferred(model, strict=True)
+    return inferred if isinstance(inferred, str) else None
 
 
-def _inferred(model: ir.Model, *, strict: bool) -> onnx.ModelProto:
+def _inferred(model: ir.Model, *, strict: bool) -> onnx.ModelProto | str:
     try:
         return onnx.shape_inference.infer_shapes(_skeleton(model), strict_mode=strict, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
-        line = " ".join(str(error).split())
-        raise ModelError(
-            f"shapes of the model contradict each other: {line[:300]}", hint="export the model again"
-        ) from error
+        return f"shapes of the model contradict each other: {' '.join(str(error).split())[:300]}"
 
 
 def forget_inferred(model: ir.Model) -> None:
@@ -100,52 +95,52 @@ def _shrink_constant(node: ir.Node) -> None:
     node.op_type, node.domain = "_Weight", _SKELETON_DOMAIN
 
 
-def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> int:
+def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
     """Copy inferred types into a graph and, name by name, into its nested graphs."""
     known = {info.name: info for info in (*inferred.value_info, *inferred.output)}
-    learned = 0
     for node, proto in zip(graph, inferred.node, strict=True):
         for value in node.outputs:
-            learned += _learn(value, known.get(value.name or ""))
+            if value.name in known:
+                _learn(value, known[value.name])
         nested = [
             g
             for attr in proto.attribute
             for g in ([attr.g] if attr.type == onnx.AttributeProto.GRAPH else list(attr.graphs))
         ]
         for inner, inner_proto in zip(walk.subgraphs(node), nested, strict=True):
-            learned += _merge(inner, inner_proto)
-    return learned
+            _merge(inner, inner_proto)
 
 
-def _learn(value: ir.Value, info: onnx.ValueInfoProto | None) -> int:
-    if info is None or not info.type.HasField("tensor_type"):
-        return 0
+def _learn(value: ir.Value, info: onnx.ValueInfoProto) -> None:
+    """Take over what inference knows of a value and the value does not, and mark it."""
+    if not info.type.HasField("tensor_type"):
+        return
     found = ir.serde.deserialize_value_info_proto(info, None)
-    learned, before = False, (value.type, value.shape)
-    if value.type is None and found.type is not None and found.dtype != ir.DataType.UNDEFINED:
-        value.type, learned = found.type, True
+    before = value.type, value.shape
+    if value.type is None and found.dtype != ir.DataType.UNDEFINED:
+        value.type = found.type
     if found.shape is not None and not value.is_graph_output():  # what an output declares is the signature
-        if value.shape is None:
-            value.shape, learned = found.shape, True
-        elif len(value.shape) == len(found.shape):
-            learned = _refine(value, found.shape) or learned
-    if learned:
+        value.shape = _refined(value.shape, found.shape)
+    if (value.type, value.shape) != before:
         known = value.meta.get(INFERRED)
         value.meta[INFERRED] = _Inferred(known.before if known is not None else before, (value.type, value.shape))
-    return int(learned)
 
 
-def _refine(value: ir.Value, found: ir.Shape) -> bool:
-    """Take over dims that inference knows and the value does not."""
-    assert value.shape is not None
-    dims = [
-        new if isinstance(new, int) and not isinstance(old, int) else old
-        for old, new in zip(value.shape, found, strict=True)
-    ]
-    if tuple(dims) == tuple(value.shape):
-        return False
-    value.shape = ir.Shape(dims)
-    return True
+def _refined(known: ir.Shape | None, found: ir.Shape) -> ir.Shape:
+    """Return what is known of a shape, with the dimensions filled in that were found static."""
+    if known is None or len(known) != len(found):
+        return found if known is None else known
+    pairs = zip(known, found, strict=True)
+    dims = [new if isinstance(new, int) and not isinstance(old, int) else old for old, new in pairs]
+    return known if tuple(dims) == tuple(known) else ir.Shape(dims)
+
+
+def static_bytes(value: ir.Value) -> int | None:
+    """Return how many bytes a value takes where its dtype and every dimension are known, else None."""
+    shape = static_shape(value)
+    if shape is None or value.dtype is None or value.dtype == ir.DataType.STRING:
+        return None
+    return math.prod(shape) * value.dtype.bitwidth // 8
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:

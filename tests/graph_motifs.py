@@ -763,7 +763,7 @@ _COMMON = (
 
 MOTIFS: Mapping[str, Motif] = {
     **{write.__name__.rstrip("_"): Motif(write) for write in _COMMON},
-    "conv_bn": Motif(conv_bn, weight=9),
+    "conv_bn": Motif(conv_bn, weight=18),
     "default_input": Motif(default_input, since_ir_version=4),
     "function_call": Motif(function_call, since_ir_version=8),
     "function_with_if": Motif(function_with_if, since_ir_version=8),

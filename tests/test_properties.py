@@ -46,7 +46,7 @@ TESTED_SEED = 0
 # Where so small a change of the inputs moves the outputs beyond rounding, rounding decides and nobody is to blame.
 NUDGES = 4
 NUDGE = 1e-6
-FEWEST_EDITED = 3
+FEWEST_EDITED = 1
 CHECKED = re.compile(r"(\d+) rewrites checked by themselves, (\d+) not")
 
 

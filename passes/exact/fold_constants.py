@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,9 @@ class FoldConstants(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Infer shapes, make what hangs on them constant, then fold all constant regions in one batch."""
-        shapes.infer_shapes(model)
+        contradiction = shapes.infer_shapes(model)
+        if contradiction is not None:
+            ctx.left(contradiction)
         for node in list(walk.every_node(model)):
             _resolve_type_argument(node, ctx)
             _fold_shape(node, ctx)
@@ -92,9 +94,17 @@ class _Folder:
             if self._is_foldable(node):
                 self.foldable[node] = None
         edge = [node for node in self.foldable if self._is_read_outside(node) and not _names_an_output(node)]
+        edge = [node for node in edge if not self._is_known_too_large(node)]
         if edge:
             for node, contents in self._compute(edge).items():
                 self._fold(node, contents)
+
+    def _is_known_too_large(self, node: ir.Node) -> bool:
+        """Return whether a result is over the limit by its shape alone, before memory is spent on it."""
+        size = sum(shapes.static_bytes(value) or 0 for value in node.outputs)
+        if size > self.limit:
+            self.ctx.left(f"not folded: the result takes {size} bytes", node)
+        return size > self.limit
 
     def _is_foldable(self, node: ir.Node) -> bool:
         if node.domain not in walk.ONNX_DOMAINS or node.op_type in _KEPT_OPS or walk.is_random(node):
@@ -130,7 +140,7 @@ class _Folder:
         return results
 
     def _run(self, edge: list[ir.Node]) -> dict[ir.Node, list[Array]]:
-        wanted = {inner for node in edge for inner in _region(node, self.foldable)}
+        wanted = _region(edge, self.foldable)
         region = [node for node in self.foldable if node in wanted]
         contents = iter(self.ctx.evaluate(region, [value for node in edge for value in node.outputs]))
         return {node: [next(contents) for _ in node.outputs] for node in edge}
@@ -145,7 +155,7 @@ class _Folder:
 
     def _bytes_freed(self, node: ir.Node) -> int:
         """Return the bytes of constants that only this node's region reads."""
-        region = set(_region(node, self.foldable))
+        region = _region([node], self.foldable)
         weights = {value for inner in region for value in inner.inputs if value is not None}
         return sum(
             tensor.nbytes
@@ -161,13 +171,14 @@ def _names_an_output(node: ir.Node) -> bool:
     return walk.constant_tensor(node.inputs[0]) is not None
 
 
-def _region(node: ir.Node, foldable: Iterable[ir.Node]) -> list[ir.Node]:
-    """Return a node and every foldable node it depends on, in order."""
-    known, wanted, frontier = set(foldable), {node}, [node]
+def _region(nodes: Iterable[ir.Node], foldable: Container[ir.Node]) -> set[ir.Node]:
+    """Return some nodes and every foldable node they depend on."""
+    region = set(nodes)
+    frontier = list(region)
     while frontier:
         for value in frontier.pop().inputs:
             producer = value.producer() if value is not None else None
-            if producer in known and producer not in wanted:
-                wanted.add(producer)
+            if producer is not None and producer in foldable and producer not in region:
+                region.add(producer)
                 frontier.append(producer)
-    return [inner for inner in foldable if inner in wanted]
+    return region

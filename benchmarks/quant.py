@@ -37,7 +37,6 @@ CALIBRATION_BATCH = 8
 THREADS = 2
 WARM_UP, LEAST_ROUNDS = 5, 15
 SECONDS_PER_BATCH = 8.0
-QUIET = 10  # percentile of the times that other load on the machine did not disturb
 BATCHES = (1, 8)
 
 
@@ -63,7 +62,7 @@ def main(names: list[str]) -> None:
         chosen = [name for name in known if not names or name in names]
         if not chosen:
             continue
-        print(f"\n{title}, ONNX Runtime {onnxruntime.__version__}, {THREADS} threads, median (10th percentile)\n")
+        print(f"\n{title}, ONNX Runtime {onnxruntime.__version__}, {THREADS} threads, median (speed-up, paired)\n")
         print("| model | tool | score | agrees | KL to fp32 | bytes | smaller | batch 1, ms | batch 8, ms | seconds |")
         print("|---|---|---|---|---|---|---|---|---|---|")
         for name in chosen:
@@ -184,6 +183,8 @@ def time_interleaved(entries: list[Entry], feeds: dict[str, np.ndarray[Any, Any]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
+    # Otherwise the threads of one session go on spinning after its run, and slow down the next one's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     sessions = [
         onnxruntime.InferenceSession(str(entry.path), options, providers=["CPUExecutionProvider"]) for entry in entries
     ]
@@ -206,7 +207,7 @@ def row(name: str, entry: Entry, reference: Entry, seconds: float) -> str:
     metric, value = next(iter(entry.score.items()))
     size = entry.path.stat().st_size
     agrees, divergence = fidelity(reference.outputs, entry.outputs)
-    times = " | ".join(shown(entry.times[batch]) for batch in BATCHES)
+    times = " | ".join(shown(entry.times[batch], reference.times[batch]) for batch in BATCHES)
     smaller = reference.path.stat().st_size / size
     return (
         f"| {name} | {entry.tool} | {metric} {value:.4f} | {agrees} | {divergence} | {size:,} | {smaller:.2f}× "
@@ -214,10 +215,10 @@ def row(name: str, entry: Entry, reference: Entry, seconds: float) -> str:
     )
 
 
-def shown(times: list[float]) -> str:
-    """Return the median and, in brackets, the quiet percentile of some times, in milliseconds."""
-    median, quiet = np.percentile(times, [50, QUIET]) * 1e3
-    return f"{median:.2f} ({quiet:.2f})"
+def shown(times: list[float], reference: list[float]) -> str:
+    """Return the median in milliseconds and, in brackets, the median speed-up of paired runs over the reference."""
+    speedup = np.median(np.array(reference) / np.array(times))
+    return f"{np.median(times) * 1e3:.2f} ({speedup:.2f}×)"
 
 
 def fidelity(reference: list[np.ndarray[Any, Any]], outputs: list[np.ndarray[Any, Any]]) -> tuple[str, str]:

@@ -446,6 +446,16 @@ def test_auto_follows_data_target_and_work(body: str, shape: str, data: bool, ta
     assert result.notes[0].startswith(f"chose `mode={mode}`: ")
 
 
+def test_auto_stores_weights_where_the_data_see_too_little() -> None:
+    body = """y = If (b) <
+        then_branch = g1 () => (float[N,8,6,6] t) { t = Conv(x, w) },
+        else_branch = g2 () => (float[N,8,6,6] e) { e = Conv(x, v) }
+    >"""
+    weights = {"w": random(1, 8, 3, 3, 3), "v": random(2, 8, 3, 3, 3), "b": np.array(True)}
+    result = quantize(model_of(body, "N,3,8,8", weights), IMAGES)
+    assert result.notes[0].startswith("chose `mode=weights`: 100% of the multiplications are inside subgraphs")
+
+
 def test_needs_follow_the_mode() -> None:
     assert Quant(mode="static").needs == {Need.CANONICAL, Need.CALIBRATION}
     assert Quant().needs == {Need.CANONICAL, Need.CALIBRATION_OPTIONAL}

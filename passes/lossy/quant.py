@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,7 +89,10 @@ class Quant(Pass):
         in_convolutions = f"{share:.0%} of the multiplications are in convolutions"
         static, dynamic = ctx.target.static is not None, bool(ctx.target.dynamic_ops)
         mode: Mode = "weights"
-        if share >= 0.5 and ctx.data is None:
+        nested = _nested_share(model)
+        if share >= 0.5 and nested > 0.5:
+            reason = f"{nested:.0%} of the multiplications are inside subgraphs or functions, out of sight of the data"
+        elif share >= 0.5 and ctx.data is None:
             reason = f"{in_convolutions}, whose activation ranges need calibration data, and none was given"
         elif share >= 0.5 and static and walk.opset(model) >= _FIRST_STATIC_OPSET:
             mode, reason = "static", f"{in_convolutions}, and there is calibration data"
@@ -175,14 +179,20 @@ def _require_opset(model: ir.Model, first: int, mode: str) -> None:
 
 def _convolution_share(model: ir.Model) -> float:
     """Return which share of the multiplications convolutions make; 0 where there are none."""
-    work = _multiplications(model)
+    work = _multiplications(walk.every_node(model))
     return (work["Conv"] + work["ConvTranspose"]) / max(work.total(), 1)
 
 
-def _multiplications(model: ir.Model) -> Counter[str]:
+def _nested_share(model: ir.Model) -> float:
+    """Return which share of the multiplications is made outside the main graph."""
+    work = _multiplications(walk.every_node(model)).total()
+    return 1.0 - _multiplications(model.graph).total() / work if work else 0.0
+
+
+def _multiplications(nodes: Iterable[ir.Node]) -> Counter[str]:
     """Return about how many multiplications each operator makes for one sample."""
     counts: Counter[str] = Counter()
-    for node in walk.every_node(model):
+    for node in nodes:
         layer = as_linear_layer(node)
         if layer is not None:
             counts[node.op_type] += layer.matrix().size * _positions(layer)

@@ -1,8 +1,8 @@
 """Run the main job on every real model and score the results with the models' own scorer.
 
-    python benchmarks/assets.py [--shared ../shared] [--threads 2] [NAME ...]
+    python benchmarks/assets.py [--threads 2] [NAME ...]
 
-Prints a Markdown table: score, size and latency of the original and of each pipeline's result. The score comes from
+The models are looked for in `../shared/assets`, or where GRAPHOPT_SHARED points. Prints a Markdown table: score, size and latency of the original and of each pipeline's result. The score comes from
 `score.py` beside the models, not from graphopt; latency is graphopt's own interleaved measurement at batch 1.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,13 +20,14 @@ import numpy as np
 
 import graphopt
 
+SHARED = Path(os.environ.get("GRAPHOPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 PIPELINES = ("prune:sparsity=0.5", "quant", "prune:sparsity=0.5,quant")
 CALIBRATION_SAMPLES = 64
 
 
-def load_scorer(shared: Path) -> ModuleType:
+def load_scorer() -> ModuleType:
     """Return `score.py` as a module."""
-    spec = importlib.util.spec_from_file_location("score", shared / "assets" / "score.py")
+    spec = importlib.util.spec_from_file_location("score", SHARED / "assets" / "score.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -80,10 +82,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    scorer = load_scorer(options.shared)
+    scorer = load_scorer()
     print("| model | pipeline | score | size | latency, batch 1 | nonzero |\n|---|---|---|---|---|---|")
     for name in options.names or scorer.ASSETS:
         for passes in PIPELINES:

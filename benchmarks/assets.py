@@ -2,8 +2,9 @@
 
     python benchmarks/assets.py [--threads 2] [NAME ...]
 
-The models are looked for in `../shared/assets`, or where GRAPHOPT_SHARED points. Prints a Markdown table: score, size and latency of the original and of each pipeline's result. The score comes from
-`score.py` beside the models, not from graphopt; latency is graphopt's own interleaved measurement at batch 1.
+The models are looked for in `../shared/assets`, or where GRAPHOPT_SHARED points. Prints a Markdown table: score, size
+and latency of the original and of each pipeline's result. The score comes from `score.py` beside the models, not from
+graphopt; latency is graphopt's own interleaved measurement at batch 1.
 """
 
 from __future__ import annotations

@@ -10,53 +10,24 @@ graphopt; latency is graphopt's own interleaved measurement at batch 1.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
+from real_models import calibration, load_scorer
 
 import graphopt
 
-SHARED = Path(os.environ.get("GRAPHOPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 PIPELINES = ("prune:sparsity=0.5", "quant", "prune:sparsity=0.5,quant")
 CALIBRATION_SAMPLES = 64
-
-
-def load_scorer() -> ModuleType:
-    """Return `score.py` as a module."""
-    spec = importlib.util.spec_from_file_location("score", SHARED / "assets" / "score.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def calibration(scorer: ModuleType, name: str, model: Path) -> dict[str, np.ndarray]:
-    """Return calibration samples named as the model's inputs, never among the scored ones."""
-    if name == "silero_vad":  # frames of speech with a fresh state; the scorer has none of its own
-        pcm = scorer.data("vad_speech_16k.npz")["pcm"][: CALIBRATION_SAMPLES * 576].astype(np.float32) / 32768
-        count = len(pcm) // 576
-        return {
-            "input": pcm.reshape(count, 1, 576),
-            "state": np.zeros((count, 2, 1, 128), np.float32),
-            "sr": np.full(count, 16000, np.int64),
-        }
-    samples = scorer.ASSETS[name][2](CALIBRATION_SAMPLES)
-    if isinstance(samples, dict):
-        return samples
-    return {graphopt.load(model).graph.inputs[0].name: samples}
 
 
 def row(scorer: ModuleType, name: str, passes: str, threads: int) -> str:
     """Run one pipeline on one model and return its table row."""
     file, score, _ = scorer.ASSETS[name]
     source = scorer.HERE / "models" / file
-    samples = calibration(scorer, name, source)
+    samples = calibration(scorer, name, CALIBRATION_SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.onnx"
         # The scored split is the scorer's; what is calibrated on here is judged here too, so nothing is held back.

@@ -9,10 +9,8 @@ default ``../shared`` beside the repository). Calibration samples are never amon
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -26,10 +24,10 @@ import numpy as np
 import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from real_models import SHARED, calibration, load_scorer
 
 import graphopt
 
-SHARED = Path(os.environ.get("GRAPHOPT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 STATIC = ("squeezenet", "resnet20", "mobilenet", "digits")
 DYNAMIC = ("minilm", "gutenberg_lm")
 CALIBRATION_SAMPLES = 64
@@ -54,7 +52,7 @@ class Entry:
 def main(names: list[str]) -> None:
     """Print a table for each kind of model."""
     logging.disable(logging.WARNING)
-    score = load_score()
+    score = load_scorer()
     for title, known, make in (
         ("Static int8", STATIC, make_static),
         ("Dynamic int8", DYNAMIC, make_dynamic),
@@ -68,24 +66,6 @@ def main(names: list[str]) -> None:
         for name in chosen:
             for row in measure(name, score, make):
                 print(row, flush=True)
-
-
-def load_score() -> ModuleType:
-    """Return the assets' own scoring module."""
-    spec = importlib.util.spec_from_file_location("score", SHARED / "assets" / "score.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def calibration_feeds(name: str, score: ModuleType, model: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Return calibration samples by input name."""
-    samples = score.ASSETS[name][2](CALIBRATION_SAMPLES)
-    if isinstance(samples, dict):
-        return samples
-    return {score.session(model).get_inputs()[0].name: samples}
 
 
 def make_static(tool: str, model: Path, feeds: dict[str, np.ndarray[Any, Any]], folder: Path) -> Path:
@@ -138,7 +118,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 def measure(name: str, score: ModuleType, make: Callable[..., Path]) -> Iterator[str]:
     """Make each tool's model, score and time them, and yield table rows."""
     model = SHARED / "assets" / "models" / score.ASSETS[name][0]
-    feeds = calibration_feeds(name, score, model)
+    feeds = calibration(score, name, CALIBRATION_SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
         entries, seconds = [Entry("fp32", model)], {"fp32": 0.0}
         for tool in ("onnxruntime", "graphopt"):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import walk
 from graphopt.analysis import Analysis, AnalysisCache
 from graphopt.backend import Array, Backend
 from graphopt.data import Dataset
@@ -120,7 +121,7 @@ class Context:
         Raises:
             BackendError: The runtime refuses or fails, or gives something else than a tensor of the known dtype.
         """
-        model = fragment(nodes, outputs, [], self.model.opset_imports)
+        model = fragment(nodes, outputs, [], walk.all_imports(self.model))
         with self.backend.open(model, optimize=False) as session:
             results = session.run({})
         return [_as_tensor(results[f"out{index}"], value) for index, value in enumerate(outputs)]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from graphopt import latency
+from graphopt import latency, walk
 from graphopt.authoring import Guarantee, Pass
 from graphopt.choices import (
     LABELS_HINT,
@@ -46,7 +46,7 @@ from graphopt.report import Check, Report, Side
 from graphopt.rewrite_check import RewriteChecker
 from graphopt.shapes import forget_inferred, infer_shapes
 from graphopt.summary import summarize
-from graphopt.verify import Signature, verify
+from graphopt.verify import Signature, problems_of, verify
 
 Verify = Literal["off", "final", "each", "rewrites"]
 LATENCY_SECONDS = 2.0
@@ -279,7 +279,7 @@ class _Run:
     def _setting(self) -> Setting:
         checker = None
         if self.request.verify == "rewrites":
-            checker = RewriteChecker(self.backend, self.model.opset_imports, self.request.seed)
+            checker = RewriteChecker(self.backend, walk.all_imports(self.model), self.request.seed)
         return Setting(
             target=self.target,
             backend=self.backend,
@@ -305,7 +305,7 @@ class _Run:
 
     def _verify_at_end(self, report: Report) -> None:
         """Check the finished model once, by the weakest guarantee of all steps."""
-        verify(self.model, Signature.of(self.original), provenance_too=True)
+        verify(self.model, Signature.of(self.original), provenance_too=True, known=problems_of(self.original))
         changed = [record for record in report.steps if record.edits]
         if not changed:
             return

@@ -19,7 +19,7 @@ from graphopt.pipeline import Step
 from graphopt.progress import Display
 from graphopt.report import Check, StepRecord
 from graphopt.shapes import contradiction
-from graphopt.verify import Signature, fingerprint, verify
+from graphopt.verify import Signature, fingerprint, problems_of, verify
 
 _MB = 1 << 20
 
@@ -79,7 +79,8 @@ class VerifyStructure(Instrument):
     def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
         self._signature = Signature.of(model)
         self._fingerprint = fingerprint(model)
-        # A model may come with shapes that contradict each other; no pass is blamed for them.
+        # A model may come with faults that runtimes overlook; no pass is blamed for them.
+        self._came_with = problems_of(model)
         self._came_sound = contradiction(model) is None
 
     def pass_finished(self, one: Pass, model: ir.Model, edits: int) -> None:
@@ -92,7 +93,7 @@ class VerifyStructure(Instrument):
                 )
             return
         try:
-            verify(model, self._signature, provenance_too=True)
+            verify(model, self._signature, provenance_too=True, known=self._came_with)
         except VerificationError as error:
             raise VerificationError(f"after pass `{one.name}`: {error.message}", hint=_BUG_HINT) from error
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import onnx
 import onnx_ir as ir
@@ -42,22 +42,34 @@ def _port(value: ir.Value) -> Port:
     return Port(value.name or "", value.dtype, len(value.shape) if value.shape is not None else None)
 
 
-def verify(model: ir.Model, signature: Signature | None = None, *, provenance_too: bool = False) -> None:
+def verify(
+    model: ir.Model,
+    signature: Signature | None = None,
+    *,
+    provenance_too: bool = False,
+    known: Container[str] = frozenset(),
+) -> None:
     """Check a model's structure.
 
     Args:
         model: The model.
         signature: What inputs and outputs must still be, or None to not check them.
         provenance_too: Whether every node must have an origin.
+        known: Problems the model came with, as `problems_of` told them; nobody is blamed for these again.
 
     Raises:
         VerificationError: Names the problems found, at most `SHOWN_PROBLEMS` of them.
     """
-    problems = list(_problems(model, signature, provenance_too))
+    problems = [problem for problem in _problems(model, signature, provenance_too) if problem not in known]
     if problems:
         shown = "; ".join(problems[:SHOWN_PROBLEMS])
         more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
         raise VerificationError(f"the model is malformed: {shown}{more}")
+
+
+def problems_of(model: ir.Model) -> frozenset[str]:
+    """Return what is wrong with a model's structure, by the letter of ONNX; runtimes are often more lenient."""
+    return frozenset(_problems(model, None, provenance_too=False))
 
 
 def fingerprint(model: ir.Model) -> int:
@@ -78,9 +90,12 @@ def fingerprint(model: ir.Model) -> int:
 
 
 def _problems(model: ir.Model, signature: Signature | None, provenance_too: bool) -> Iterator[str]:
-    yield from _graph_problems(model.graph, frozenset(), frozenset(), model)
+    functions = frozenset(model.functions)
+    yield from _graph_problems(model.graph, _Surroundings(dict(model.opset_imports), functions))
     for function in model.functions.values():
-        yield from _graph_problems(function, frozenset(), frozenset(), model)
+        # A function may import operator sets of its own.
+        imports = {**model.opset_imports, **function.opset_imports}
+        yield from _graph_problems(function, _Surroundings(imports, functions))
     yield from _use_problems(model)
     if signature is not None:
         yield from _signature_problems(signature, Signature.of(model))
@@ -88,9 +103,23 @@ def _problems(model: ir.Model, signature: Signature | None, provenance_too: bool
         yield from (f"`{walk.label(n)}` has no origin" for n in walk.every_node(model) if not provenance.origins(n))
 
 
-def _graph_problems(
-    graph: ir.Graph | ir.Function, outer: frozenset[ir.Value], outer_names: frozenset[str], model: ir.Model
-) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a graph may use besides its own values."""
+
+    imports: Mapping[str, int]
+    functions: Container[ir.OperatorIdentifier]
+    values: frozenset[ir.Value] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    def version(self, domain: str) -> int | None:
+        """Return the version of an operator set that is imported, or None."""
+        if domain in walk.ONNX_DOMAINS:
+            return self.imports.get("", self.imports.get("ai.onnx"))
+        return self.imports.get(domain)
+
+
+def _graph_problems(graph: ir.Graph | ir.Function, around: _Surroundings) -> Iterator[str]:
     where = f"graph `{graph.name}`"
     defined = set(graph.inputs)
     if isinstance(graph, ir.Graph):
@@ -100,13 +129,13 @@ def _graph_problems(
     names.update(value.name for node in graph for value in node.outputs if value.name)
     yield from (f"{where}: the name `{name}` is taken {count} times" for name, count in names.items() if count > 1)
     # A nested graph that reuses an outer name hides it: valid nowhere in ONNX.
-    yield from (f"{where}: `{name}` hides an outer value" for name in names if name in outer_names)
-    all_names = outer_names | {name for name in names if name}
+    yield from (f"{where}: `{name}` hides an outer value" for name in names if name in around.names)
     for node in graph:
-        yield from _node_problems(node, where, defined, outer, model)
-        visible = outer | defined
+        yield from _node_problems(node, where, defined, around)
         for inner in walk.subgraphs(node):
-            yield from _graph_problems(inner, frozenset(visible), frozenset(all_names), model)
+            values = around.values | defined
+            inside = replace(around, values=values, names=around.names | {name for name in names if name})
+            yield from _graph_problems(inner, inside)
         defined.update(node.outputs)
     for value in graph.outputs:
         if value not in defined:
@@ -126,18 +155,14 @@ def _initializer_problems(graph: ir.Graph, where: str) -> Iterator[str]:
             yield f"{where}: initializer `{name}` is declared {value.shape} and holds {tensor.shape}"
 
 
-def _node_problems(
-    node: ir.Node, where: str, defined: set[ir.Value], outer: frozenset[ir.Value], model: ir.Model
-) -> Iterator[str]:
+def _node_problems(node: ir.Node, where: str, defined: set[ir.Value], around: _Surroundings) -> Iterator[str]:
     name = f"{where}: `{walk.label(node)}` ({node.op_type})"
     for value in node.inputs:
-        if value is not None and value not in defined and value not in outer:
+        if value is not None and value not in defined and value not in around.values:
             yield f"{name} reads `{value.name}` before it is produced"
-    imported = model.opset_imports.get(node.domain)
-    if imported is None and node.domain in walk.ONNX_DOMAINS:
-        imported = model.opset_imports.get("ai.onnx")
-    if node.op_identifier() in model.functions:
+    if node.op_identifier() in around.functions:
         return
+    imported = around.version(node.domain)
     if imported is None:
         yield f"{name} is of domain `{node.domain}`, which the model does not import"
     elif node.domain in walk.ONNX_DOMAINS:

@@ -124,6 +124,14 @@ def is_onnx_op(node: ir.Node, *op_types: str) -> bool:
     return node.op_type in op_types and node.domain in ONNX_DOMAINS
 
 
+def all_imports(model: ir.Model) -> dict[str, int]:
+    """Return every operator set the model or one of its functions imports; the model's own version wins."""
+    imports: dict[str, int] = {}
+    for function in model.functions.values():
+        imports.update(function.opset_imports)
+    return imports | dict(model.opset_imports)
+
+
 def opset(model: ir.Model, domain: str = "") -> int:
     """Return the version of an operator set the model imports; 1 where it imports none."""
     imports = model.opset_imports

@@ -10,7 +10,7 @@ import pytest
 
 from graphopt import provenance
 from graphopt.errors import VerificationError
-from graphopt.verify import SHOWN_PROBLEMS, Signature, verify
+from graphopt.verify import SHOWN_PROBLEMS, Signature, problems_of, verify
 
 SOUND = """<ir_version: 8, opset_import: ["": 17]>
 agraph (float[2,3] x, bool c) => (float[2,3] y, float[2,3] z) <float[3] w = {1.0, 2.0, 3.0}> {
@@ -151,6 +151,25 @@ def test_damage_is_named(damage: Callable[[ir.Model], None], message: str) -> No
     with pytest.raises(VerificationError) as caught:
         verify(model, signature, provenance_too=True)
     assert message in caught.value.message
+
+
+def test_a_function_may_import_operator_sets_of_its_own() -> None:
+    text = """<ir_version: 9, opset_import: ["": 17, "local": 1]>
+    agraph (float[2] x) => (float[2] y) { y = local.f(x) }
+    <domain: "local", opset_import: ["": 17, "other": 1]>
+    f (a) => (b) { b = other.op(a) }"""
+    verify(ir.from_proto(onnx.parser.parse_model(text)))
+
+
+def test_problems_a_model_came_with_are_nobodys_fault() -> None:
+    model = sound()
+    _hiding_name(model)
+    known = problems_of(model)
+    assert known
+    verify(model, known=known)
+    _unknown_op(model)
+    with pytest.raises(VerificationError, match="Rleu"):
+        verify(model, known=known)
 
 
 def test_of_many_problems_only_some_are_shown() -> None:

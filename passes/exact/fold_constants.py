@@ -22,6 +22,10 @@ GROWTH_LIMIT = 4096
 _KEPT_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant"})
 
 
+# Why something was left as it was, and the node it is about.
+Remark = tuple[str, ir.Node | None]
+
+
 @dataclass(frozen=True)
 class FoldConstants(Pass):
     """Compute what depends on constants alone, and shapes that are known."""
@@ -33,15 +37,27 @@ class FoldConstants(Pass):
     guarantee = Guarantee.EQUIVALENT
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Infer shapes, make what hangs on them constant, then fold all constant regions in one batch."""
+        """Fold until nothing more folds: a constant shape may make other shapes known."""
+        while True:
+            edits = ctx.rewriter.edits
+            remarks = self._fold_once(model, ctx)
+            if ctx.rewriter.edits == edits:
+                break
+        for text, node in remarks:
+            ctx.left(text, node)
+
+    def _fold_once(self, model: ir.Model, ctx: Context) -> list[Remark]:
+        """Infer shapes, make what hangs on them constant, then fold all constant regions in one batch per graph."""
         contradiction = shapes.infer_shapes(model)
-        if contradiction is not None:
-            ctx.left(contradiction)
+        remarks: list[Remark] = [] if contradiction is None else [(contradiction, None)]
         for node in list(walk.every_node(model)):
             _resolve_type_argument(node, ctx)
             _fold_shape(node, ctx)
         for graph in list(walk.every_graph(model)):
-            _Folder(graph, model, ctx, self.limit).run()
+            folder = _Folder(graph, ctx, self.limit)
+            folder.run()
+            remarks += folder.remarks
+        return remarks
 
 
 def _resolve_type_argument(node: ir.Node, ctx: Context) -> None:
@@ -85,9 +101,10 @@ def _substitute(node: ir.Node, contents: Iterable[Array], ctx: Context) -> None:
 class _Folder:
     """Folds the constant regions of one graph: finds them, computes their edge in one session, puts it in."""
 
-    def __init__(self, graph: ir.Graph | ir.Function, model: ir.Model, ctx: Context, limit: int) -> None:
-        self.graph, self.model, self.ctx, self.limit = graph, model, ctx, limit
+    def __init__(self, graph: ir.Graph | ir.Function, ctx: Context, limit: int) -> None:
+        self.graph, self.ctx, self.limit = graph, ctx, limit
         self.foldable: dict[ir.Node, None] = {}
+        self.remarks: list[Remark] = []
 
     def run(self) -> None:
         for node in self.graph:
@@ -103,7 +120,7 @@ class _Folder:
         """Return whether a result is over the limit by its shape alone, before memory is spent on it."""
         size = sum(shapes.static_bytes(value) or 0 for value in node.outputs)
         if size > self.limit:
-            self.ctx.left(f"not folded: the result takes {size} bytes", node)
+            self.remarks.append((f"not folded: the result takes {size} bytes", node))
         return size > self.limit
 
     def _is_foldable(self, node: ir.Node) -> bool:
@@ -132,7 +149,7 @@ class _Folder:
             return self._run(edge)
         except BackendError as error:
             if len(edge) == 1:
-                self.ctx.left(f"not folded: {error.message}", edge[0])
+                self.remarks.append((f"not folded: {error.message}", edge[0]))
                 return {}
         results: dict[ir.Node, list[Array]] = {}
         for node in edge:
@@ -149,7 +166,7 @@ class _Folder:
         size = sum(content.nbytes for content in contents)
         source = self._bytes_freed(node)
         if size > self.limit or size > source + GROWTH_LIMIT:
-            self.ctx.left(f"not folded: {size} bytes would take the place of {source}", node)
+            self.remarks.append((f"not folded: {size} bytes would take the place of {source}", node))
             return
         _substitute(node, contents, self.ctx)
 

@@ -77,6 +77,8 @@ class OnnxRuntime:
             if isinstance(model, Path):
                 return self._session(str(model), options, {})
             proto, weights = serialize(model)
+            # ONNX Runtime drops what nothing reads before it takes weights, and then refuses to be given these.
+            weights = {name: tensor for name, tensor in weights.items() if _is_read(model.graph.initializers[name])}
             # The session reads the weights where they are mapped; they must outlive its creation.
             arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in weights.items()}
             _attach(options, arrays, weights)
@@ -166,6 +168,10 @@ def _attach(options: Any, arrays: dict[str, Array], weights: dict[str, ir.Tensor
     make = _runtime().OrtValue.ortvalue_from_numpy_with_onnx_type
     values = [make(array, int(weights[name].dtype)) for name, array in arrays.items()]
     options.add_external_initializers(list(arrays), values)
+
+
+def _is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def _is_runtime_error(error: Exception) -> bool:

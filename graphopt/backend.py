@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -71,8 +70,3 @@ class Backend(Protocol):
         Raises:
             BackendError: The runtime is missing or refuses the model.
         """
-
-
-def as_feed(value: Any) -> Array:
-    """Return a value as the contiguous array a runtime takes."""
-    return np.asarray(value, order="C")  # np.ascontiguousarray would make a scalar 1-D

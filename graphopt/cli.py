@@ -207,12 +207,13 @@ def _check_report(report: Path | None, model: Path, output: Path) -> None:
 def _show_report(report: Report, file: Path | None, quiet: bool, verbose: bool) -> None:
     """Print the tables and write the report file."""
     from graphopt import tables
+    from graphopt.staged_files import write_text
 
     if not quiet:
         tables.print_report(report, verbose=verbose)
     if file is not None:
         try:
-            file.write_text(report.to_json())
+            write_text(file, report.to_json())
         except OSError as error:
             raise UsageError(f"cannot write report `{file}`: {error.strerror}", hint="choose another place") from error
 

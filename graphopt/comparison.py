@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from graphopt.backend import Array, Feeds, Session
+from graphopt.backend import Array
 from graphopt.errors import ModelError
 
 # EQUIVALENT: |a - b| may reach this share of the largest |a| of the output, plus this much absolutely.
@@ -26,6 +27,8 @@ class OutputError:
         peak: Largest |a|.
         equal: Whether every bit agreed, NaN included.
         mismatch: Why values could not be compared at all, or None.
+        elements: How many values there were.
+        compared: How many of them say something: not NaN, not infinite, not a stand-in for infinity.
     """
 
     name: str
@@ -35,6 +38,7 @@ class OutputError:
     equal: bool = True
     mismatch: str | None = None
     elements: int = 0
+    compared: int = 0
     agree: int = 0
     rows: int = 0
     _noise: float = 0.0
@@ -49,7 +53,9 @@ class OutputError:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantization noise ratio in dB, capped at 200."""
+        """Signal to quantization noise ratio in dB, capped at 200; minus infinity where values cannot be compared."""
+        if self.mismatch is not None:
+            return float("-inf")
         if self._noise == 0:
             return SQNR_CEILING_DB
         return float(min(SQNR_CEILING_DB, 10 * np.log10(max(self._signal, 1e-300) / self._noise)))
@@ -92,12 +98,13 @@ class OutputError:
         self._accumulate(left, right)
 
     def _accumulate(self, left: Array, right: Array) -> None:
-        x, y = left.astype(np.float64), right.astype(np.float64)
+        x, y = (_without_stand_ins(side) for side in (left, right))
         odd = ~np.isfinite(x) | ~np.isfinite(y)
         if odd.any():
             if not np.array_equal(x[odd], y[odd], equal_nan=True):
                 self._reject("NaN or infinity at different places")
             x, y = np.where(odd, 0.0, x), np.where(odd, 0.0, y)
+        self.compared += int(x.size - np.count_nonzero(odd))
         difference = x - y
         self.max_abs = max(self.max_abs, float(np.abs(difference).max()))
         self.peak = max(self.peak, float(np.abs(x).max()))
@@ -161,6 +168,12 @@ class Comparison:
         return all(output.equal for output in self.outputs.values())
 
     @property
+    def says_nothing(self) -> bool:
+        """Whether there were values and none of them was a number to compare."""
+        outputs = self.outputs.values()
+        return any(one.elements for one in outputs) and not any(one.compared for one in outputs)
+
+    @property
     def max_abs_error(self) -> float:
         """The largest absolute error of any output."""
         return max((output.max_abs for output in self.outputs.values()), default=0.0)
@@ -193,6 +206,18 @@ class Comparison:
         self.runs += 1
 
 
+def _without_stand_ins(values: Array) -> Array:
+    """Return values as float64, those near the end of their dtype's range as infinities.
+
+    Masks write the lowest number for minus infinity; as a number it would make any other error look like rounding.
+    """
+    wide = values.astype(np.float64)
+    if values.dtype.kind in "biu" or values.dtype == np.float64:
+        return wide
+    limit = float(ml_dtypes.finfo(values.dtype).max) / 4
+    return np.where(np.abs(wide) >= limit, np.copysign(np.inf, wide), wide)
+
+
 def require_same_names(kind: str, a: Iterable[str], b: Iterable[str]) -> None:
     """Raise a ModelError unless both sides have the same names."""
     left, right = set(a), set(b)
@@ -212,11 +237,3 @@ def same_bits(a: Array, b: Array) -> bool:
     a, b = a.reshape(-1), b.reshape(-1)  # rows of bytes have no view of a scalar
     bytes_a, bytes_b = (np.ascontiguousarray(one).view(np.uint8).reshape(one.size, -1) for one in (a, b))
     return bool((~(bytes_a != bytes_b).any(axis=1) | (np.isnan(a) & np.isnan(b))).all())
-
-
-def run_both(a: Session, b: Session, feeds: Iterable[Feeds]) -> Comparison:
-    """Run two sessions on the same feeds and compare their outputs."""
-    comparison = Comparison()
-    for feed in feeds:
-        comparison.update(a.run(feed), b.run(feed))
-    return comparison

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -219,10 +219,12 @@ def open_data(source: Any, model: ir.Model, *, labels: str | None = None, advanc
     raw, name = _open_source(source)
     key = labels or DEFAULT_LABELS
 
-    def chunks() -> Iterator[Chunk]:
+    def read() -> Iterator[Chunk]:
         for where, arrays, divisible in raw([spec.name for spec in specs]):
             yield _checked_chunk(arrays, specs, key, labels is not None, divisible, where)
 
+    # The samples are chosen by their position, so every pass over them must see the same ones.
+    chunks = _Repeatable(read, name)
     total, labelled = 0, set()
     for chunk in chunks():
         total += chunk.size
@@ -232,6 +234,48 @@ def open_data(source: Any, model: ir.Model, *, labels: str | None = None, advanc
     if len(labelled) > 1:
         raise DataError(f"only some samples of `{name}` have labels `{key}`", hint="give labels to all or to none")
     return Dataset(chunks, specs, name, total, labelled.pop(), advance=advance)
+
+
+class _Repeatable:
+    """Chunks that are the same on every pass: the first one is remembered by checksums, later ones compared.
+
+    Args:
+        read: Reads the source once.
+        name: How messages call it.
+    """
+
+    def __init__(self, read: Chunks, name: str) -> None:
+        self._read, self._name = read, name
+        self._checksums: list[int] | None = None
+
+    def __call__(self) -> Iterator[Chunk]:
+        """Read the source.
+
+        Raises:
+            DataError: It gives other samples than the first time.
+        """
+        expected, seen = self._checksums, []
+        for chunk in self._read():
+            seen.append(_checksum(chunk))
+            if expected is not None and seen != expected[: len(seen)]:
+                self._refuse()
+            yield chunk
+        if expected is not None and len(seen) != len(expected):
+            self._refuse()
+        self._checksums = seen
+
+    def _refuse(self) -> NoReturn:
+        hint = "a function is called anew for each pass: seed what is random in it, and return a fresh iterator"
+        raise DataError(f"`{self._name}` gives other samples the second time it is read", hint=hint)
+
+
+def _checksum(chunk: Chunk) -> int:
+    checksum = 0
+    labels = [chunk.labels] if chunk.labels is not None else []
+    for array in (*chunk.arrays.values(), *labels):
+        content = str(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
+        checksum = zlib.crc32(content, zlib.crc32(str(array.shape).encode(), checksum))
+    return checksum
 
 
 # A raw source yields (where it is, arrays by name, whether the first axis is known to be samples).
@@ -398,7 +442,7 @@ def _missing_hint(spec: InputSpec, arrays: Mapping[str, Any]) -> str:
 
 
 def _fit_dtype(array: Array, spec: InputSpec, where: str) -> Array:
-    """Return the array in the input's dtype; only a change of width is made silently, and only if nothing is lost."""
+    """Return the array in the input's dtype; only a change of width is made silently; integers must fit."""
     if spec.dtype is None or array.dtype == spec.dtype:
         return array
     kinds = array.dtype.kind, spec.dtype.kind

@@ -153,6 +153,8 @@ class Judge:
         if not runtime.within() and not comparison.within():
             why = f"the runtime's own optimizations change the original by {runtime.max_abs_error:.3g}"
             return Check("none", None, comparison.max_abs_error, why=why)
+        if comparison.says_nothing:
+            return Check("none", None, why="the original gives only NaN or infinity on these inputs")
         kind = "equal" if comparison.equal else "equivalent"
         failure = None if comparison.within() else f"off by {comparison.max_abs_error:.3g}"
         return Check(kind, comparison.within(), comparison.max_abs_error, why=failure)

@@ -34,6 +34,7 @@ class PatternValue:
 
 
 Operand = PatternValue | float | None
+_MATCH_FIELDS = ("root", "opset", "values", "nodes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +65,9 @@ class PatternBuilder:
 class Match:
     """What a pattern bound: values by variable name, nodes by ``_id``, both as attributes."""
 
-    def __init__(self, root: ir.Node) -> None:
+    def __init__(self, root: ir.Node, opset: int) -> None:
         self.root = root
+        self.opset = opset
         self.values: dict[str, ir.Value | None] = {}
         self.nodes: dict[PatternNode, ir.Node] = {}
 
@@ -96,7 +98,7 @@ class Match:
 
     def copy(self) -> Match:
         """Return an independent copy, for the matcher to backtrack to."""
-        other = Match(self.root)
+        other = Match(self.root, self.opset)
         other.values, other.nodes = dict(self.values), dict(self.nodes)
         return other
 
@@ -186,26 +188,32 @@ class Compiled:
     depth: int
 
 
-@functools.lru_cache(maxsize=1024)
-def _default_attribute(op_type: str, name: str) -> Any:
+@functools.lru_cache(maxsize=4096)
+def _default_attribute(op_type: str, name: str, opset: int) -> Any:
+    """Return what an absent attribute of a standard operator stands for in an opset."""
     try:
-        schema = onnx.defs.get_schema(op_type)
+        attribute = onnx.defs.get_schema(op_type, opset, "").attributes.get(name)
     except onnx.defs.SchemaError:
         return None
-    attribute = schema.attributes.get(name)
     if attribute is None or not attribute.default_value.name:
         return None
-    return onnx.helper.get_attribute_value(attribute.default_value)
+    value = onnx.helper.get_attribute_value(attribute.default_value)
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def compile_rule(rule: Rule) -> Compiled:
     """Build a rule's pattern.
 
     Raises:
-        TypeError: The pattern function does not return what an operator built.
+        TypeError: The pattern function does not return what an operator built, or a variable has a name of Match's.
     """
     # `self` is bound, so the first parameter is the builder.
     parameters = list(inspect.signature(rule.pattern).parameters.values())[1:]
+    for parameter in parameters:
+        if hasattr(Match, parameter.name) or parameter.name in _MATCH_FIELDS:
+            raise TypeError(
+                f"rule `{rule.name}`: `{parameter.name}` is a name of Match's own; call the variable otherwise"
+            )
     variables = [PatternValue(name=p.name, optional=p.default is None) for p in parameters]
     built = rule.pattern(PatternBuilder(), *variables)
     root = built[0] if isinstance(built, tuple) else built
@@ -219,9 +227,9 @@ def _depth(node: PatternNode) -> int:
     return 1 + max((_depth(child) for child in inner), default=0)
 
 
-def match_at(pattern: PatternNode, node: ir.Node) -> Match | None:
-    """Return the first way a pattern matches with its root at ``node``."""
-    return next(_match_node(pattern, node, Match(node)), None)
+def matches_at(pattern: PatternNode, node: ir.Node, opset: int) -> Iterator[Match]:
+    """Yield every way a pattern matches with its root at ``node``, in a model of the given opset."""
+    return _match_node(pattern, node, Match(node, opset))
 
 
 def _match_node(pattern: PatternNode, node: ir.Node, found: Match) -> Iterator[Match]:
@@ -232,7 +240,7 @@ def _match_node(pattern: PatternNode, node: ir.Node, found: Match) -> Iterator[M
         if known is node:
             yield found
         return
-    if node.graph is not found.root.graph or not _attributes_fit(pattern, node):
+    if node.graph is not found.root.graph or walk.has_references(node) or not _attributes_fit(pattern, node, found):
         return
     for inputs in _input_orders(pattern, node):
         attempt = found.copy()
@@ -285,10 +293,15 @@ def _input_orders(pattern: PatternNode, node: ir.Node) -> Iterator[Sequence[ir.V
         yield tuple(reversed(node.inputs))
 
 
-def _attributes_fit(pattern: PatternNode, node: ir.Node) -> bool:
+def _attributes_fit(pattern: PatternNode, node: ir.Node, found: Match) -> bool:
     for name, wanted in pattern.attributes.items():
         attribute = node.attributes.get(name)
-        actual = attribute.value if attribute is not None else _default_attribute(node.op_type, name)
+        if attribute is not None:
+            actual = attribute.value
+        elif node.domain in walk.ONNX_DOMAINS:
+            actual = _default_attribute(node.op_type, name, found.opset)
+        else:
+            actual = None
         if isinstance(actual, tuple):
             actual = list(actual)
         if actual != wanted:
@@ -340,6 +353,7 @@ class _Driver:
     def __init__(self, rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, check: RewriteCheck | None) -> None:
         self.rewriter = rewriter
         self.model = model
+        self.opset = walk.opset(model)
         self.check = check
         self.by_root: dict[tuple[str, str], list[Compiled]] = {}
         for compiled in map(compile_rule, rules):
@@ -385,15 +399,15 @@ class _Driver:
 
     def _visit(self, node: ir.Node) -> None:
         for compiled in self.by_root[(_normal(node.domain), node.op_type)]:
-            match = match_at(compiled.root, node)
-            if match is None or not compiled.rule.applies(match):
-                continue
-            miss = self._apply(compiled.rule, match)
-            if miss is None:
-                self.fired[compiled.rule.name] += 1
-                self.recent.append(compiled.rule.name)
-                return
-            self.missed[compiled.rule.name, miss.node or node] = miss.reason
+            for match in matches_at(compiled.root, node, self.opset):
+                if not compiled.rule.applies(match):
+                    continue
+                miss = self._apply(compiled.rule, match)
+                if miss is None:
+                    self.fired[compiled.rule.name] += 1
+                    self.recent.append(compiled.rule.name)
+                    return
+                self.missed[compiled.rule.name, miss.node or node] = miss.reason
 
     def _apply(self, rule: Rule, match: Match) -> Miss | None:
         """Rewrite one match, or return why not; the graph changes only on success."""
@@ -423,6 +437,12 @@ class _Driver:
             self.rewriter.adopt(constant, near=match.root)
         for node in built.nodes:
             self.rewriter.insert(node, before=match.root)
+        for old in match.root.outputs[len(values) :]:
+            if old.uses() or old.is_graph_output():
+                raise PassError(
+                    f"a rule leaves output `{old.name}` of `{walk.label(match.root)}` without a replacement",
+                    hint="return one value for each output of the root",
+                )
         for old, new in zip(match.root.outputs, values, strict=False):
             self.rewriter.replace(old, new)
         # Erasing a reader frees what it reads, so go on until nothing more is free.

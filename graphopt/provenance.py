@@ -9,7 +9,6 @@ import onnx_ir as ir
 from graphopt import walk
 
 _KEY = "graphopt.origins"
-_COUNT_KEY = "graphopt.loaded_nodes"
 
 Origins = frozenset[str]
 
@@ -27,7 +26,6 @@ def stamp(model: ir.Model) -> None:
             name = f"{base}#{suffix}"
         taken.add(name)
         node.meta[_KEY] = frozenset({name})
-    model.meta.setdefault(_COUNT_KEY, len(taken))
 
 
 def origins(node: ir.Node) -> Origins:
@@ -39,9 +37,3 @@ def origins(node: ir.Node) -> Origins:
 def record(node: ir.Node, sources: Iterable[ir.Node]) -> None:
     """Set the origins of a new node to the union of its sources'."""
     node.meta[_KEY] = frozenset().union(*(origins(source) for source in sources))
-
-
-def write_to_metadata(model: ir.Model) -> None:
-    """Write the origins into each node's ``metadata_props``, so that a saved file carries them."""
-    for node in walk.every_node(model):
-        node.metadata_props["graphopt.origins"] = ";".join(sorted(origins(node)))

@@ -84,7 +84,7 @@ class Side:
     Attributes:
         bytes: Size of the file or files on disk.
         bytes_gzip: Size after gzip, or None where it was not measured (files over 256 MiB).
-        macs: Multiply-accumulates of one sample.
+        macs: Multiply-accumulates of one run, dynamic dimensions counted as 1.
         latency_ms: Median of one run at batch 1, or None where it was not measured.
         metrics: Task metrics on the scored samples.
     """

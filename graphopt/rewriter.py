@@ -38,13 +38,10 @@ class Edit:
 
 @dataclass
 class Journal:
-    """Every edit of a run, in order."""
+    """Every edit of a run, in order, and how many single changes they were made of."""
 
     edits: list[Edit] = field(default_factory=list)
-
-    def of_pass(self, name: str) -> list[Edit]:
-        """Return the edits one pass made."""
-        return [edit for edit in self.edits if edit.pass_name == name]
+    changes: int = 0
 
 
 class Rewriter:
@@ -69,8 +66,8 @@ class Rewriter:
 
     @property
     def version(self) -> int:
-        """A number that grows with every edit of the run."""
-        return len(self.journal.edits)
+        """A number that grows with every change of the run, also inside an edit that is still open."""
+        return self.journal.changes
 
     @contextmanager
     def edit(self, rule: str, *nodes: ir.Node) -> Iterator[None]:
@@ -155,7 +152,8 @@ class Rewriter:
                 assert place is not None, "the node to insert before is in no graph"
                 place.insert_before(before, node)
             else:
-                (graph or self.model.graph).append(node)
+                # An empty graph is falsy.
+                (graph if graph is not None else self.model.graph).append(node)
             self._note(node)
         return node
 
@@ -231,7 +229,7 @@ class Rewriter:
         """Put a constant made by `make_const` where the node ``near`` can read it."""
         root = self._root(near.graph) if near is not None and near.graph is not None else self.model.graph
         with self.edit("const", *([near] if near is not None else [])):
-            self._changed = True
+            self._note()
             if isinstance(root, ir.Graph) and (self.model.ir_version or 0) >= FIRST_WITH_PURE_INITIALIZERS:
                 root.register_initializer(value)
                 return
@@ -287,19 +285,19 @@ class Rewriter:
         with self.edit("remove-initializer"):
             assert value.graph is not None, "not an initializer"
             value.graph.initializers.pop(value.name or "")
-            self._changed = True
+            self._note()
 
     def remove_function(self, key: ir.OperatorIdentifier) -> None:
         """Remove a function no node calls."""
         with self.edit("remove-function"):
             self.model.functions.pop(key)
-            self._changed = True
+            self._note()
 
     def import_opset(self, domain: str, version: int) -> None:
         """Import an operator set the model does not import yet."""
         with self.edit("import-opset"):
             self.model.opset_imports[domain] = version
-            self._changed = True
+            self._note()
 
     def _take_over_output(self, old: ir.Value, new: ir.Value, sources: list[ir.Node]) -> None:
         """Make ``new`` (or an Identity of it) the graph output that ``old`` is, under ``old``'s name."""
@@ -334,6 +332,7 @@ class Rewriter:
     def _note(self, *nodes: ir.Node) -> None:
         """Mark the current edit as a change, and tell the observer whose surroundings it touched."""
         self._changed = True
+        self.journal.changes += 1
         for node in nodes:
             if self._touched is not None:
                 self._touched.update(provenance.origins(node))
@@ -342,7 +341,7 @@ class Rewriter:
 
     def _write(self, rule: str, origins: provenance.Origins) -> None:
         self.edits += 1
-        self.journal.edits.append(Edit(self.version + 1, self.pass_name, rule, origins))
+        self.journal.edits.append(Edit(len(self.journal.edits) + 1, self.pass_name, rule, origins))
 
 
 def _as_tensor(array: Array, name: str | None = None) -> ir.TensorProtocol:

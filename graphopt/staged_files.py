@@ -62,6 +62,21 @@ class StagedFiles:
                 temporary.unlink(missing_ok=True)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Write a text file whole or not at all.
+
+    Raises:
+        OSError: It cannot be written; what was there before is untouched.
+    """
+    staged = StagedFiles()
+    try:
+        with staged.open(target) as file:
+            file.write(text.encode())
+        staged.publish()
+    finally:
+        staged.discard()
+
+
 def _fresh_name(target: Path) -> Path:
     return target.with_name(f".graphopt-{secrets.token_hex(8)}.tmp")
 

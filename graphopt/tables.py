@@ -171,7 +171,7 @@ def print_summary(name: str, summary: ModelSummary, size: int) -> None:
     )
     least = "at least " if summary.unknown_cost else ""
     unknown = f", {_counted(len(summary.unknown_cost), 'node')} of unknown cost" if summary.unknown_cost else ""
-    facts.add_row("MACs", f"{least}{show_count(summary.macs)} per sample (dynamic dimensions as 1){unknown}")
+    facts.add_row("MACs", f"{least}{show_count(summary.macs)} per run (dynamic dimensions as 1){unknown}")
     for kind, ports in (("input", summary.inputs), ("output", summary.outputs)):
         for port, dtype, shape in ports:
             facts.add_row(kind, f"{port}: {dtype} {shape}")

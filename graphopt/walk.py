@@ -124,6 +124,11 @@ def is_onnx_op(node: ir.Node, *op_types: str) -> bool:
     return node.op_type in op_types and node.domain in ONNX_DOMAINS
 
 
+def has_references(node: ir.Node) -> bool:
+    """Return whether an attribute of a node, inside a function, is what the caller gives it: unknown here."""
+    return any(attribute.is_ref() for attribute in node.attributes.values())
+
+
 def all_imports(model: ir.Model) -> dict[str, int]:
     """Return every operator set the model or one of its functions imports; the model's own version wins."""
     imports: dict[str, int] = {}

@@ -83,6 +83,15 @@ def test_large_weights_are_read_where_they_lie() -> None:
             np.testing.assert_allclose(session.run({"x": x})["y"], x @ content, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("optimize", [False, True])
+def test_a_large_weight_nothing_reads_is_no_obstacle(optimize: bool) -> None:
+    subject = model()
+    weight = ir.Value(name="unread", const_value=ir.tensor(np.zeros((64, 64), np.float32), name="unread"))
+    subject.graph.register_initializer(weight)
+    with OnnxRuntime().open(subject, optimize=optimize) as session:
+        assert session.run(FEED)["y"].tolist() == [[2.0, -3.0]]
+
+
 def test_the_profile_lands_where_asked(tmp_path: Path) -> None:
     with OnnxRuntime().open(model(), profile=tmp_path / "profile") as session:
         session.run(FEED)

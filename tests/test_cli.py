@@ -445,7 +445,7 @@ def test_quiet_still_prints_errors(tmp_path: Path) -> None:
 
 def test_verbose_prints_remarks_about_nodes(model: Path) -> None:
     args = ("optimize", model, "--passes", "prune:pattern=3of5")
-    remark = "prune [first]: 16 inputs are no multiple of 5"
+    remark = "prune [first]: 16 input channels are no multiple of 5"
     assert remark in run(*args, "-v").out
     assert remark not in run(*args).out
 

@@ -170,3 +170,30 @@ def test_nothing_to_compare_is_equal() -> None:
 def test_rows_without_classes_have_no_agreement() -> None:
     assert error((A[:, 0], B[:, 0])).top1_agreement is None
     assert error((A[:, :1], B[:, :1])).top1_agreement is None
+
+
+def test_outputs_that_cannot_be_compared_have_the_worst_sqnr() -> None:
+    error = OutputError("y")
+    error.update(np.ones(3, np.float32), np.full(3, np.nan, np.float32))
+    assert error.sqnr_db == float("-inf")
+
+
+def test_a_mask_value_does_not_hide_other_errors() -> None:
+    lowest = np.finfo(np.float32).min
+    error = OutputError("y")
+    error.update(np.array([lowest, 1.0], np.float32), np.array([lowest, 40.0], np.float32))
+    assert not error.within()
+    error = OutputError("y")
+    error.update(np.array([lowest, 1.0], np.float32), np.array([0.0, 1.0], np.float32))
+    assert not error.within()
+    error = OutputError("y")
+    error.update(np.array([lowest, 1.0], np.float32), np.array([-np.inf, 1.0], np.float32))
+    assert error.within()
+
+
+def test_nothing_but_nan_says_nothing() -> None:
+    comparison = Comparison()
+    comparison.update({"y": np.full(3, np.nan, np.float32)}, {"y": np.full(3, np.nan, np.float32)})
+    assert comparison.says_nothing
+    comparison.update({"y": np.ones(3, np.float32)}, {"y": np.ones(3, np.float32)})
+    assert not comparison.says_nothing

@@ -317,3 +317,17 @@ def test_an_input_of_unknown_rank_cannot_be_made_up() -> None:
     with pytest.raises(DataError, match="cannot make up input `x`") as caught:
         generated_feeds(model_of(x=(FLOAT, None)), 0)
     assert "--data" in (caught.value.hint or "")
+
+
+def test_a_function_that_gives_other_samples_each_time_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    data = open_data(lambda: [{"x": rng.random((4, 4), np.float32)}], model_of(x=(TensorProto.FLOAT, ("n", 4))))
+    with pytest.raises(DataError, match="gives other samples the second time"):
+        list(data.batches(2))
+
+
+def test_an_iterator_that_is_used_up_is_refused() -> None:
+    once = iter([{"x": np.ones((4, 4), np.float32)}])
+    data = open_data(lambda: once, model_of(x=(TensorProto.FLOAT, ("n", 4))))
+    with pytest.raises(DataError, match="gives other samples the second time"):
+        list(data.batches(2))

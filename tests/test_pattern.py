@@ -10,7 +10,7 @@ import pytest
 
 from graphopt import provenance
 from graphopt.errors import PassError
-from graphopt.pattern import Match, Miss, Outcome, Rule, apply_rules, compile_rule, match_at
+from graphopt.pattern import Match, Miss, Outcome, PatternNode, Rule, apply_rules, compile_rule, matches_at
 from graphopt.rewriter import Rewriter
 from graphopt.verify import verify
 
@@ -26,6 +26,10 @@ def apply(model: ir.Model, *rules: Rule) -> Outcome:
     outcome = apply_rules(rules, model, Rewriter(model))
     verify(model, provenance_too=True)
     return outcome
+
+
+def match_at(pattern: PatternNode, node: ir.Node, opset: int = 17) -> Match | None:
+    return next(matches_at(pattern, node, opset), None)
 
 
 def ops(model: ir.Model) -> list[str]:
@@ -158,6 +162,56 @@ def test_attributes_match_their_defaults_too() -> None:
 
     assert match_at(compile_rule(Softmaxed()).root, parse("{ y = Softmax(x) }").graph[0]) is not None
     assert match_at(compile_rule(Softmaxed()).root, parse("{ y = Softmax<axis=0>(x) }").graph[0]) is None
+    # Up to opset 12 the default was another.
+    assert match_at(compile_rule(Softmaxed()).root, parse("{ y = Softmax(x) }").graph[0], opset=12) is None
+
+
+def test_an_attribute_given_by_a_functions_caller_matches_nothing() -> None:
+    text = """<ir_version: 9, opset_import: ["": 17, "local": 1]>
+    agraph (float[2] x) => (float[2] y) { y = local.f<a=0>(x) }
+    <domain: "local", opset_import: ["": 17]>
+    f <a> (x) => (y) { y = Softmax<axis: int = @a>(x) }"""
+
+    class Any_(Rule):
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Softmax(x)
+
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    (node,) = next(iter(model.functions.values()))
+    assert match_at(compile_rule(Any_()).root, node) is None
+
+
+def test_text_attributes_match_their_defaults() -> None:
+    class NotPadded(Rule):
+        def pattern(self, op: Any, x: Any, w: Any) -> Any:
+            return op.Conv(x, w, auto_pad="NOTSET")
+
+    model = parse("{ y = Conv(x, w) }", inputs="float[1,1,4] x, float[1,1,1] w", outputs="float[1,1,4] y")
+    assert match_at(compile_rule(NotPadded()).root, model.graph[0]) is not None
+
+
+@pytest.mark.parametrize("name", ["values", "root", "copy", "array"])
+def test_a_variable_cannot_take_a_name_of_matchs_own(name: str) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"def pattern(self, op, {name}): return op.Relu({name})", namespace)
+    rule = type("Named", (Rule,), {"name": "named", "pattern": namespace["pattern"]})()
+    with pytest.raises(TypeError, match=name):
+        compile_rule(rule)
+
+
+def test_an_output_that_is_read_must_be_replaced() -> None:
+    class Half(Rule):
+        name = "half"
+
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Split(x, _outputs=2)
+
+        def rewrite(self, op: Any, m: Match) -> Any:
+            return op.Identity(m.x)
+
+    model = parse("{ y, z = Split(x) }", inputs="float[4] x", outputs="float[2] y, float[2] z")
+    with pytest.raises(PassError, match="without a replacement"):
+        apply(model, Half())
 
 
 def test_one_variable_bound_twice_must_be_one_value() -> None:

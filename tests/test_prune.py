@@ -106,11 +106,18 @@ def test_two_of_four_runs_along_the_inputs() -> None:
     assert ((weight != 0).reshape(6, 2, 4).sum(-1) == 2).all()
 
 
+def test_two_of_four_runs_along_the_channels_of_a_convolution() -> None:
+    """Sparse kernels take the groups at one kernel position."""
+    result = graphopt.optimize(layered("Conv"), "prune:pattern=2of4")
+    weight = result.model.graph.initializers["w"].const_value.numpy()
+    assert ((weight != 0).sum(axis=1) == 2).all()
+
+
 def test_inputs_that_no_group_divides_are_left_with_a_note() -> None:
     model = layered("Depthwise")
     result = graphopt.optimize(model, "prune:pattern=2of4")
     (note,) = [note for note in result.report.steps[-1].notes if note.left]
-    assert "9 inputs are no multiple of 4" in note.text
+    assert "1 input channels are no multiple of 4" in note.text
     assert result.report.steps[-1].edits == 0
 
 

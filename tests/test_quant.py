@@ -21,6 +21,7 @@ from graphopt.backends.targets import TARGETS
 from graphopt.data import open_data
 from graphopt.errors import PassError, UsageError
 from graphopt.passes.analyses.integer_units import integer_units
+from graphopt.passes.analyses.linear_layers import linear_layers
 from graphopt.passes.analyses.selection import Selection
 from graphopt.passes.lossy.quant import Quant
 from graphopt.passes.lossy.quant_static import activation_grid
@@ -501,3 +502,62 @@ def test_units_say_what_stays_float_and_why() -> None:
         ("Tanh", "no integer kernel on this target"): 1,
         ("Conv", "its weight is no constant"): 1,
     }
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "c = Conv(x, w) m = MaxPool<kernel_shape=[2,2]>(c) r = Relu(m) y = Conv(r, v)",
+        "c = Conv(x, w) t = Transpose<perm=[0,1,3,2]>(c) r = Relu(t) y = Conv(r, v)",
+        "c = Conv(x, w) p = Pad(c, pads) r = Relu(p) y = Conv(r, v)",
+        "c = Conv(x, w) f = Flatten(c) r = Relu(f) y = MatMul(r, h)",
+    ],
+)
+def test_an_activation_behind_a_move_still_clips(body: str) -> None:
+    """A move shares the scale of what it reads: its range cannot stand for an activation behind it."""
+    weights = {
+        "w": random(1, 8, 3, 3, 3),
+        "v": random(2, 4, 8, 3, 3),
+        "h": random(3, 288, 5),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+    }
+    assert quantize(model_of(body, "N,3,8,8", weights), IMAGES, mode="static").error < 8 / STEPS
+
+
+def test_weights_read_twice_out_of_order_are_brought_to_float_before_the_first_reader() -> None:
+    weights = {"w": random(1, 16, 3, 3, 3)}
+    model = model_of("b = Conv(x, w) a = Conv(x, w) y = Add(a, b)", "2,3,8,8", weights)
+    first, second = (node for node in model.graph if node.op_type == "Conv")
+    model.graph.remove(first)
+    model.graph.insert_before(model.graph[1], first)
+    assert next(use.node for use in model.graph.initializers["w"].uses()) is not second
+    assert quantize(model, None, mode="weights").error < 6 / STEPS
+
+
+def test_weights_an_excluded_node_reads_too_stay_float() -> None:
+    body = "a = MatMul(x, w) b = MatMul(a, w) y = Identity(b)"
+    model = model_of(body, "2,3,8,64", {"w": random(1, 64, 64)})
+    for node, name in zip(model.graph, ("A", "B", "C"), strict=True):
+        node.name = name
+    result = quantize(model, None, mode="weights", exclude=("B",))
+    assert "DequantizeLinear" not in result.ops
+    assert any("`B`, which is excluded" in note for note in result.notes)
+
+
+def test_a_bias_that_adds_axes_is_no_bias() -> None:
+    weights = {"w": random(1, 8, 16), "b": random(2, 1, 1, 16)}
+    result = quantize(model_of("m = MatMul(x, w) y = Add(m, b)", "N,8", weights), random(4, 16, 8), mode="static")
+    assert result.error < 6 / STEPS
+
+
+def test_a_layer_whose_attributes_the_caller_gives_is_left_alone() -> None:
+    text = """<ir_version: 9, opset_import: ["": 17, "local": 1]>
+    g (float[2,64] x) => (float[2,64] y) { y = local.f<t=1>(x) }
+    <domain: "local", opset_import: ["": 17]>
+    f <t> (x) => (y) {
+      i = Constant<value_ints = [64, 64]>()
+      w = ConstantOfShape<value = float[1] {0.5}>(i)
+      y = Gemm<transB: int = @t>(x, w)
+    }"""
+    model = ir.from_proto(parser.parse_model(text))
+    assert not linear_layers(model)

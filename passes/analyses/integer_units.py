@@ -195,7 +195,9 @@ class _Search:
         if adder is not None and layer is not None:
             layer = replace(layer, bias=next(value for value in adder.inputs if value is not node.outputs[0]))
         inputs = tuple(_activations(node, kind, layer))
-        unit = Unit(node, kind, inputs, adder, _tail(adder or node), layer, on_integers)
+        # A move shares the scale of what it reads, which is wider than what an activation behind it lets through.
+        tail = _tail(adder or node) if kind != "move" else None
+        unit = Unit(node, kind, inputs, adder, tail, layer, on_integers)
         if _reaches_subgraph(unit.outputs, self.target.shared_scale_ops):
             self.obstacles[node] = "what moves its result is read inside a subgraph"
             return None
@@ -227,6 +229,10 @@ class _Search:
             return None
         biases = [value for value in adder.inputs if value is not layer.node.outputs[0]]
         if len(biases) != 1 or not self.selection.allows(adder):
+            return None
+        bias, product = walk.constant_tensor(biases[0]), layer.node.outputs[0].shape
+        # A bias of more axes than the product would add axes to the result.
+        if bias is None or product is None or len(bias.shape) > len(product):
             return None
         return adder if _is_channel_bias(replace(layer, bias=biases[0])) else None
 

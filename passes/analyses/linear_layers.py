@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from graphopt import walk
 from graphopt.backend import Array
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
@@ -35,24 +37,40 @@ class LinearLayer:
     bias: ir.Value | None
 
     @property
-    def name(self) -> str:
-        """How notes call the layer."""
-        return walk.label(self.node)
+    def channels(self) -> int:
+        """Input channels of each output: what N:M patterns run along."""
+        dims = list(walk.dims(self._tensor()))
+        dims.pop(self.output_axis)
+        return dims[0] if self.node.op_type in _CONVOLUTIONS else math.prod(dims)
 
     def matrix(self) -> Array:
-        """Return W as [outputs, inputs]; a convolution's kernel positions count as inputs."""
-        tensor = walk.constant_tensor(self.weight)
-        assert tensor is not None, "a linear layer has a constant weight"
-        return np.moveaxis(tensor.numpy(), self.output_axis, 0).reshape(walk.dims(tensor)[self.output_axis], -1)
+        """Return W as [outputs, inputs], read-only; of a convolution, inputs are kernel positions × channels."""
+        outputs_first = np.moveaxis(self._tensor().numpy(), self.output_axis, 0)
+        if self.node.op_type in _CONVOLUTIONS:
+            outputs_first = np.moveaxis(outputs_first, 1, -1)
+        matrix = outputs_first.reshape(outputs_first.shape[0], -1)
+        matrix.flags.writeable = False  # it may be the model's own memory, which only the Rewriter changes
+        return matrix
+
+    def in_layout(self, matrix: Array) -> Array:
+        """Return an array [outputs, inputs] of any dtype, ordered as `matrix` gives it, in the weight's layout."""
+        dims = list(walk.dims(self._tensor()))
+        outputs = dims.pop(self.output_axis)
+        if self.node.op_type in _CONVOLUTIONS:
+            channels, *kernel = dims
+            outputs_first = np.moveaxis(matrix.reshape(outputs, *kernel, channels), -1, 1)
+        else:
+            outputs_first = matrix.reshape(outputs, *dims)
+        return np.ascontiguousarray(np.moveaxis(outputs_first, 0, self.output_axis))
 
     def from_matrix(self, matrix: Array) -> Array:
-        """Return a matrix shaped like `matrix`'s result in the layout and dtype of the weight."""
+        """Return a matrix like `matrix`'s result in the layout and dtype of the weight."""
+        return self.in_layout(matrix).astype(self._tensor().dtype.numpy(), copy=False)
+
+    def _tensor(self) -> ir.TensorProtocol:
         tensor = walk.constant_tensor(self.weight)
         assert tensor is not None, "a linear layer has a constant weight"
-        shape = list(walk.dims(tensor))
-        outputs = shape.pop(self.output_axis)
-        array = np.moveaxis(matrix.reshape(outputs, *shape), 0, self.output_axis)
-        return np.ascontiguousarray(array).astype(tensor.dtype.numpy(), copy=False)
+        return tensor
 
 
 def linear_layers(model: ir.Model) -> list[LinearLayer]:
@@ -62,7 +80,7 @@ def linear_layers(model: ir.Model) -> list[LinearLayer]:
 
 def as_linear_layer(node: ir.Node) -> LinearLayer | None:
     """Return a node as a linear layer, or None where it is none."""
-    if not walk.is_onnx_op(node, *LINEAR_OPS) or len(node.inputs) < 2:
+    if not walk.is_onnx_op(node, *LINEAR_OPS) or len(node.inputs) < 2 or walk.has_references(node):
         return None
     # y = x W is the rule; MatMul and Gemm may hold the constant on the left, y = W x.
     for index in (1, 0) if node.op_type in ("MatMul", "Gemm") else (1,):

@@ -86,7 +86,7 @@ def _key(node: ir.Node) -> Any:
         else:
             return None
     inputs = tuple(id(value) if value is not None else None for value in node.inputs)
-    return node.op_identifier(), inputs, tuple(attributes), len(node.outputs)
+    return node.op_identifier(), inputs, tuple(attributes), tuple(bool(value.name) for value in node.outputs)
 
 
 def _tensor_key(tensor: ir.TensorProtocol) -> Any:

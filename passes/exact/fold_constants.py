@@ -131,7 +131,7 @@ class _Folder:
         if reads_stored_integers(node):
             return False
         inputs = [value for value in node.inputs if value is not None]
-        return bool(inputs or node.op_type == "Constant") and all(self._is_constant(value) for value in inputs)
+        return bool(inputs) and all(self._is_constant(value) for value in inputs)
 
     def _is_constant(self, value: ir.Value) -> bool:
         producer = value.producer()

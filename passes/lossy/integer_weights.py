@@ -91,7 +91,7 @@ class WeightStore:
         if factor != 1.0:
             matrix = matrix * np.float32(factor)
         solution = grid.round_to_nearest(matrix, per_channel=per_channel, bits=self.bits, least_scales=least_scales)
-        codes = codes_like_weight(layer, solution.codes)
+        codes = layer.in_layout(solution.codes)
         scales = solution.scales if per_channel else solution.scales.reshape(())
         rewriter = self.ctx.rewriter
         return StoredWeight(
@@ -123,13 +123,6 @@ def weight_tensor(layer: LinearLayer) -> ir.TensorProtocol:
     tensor = walk.constant_tensor(layer.weight)
     assert tensor is not None, "a linear layer has a constant weight"
     return tensor
-
-
-def codes_like_weight(layer: LinearLayer, codes: Array) -> Array:
-    """Return codes [outputs, inputs] in the layout of the layer's weight."""
-    shape = [int(dim) for dim in weight_tensor(layer).shape]  # type: ignore[arg-type]
-    outputs = shape.pop(layer.output_axis)
-    return np.ascontiguousarray(np.moveaxis(codes.reshape(outputs, *shape), 0, layer.output_axis))
 
 
 def takes_channel_scales(layer: LinearLayer) -> bool:

@@ -26,7 +26,7 @@ class Prune(Pass):
     """Zero the smallest weights of each linear layer (unstructured, or N of every M)."""
 
     sparsity: float = opt(0.5, help="share of each layer's weights to be zero", low=0, high=1)
-    pattern: str | None = opt(None, help="N of every M weights kept along the inputs, for example 2of4")
+    pattern: str | None = opt(None, help="N of every M weights kept along the input channels, for example 2of4")
 
     name = "prune"
     guarantee = Guarantee.LOSSY
@@ -66,13 +66,16 @@ class Prune(Pass):
         matrix = layer.matrix()
         if not np.isfinite(matrix.astype(np.float32, copy=False)).all():
             raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
+        if layer.weight.is_graph_output():
+            ctx.left("its weight is an output of the model", layer.node)
+            return False
         others = readers_elsewhere(layer, layers)
         if others:
             ctx.left(f"its weight is also read by {others[0].op_type} `{walk.label(others[0])}`", layer.node)
             return False
         kept = _parse_pattern(self.pattern)
-        if kept is not None and matrix.shape[1] % kept[1]:
-            ctx.left(f"{matrix.shape[1]} inputs are no multiple of {kept[1]}", layer.node)
+        if kept is not None and layer.channels % kept[1]:
+            ctx.left(f"{layer.channels} input channels are no multiple of {kept[1]}", layer.node)
             return False
         return True
 

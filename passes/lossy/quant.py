@@ -195,7 +195,7 @@ def _multiplications(nodes: Iterable[ir.Node]) -> Counter[str]:
     for node in nodes:
         layer = as_linear_layer(node)
         if layer is not None:
-            counts[node.op_type] += layer.matrix().size * _positions(layer)
+            counts[node.op_type] += weight_tensor(layer).size * _positions(layer)
     return counts
 
 

@@ -20,7 +20,7 @@ from ..analyses.linear_layers import LinearLayer
 from ..analyses.selection import Selection
 from ..analyses.shared_scales import shared_spans
 from ..solvers import grid
-from .integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore
+from .integer_weights import StoredWeight, WeightStore
 
 _RULE = "quant-static"
 # Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
@@ -307,8 +307,3 @@ def _summarise(units: IntegerUnits, lowering: _Lowering, ctx: Context) -> None:
 def _left_text(left: Iterable[tuple[tuple[str, str], int]]) -> str:
     parts = [f"{count} {operator} ({reason})" for (operator, reason), count in left]
     return f"; left: {', '.join(parts)}" if parts else ""
-
-
-def can_scale_channels(model: ir.Model) -> bool:
-    """Return whether the model's operator set lets a DequantizeLinear have a scale for each channel."""
-    return walk.opset(model) >= PER_CHANNEL_OPSET

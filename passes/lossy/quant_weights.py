@@ -38,13 +38,18 @@ def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, weight
     chosen: dict[ir.Value, LinearLayer] = {}
     for node in walk.every_node(model):
         layer = _weight_of(node, ctx)
-        if layer is not None and selection.allows(node) and _pays(layer, weights.per_channel):
+        if layer is None or not selection.allows(node) or not _pays(layer, weights.per_channel):
+            continue
+        excluded = [use.node for use in layer.weight.uses() if not selection.allows(use.node)]
+        if excluded:
+            ctx.left(f"its weight is also read by `{walk.label(excluded[0])}`, which is excluded", node)
+        else:
             chosen.setdefault(layer.weight, layer)
     before = after = 0
     for weight, layer in chosen.items():
         before += _size(weight) * _BYTES_PER_SCALE
         after += _size(weight)
-        lowering.lower(weight, layer, selection)
+        lowering.lower(weight, layer)
     _summarise(chosen, before, after, lowering, ctx)
 
 
@@ -96,9 +101,11 @@ class _Lowering:
     done: Counter[str] = field(default_factory=Counter)
     direct: int = 0
 
-    def lower(self, weight: ir.Value, layer: LinearLayer, selection: Selection) -> None:
+    def lower(self, weight: ir.Value, layer: LinearLayer) -> None:
         """Store one weight and serve all its readers from the integers, as one edit."""
-        readers = {use.node: None for use in weight.uses()}
+        reading = {use.node for use in weight.uses()}
+        # In graph order: what the first reader in a graph is given, later ones share.
+        readers = [node for node in walk.every_node(self.ctx.model) if node in reading]
         with self.ctx.rewriter.edit(_RULE, layer.node):
             stored = self.weights.store(layer)
             floats: dict[object, ir.Value] = {}

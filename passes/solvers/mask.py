@@ -44,7 +44,9 @@ def unstructured(weight: Array, sparsity: float) -> Masked:
 
 
 def n_of_m(weight: Array, n: int, m: int) -> Masked:
-    """Keep the n largest of every m consecutive weights along the inputs (NVIDIA's 2:4 is n=2, m=4).
+    """Keep the n largest of every m consecutive weights along the inputs.
+
+    Sparse kernels (NVIDIA's 2:4: n=2, m=4) take the groups along input channels, so these must run fastest.
 
     Args:
         weight: [outputs, inputs], inputs divisible by m.

@@ -388,6 +388,24 @@ def test_rewrite_wrong_for_nan_only() -> None:
     assert error.message.startswith("rule `times-zero` changes the outputs by inf at mul")
 
 
+def test_rewrite_wrong_for_integers_beyond_0_and_1() -> None:
+    class SquareToAbs(Rule):
+        name = "square-to-abs"
+
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Mul(x, x)
+
+        def rewrite(self, op: Any, m: Match) -> Any:
+            return op.Abs(m.x)
+
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        g (int64[4] x) => (int64[4] y) { y = Mul(x, x) }
+    """)
+    error = refused(loaded(model), rewriting(SquareToAbs()), verify="rewrites")
+    assert error.message.startswith("rule `square-to-abs` changes the outputs by ")
+
+
 # Budgets and exceptions
 
 
@@ -403,6 +421,22 @@ g (float[N,4] x) => (float[N,4] y) <float[4,4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0
   [matmul] y = MatMul(x, w)
 }
 """
+
+
+def test_nan_weights_are_over_any_budget() -> None:
+    class Poison(Pass):
+        name = "poison"
+        guarantee = Guarantee.LOSSY
+
+        def run(self, model: ir.Model, ctx: Context) -> None:
+            for value in list(model.graph.initializers.values()):
+                tensor = value.const_value
+                if tensor is not None and tensor.dtype == ir.DataType.FLOAT:
+                    ctx.rewriter.set_weight(value, np.full(tensor.shape, np.nan, np.float32))
+
+    model = ir.from_proto(onnx.parser.parse_model(CLASSIFIER))
+    with pytest.raises(VerificationError, match="over budget"):
+        graphopt.optimize(model, Poison(), data=samples(), budget="sqnr_db=1000")
 
 
 def test_lossy_pass_over_budget_stops_the_run_and_leaves_a_report() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -21,9 +22,20 @@ LABELS_HINT = "store them beside the inputs under `labels`, or name their key wi
 ModelLike = ir.Model | str | Path
 
 
-def open_model(model: ModelLike) -> ir.Model:
-    """Return a model of its own to work on: loaded, or a clone that shares weights, with origins stamped."""
-    opened = model.clone() if isinstance(model, ir.Model) else load(model)
+def open_model(model: Any) -> ir.Model:
+    """Return a model of its own to work on: loaded, or a clone that shares weights, with origins stamped.
+
+    Raises:
+        UsageError: It is neither a path nor a model.
+        ModelError: The file cannot be loaded.
+    """
+    if isinstance(model, ir.Model):
+        opened = model.clone()
+    elif isinstance(model, str | Path):
+        opened = load(model)
+    else:
+        hint = "a path, or an `onnx_ir.Model`: `graphopt.ir.from_proto(proto)` makes one of an onnx.ModelProto"
+        raise UsageError(f"a model cannot be a `{type(model).__name__}`", hint=hint)
     normalize(opened)
     provenance.stamp(opened)
     return opened

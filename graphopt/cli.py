@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Everything heavy is imported inside the commands, so that `graphopt --help` answers at once.
 
 # What a shell reports of a process that the signal ended.
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
 MOST_THREADS = 1024
 
 app = typer.Typer(
@@ -352,7 +352,7 @@ def _run() -> int:
     except BrokenPipeError:
         # The reader of our output has gone (`graphopt list | head`); nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_CHECK_FAILED
+        return EXIT_BROKEN_PIPE
     except OSError as error:
         where = f": `{error.filename}`" if error.filename else ""
         _explain(f"{error.strerror or error}{where}", "check the path, the disk and your permissions", error)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnx_ir as ir
 
@@ -23,7 +23,7 @@ from graphopt.choices import (
     open_model,
 )
 from graphopt.data import Dataset, batch_size, open_data
-from graphopt.errors import BackendError, UsageError, VerificationError
+from graphopt.errors import BackendError, UsageError, VerificationError, did_you_mean
 from graphopt.evaluation import Judge
 from graphopt.instruments import (
     Gate,
@@ -149,11 +149,26 @@ def optimize(
     return _Run(request).run()
 
 
+def _check_request(request: Request) -> None:
+    """Raise a UsageError for a setting that is none: from Python nothing else would notice."""
+    if request.verify not in get_args(Verify):
+        raise UsageError(
+            f"verify cannot be `{request.verify}`", hint=did_you_mean(str(request.verify), get_args(Verify))
+        )
+    for name in ("seed", "threads"):
+        value = getattr(request, name)
+        if not isinstance(value, int) or value < 0:
+            raise UsageError(f"{name} cannot be `{value}`", hint="a whole number, 0 or more")
+    if any(not isinstance(text, str) for text in request.budget):
+        raise UsageError(f"budget cannot be `{request.budget}`", hint='for example "top1=1%", or a list of such')
+
+
 class _Run:
     """One optimization from request to result; each method is one stage."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        _check_request(request)
         self.display = Display(request.progress)
         # All that can be refused is refused here, before any work.
         self.pipeline = Pipeline.of(request.passes)
@@ -306,6 +321,8 @@ class _Run:
     def _verify_at_end(self, report: Report) -> None:
         """Check the finished model once, by the weakest guarantee of all steps."""
         verify(self.model, Signature.of(self.original), provenance_too=True, known=problems_of(self.original))
+        for record in report.steps:
+            record.check = Check("none", None, why="all steps are checked together, at the end")
         changed = [record for record in report.steps if record.edits]
         if not changed:
             return

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt.authoring import Guarantee, Pass
+from graphopt.comparison import NEW_NAN
 from graphopt.errors import BackendError, VerificationError
 from graphopt.evaluation import Judge, Outputs, compare_outputs
 from graphopt.metrics import Budget, Metric
@@ -136,7 +137,7 @@ class VerifyNumerics(Instrument):
             return Check("none", False, why=f"the result does not run: {error.message}")
         before, self._before = self._before, after
         if step.guarantee is Guarantee.LOSSY:
-            return measured(self.judge, model)
+            return poisoned(before, after) or measured(self.judge, model)
         return judged(step.guarantee, before, after)
 
 
@@ -153,6 +154,15 @@ def judged(guarantee: Guarantee, before: Outputs, after: Outputs) -> Check:
         scale = worst.mismatch or f"values up to {worst.peak:.3g}"
         why = f"output `{worst.name}` is off by {worst.max_abs:.3g} ({scale})"
     return Check(kind, ok, comparison.max_abs_error, why=why)
+
+
+def poisoned(before: Outputs, after: Outputs) -> Check | None:
+    """Return a failed check where a lossy step made NaN of a number: no metric may average that away."""
+    comparison = compare_outputs(before, after)
+    for name, output in comparison.outputs.items():
+        if output.mismatch == NEW_NAN:
+            return Check("measured", False, comparison.max_abs_error, why=f"output `{name}`: {NEW_NAN}")
+    return None
 
 
 def measured(judge: Judge, model: ir.Model | Path) -> Check:

@@ -112,6 +112,15 @@ def _classes_named(array: Array, labels: Array) -> bool:
     return array.dtype.kind in "iubOSU" and array.size == labels.size
 
 
+def _check_classes(labels: Array, classes: int, metric: str) -> None:
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if outside.size:
+        raise DataError(
+            f"metric `{metric}`: label {outside.flat[0]} for outputs of {classes} classes",
+            hint=f"labels are class numbers from 0 to {classes - 1}",
+        )
+
+
 class Top1(_Mean):
     """Share of items whose highest score is at the label."""
 
@@ -126,6 +135,7 @@ class Top1(_Mean):
             return
         scores = _class_scores(output, self.name)
         labels = _check_labels(batch.labels, scores.shape[:-1], self.name)
+        _check_classes(labels, scores.shape[-1], self.name)
         best = _best(scores, self.places)
         # Scores that are NaN name no class.
         self.add((best == labels[..., None]).any(-1) & ~_has_nan(scores))

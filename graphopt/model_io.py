@@ -26,7 +26,7 @@ from graphopt.wire import HELD_ELSEWHERE, Hole, Piece, WireError, open_holes, si
 PAYLOAD_THRESHOLD = 1024
 """Bytes from which a tensor stays in its file; below, a reference is hardly smaller than the tensor."""
 
-EXTERNAL_THRESHOLD = 1 << 30
+EXTERNAL_THRESHOLD = 10**9
 """Tensor bytes from which a model is saved with a data file: half of what protobuf can hold in one file."""
 
 PROTOBUF_LIMIT = (1 << 31) - 1

@@ -118,6 +118,7 @@ class ReplacementBuilder:
         self._rewriter = rewriter
         self._match = match
         self.nodes: list[ir.Node] = []
+        self.heirs: dict[ir.Node, ir.Node] = {}  # matched node -> the one made like it
         self.constants: list[ir.Value] = []
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
@@ -143,6 +144,7 @@ class ReplacementBuilder:
         value: ir.Value = getattr(self, node.op_type)(
             *inputs, _domain=node.domain, _name=node.name, **dict(node.attributes)
         )
+        self.heirs[node] = self.nodes[-1]
         return value
 
     def const(self, content: Array | ir.TensorProtocol, name: str) -> ir.Value:
@@ -451,6 +453,20 @@ class _Driver:
             left = [node for node in left if node not in dead]
             for node in dead:
                 self.rewriter.erase(node)
+        self._hand_down_names(match, built, values)
+
+    def _hand_down_names(self, match: Match, built: ReplacementBuilder, values: Sequence[ir.Value]) -> None:
+        """Give names that have become free to what replaced their bearers, so that people find them again."""
+        heirs = dict(built.heirs)
+        made_by = values[0].producer() if values else None
+        if made_by in built.nodes and made_by not in heirs.values():
+            heirs.setdefault(match.root, made_by)
+        for old, new in heirs.items():
+            if old.graph is None and old.name:
+                new.name = old.name
+        for before, after in zip(match.root.outputs, values, strict=False):
+            if match.root.graph is None and after.producer() in built.nodes and not after.is_graph_output():
+                after.name = before.name
 
 
 def _read_elsewhere(match: Match) -> ir.Node | None:

@@ -90,6 +90,8 @@ class Pipeline:
         if isinstance(passes, str):
             return cls.parse(passes)
         given = [passes] if isinstance(passes, Pass) else passes
+        if not isinstance(given, Sequence):
+            raise UsageError(f"passes cannot be `{given!r}`", hint='for example "prune,quant" or [Prune(0.5), Quant()]')
         steps: list[Step] = []
         for one in given:
             steps.extend(cls.parse(one).steps if isinstance(one, str) else [_step_of(one)])
@@ -133,7 +135,9 @@ def _toml_options(step: Step) -> dict[str, Any]:
 
 
 def _step_from_text(text: str) -> Step:
-    name, *rest = options.split(text, ":") or [""]
+    if not text:
+        raise UsageError("a pass between two commas, or at an end, has no name", hint="remove the comma too many")
+    name, *rest = options.split(text, ":")
     return _make_step(name, options.from_text(":".join(rest), where=f"pass `{name}`"))
 
 

@@ -94,7 +94,8 @@ def test_python_and_text_are_the_same_object() -> None:
     [
         ("", "no passes given"),
         ("prun", "unknown pass `prun`"),
-        ("prune,,quant", "unknown pass ``"),
+        ("prune,,quant", "has no name"),
+        ("prune,", "has no name"),
         ("simplify:x=1", "preset `simplify` takes no options"),
         ("prune:pattern=4of2", "option `pattern` cannot be `4of2`"),
     ],

@@ -75,7 +75,7 @@ def _resolve_type_argument(node: ir.Node, ctx: Context) -> None:
 
 def _fold_shape(node: ir.Node, ctx: Context) -> None:
     """Shape and Size of a value whose dimensions are all known are constants."""
-    if not walk.is_onnx_op(node, "Shape", "Size"):
+    if not walk.is_onnx_op(node, "Shape", "Size") or walk.has_references(node):
         return
     shape = shapes.static_shape(node.inputs[0])
     if shape is None:

@@ -55,6 +55,8 @@ class Prune(Pass):
             zeroed += solution.weight.size - int(np.count_nonzero(solution.weight))
             if solution.zeroed:
                 ctx.rewriter.set_weight(layer.weight, layer.from_matrix(solution.weight))
+        if self.pattern is not None:
+            ctx.note(f"the pattern decides which weights are zero; `sparsity={self.sparsity:g}` is not used")
         _summarise(len(done), zeroed, total, ctx)
 
     def _solve(self, matrix: Array) -> mask.Masked:
@@ -104,8 +106,10 @@ def _summarise(layers: int, zeroed: int, total: int, ctx: Context) -> None:
     if not layers:
         ctx.note("found no layer with constant weights to prune: the model is unchanged")
         return
+    count = sum(note.left for note in ctx.notes)
+    left = f" ({count} left as they were, `-v` says why)" if count else ""
     ctx.note(
-        f"{layers} layers, {zeroed / total:.1%} of their weights zero; a dense runtime stores and computes zeros "
+        f"{layers} layers{left}, {zeroed / total:.1%} of their weights zero; a dense runtime stores and computes zeros "
         "like any number, so only a compressed file is smaller",
         layers=layers,
         zeroed=zeroed,

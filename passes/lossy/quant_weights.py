@@ -169,7 +169,7 @@ def _multiplies_directly(node: ir.Node, layer: LinearLayer) -> bool:
 
 def _summarise(chosen: dict[ir.Value, LinearLayer], before: int, after: int, lowering: _Lowering, ctx: Context) -> None:
     if not chosen:
-        ctx.note("found no weight that is smaller as int8: the model is unchanged")
+        ctx.note("no weight is smaller stored as int8")
         return
     readers = ", ".join(f"{count} {operator}" for operator, count in lowering.done.most_common())
     compute = "the runtime computes in float as before"

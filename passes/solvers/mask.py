@@ -35,11 +35,14 @@ def unstructured(weight: Array, sparsity: float) -> Masked:
         sparsity: Share of all weights to be zero, 0 to 1; zeros already there count.
     """
     count = round(sparsity * weight.size)
-    magnitude = np.abs(weight.astype(np.float32, copy=False)).reshape(-1)
-    # A stable order, so that ties fall the same way on every machine.
-    smallest = np.argsort(magnitude, kind="stable")[:count]
     keep = np.ones(weight.size, bool)
-    keep[smallest] = False
+    if count:
+        magnitude = np.abs(weight.astype(np.float32, copy=False)).reshape(-1)
+        threshold = np.partition(magnitude, count - 1)[count - 1]
+        keep = magnitude > threshold
+        # Of equal magnitudes the first ones go, on every machine.
+        ties = np.flatnonzero(magnitude == threshold)
+        keep[ties[count - np.count_nonzero(magnitude < threshold) :]] = True
     return _apply(weight, keep.reshape(weight.shape))
 
 
@@ -62,6 +65,6 @@ def n_of_m(weight: Array, n: int, m: int) -> Masked:
 
 
 def _apply(weight: Array, keep: Array) -> Masked:
+    removed = weight[~keep].astype(np.float64)
     masked = np.where(keep, weight, weight.dtype.type(0))
-    removed = np.where(keep, 0.0, weight.astype(np.float64))
     return Masked(masked, int(np.count_nonzero(removed)), float(np.vdot(removed, removed)))

@@ -17,7 +17,7 @@ from graphopt.fragment import constant_content, fragment
 from graphopt.pattern import Match, Rule, describe_match
 
 STAND_IN_FOR_DYNAMIC = 2
-LARGEST_INTEGER = 9
+LARGEST_INTEGER, LARGEST_SIZE = 9, 99
 
 
 @dataclass
@@ -129,5 +129,7 @@ def _full(shape: list[int], dtype: np.dtype[Any], value: float) -> Array:
         return np.full(shape, value == 1)
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        return np.full(shape, int(np.clip(np.nan_to_num(value, posinf=limits.max), limits.min, limits.max)), dtype)
+        # Large numbers stay small enough to be the sizes of something.
+        whole = limits.max if np.isinf(value) else limits.min if np.isnan(value) else int(min(value, LARGEST_SIZE))
+        return np.full(shape, min(max(whole, limits.min), limits.max), dtype)
     return np.full(shape, value, dtype)

@@ -191,7 +191,7 @@ OPTIONS: dict[str, tuple[Prepare, str, str]] = {
     "wrong choice": (_with("--passes", "quant:mode=statik"), "cannot be `statik`", "static"),
     "wrong pattern": (_with("--passes", "prune:pattern=4of2"), "cannot be `4of2`", "2of4"),
     "no passes": (_with("--passes", ""), "no passes given", "--passes"),
-    "a comma too many": (_with("--passes", "prune,"), "unknown pass ``", "known:"),
+    "a comma too many": (_with("--passes", "prune,"), "has no name", "remove the comma"),
     "neither passes nor recipe": (lambda folder: ["optimize", folder / "net.onnx"], "neither was given", "--passes"),
     "both passes and recipe": (_with("--passes", "prune", "--recipe", "@r.toml"), "both was given", "--passes"),
     "data needed": (_with("--passes", "quant:mode=static"), "needs calibration data", "--data"),

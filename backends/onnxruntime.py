@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array, Feeds
-from graphopt.errors import BackendError, UsageError
+from graphopt.errors import BackendError, UsageError, one_line
 from graphopt.model_io import serialize
 from graphopt.options import opt
 
@@ -85,7 +85,7 @@ class OnnxRuntime:
             return self._session(proto, options, arrays)
         except Exception as error:
             if _is_runtime_error(error):
-                raise BackendError(f"{self.describe()} refuses the model: {_one_line(error)}") from error
+                raise BackendError(f"{self.describe()} refuses the model: {one_line(error)}") from error
             raise
 
     def _session(self, model: str | bytes, options: Any, weights: dict[str, Array]) -> OnnxRuntimeSession:
@@ -117,7 +117,7 @@ class OnnxRuntimeSession:
             values = self._session.run(None, dict(feeds))
         except Exception as error:
             if _is_runtime_error(error):
-                raise BackendError(f"onnxruntime fails on the model: {_one_line(error)}") from error
+                raise BackendError(f"onnxruntime fails on the model: {one_line(error)}") from error
             raise
         outputs = dict(zip(self.output_names, values, strict=True))
         return outputs | {name: outputs[name].view(dtype) for name, dtype in self._views.items()}
@@ -176,7 +176,3 @@ def _is_read(value: ir.Value) -> bool:
 
 def _is_runtime_error(error: Exception) -> bool:
     return type(error).__module__.startswith("onnxruntime") or isinstance(error, (RuntimeError, ValueError))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

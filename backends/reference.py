@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from graphopt.backend import Array, Feeds
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, one_line
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Reference:
             proto = onnx.load(model) if isinstance(model, Path) else ir.to_proto(model)
             return ReferenceSession(ReferenceEvaluator(proto))
         except Exception as error:
-            raise BackendError(f"the reference evaluator refuses the model: {_one_line(error)}") from error
+            raise BackendError(f"the reference evaluator refuses the model: {one_line(error)}") from error
 
 
 class ReferenceSession:
@@ -57,7 +57,7 @@ class ReferenceSession:
         try:
             values = self._evaluator.run(None, dict(feeds))
         except Exception as error:
-            raise BackendError(f"the reference evaluator fails on the model: {_one_line(error)}") from error
+            raise BackendError(f"the reference evaluator fails on the model: {one_line(error)}") from error
         return dict(zip(self.output_names, values, strict=True))
 
     def close(self) -> None:
@@ -68,7 +68,3 @@ class ReferenceSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.backend import Array
-from graphopt.errors import DataError, did_you_mean
+from graphopt.errors import DataError, did_you_mean, in_words
 
 DEFAULT_LABELS = "labels"
 HELD_BACK_SHARE = 4  # a quarter is scored, the rest calibrated on
@@ -344,12 +344,6 @@ def _run_file(path: Path) -> ModuleType:
             del sys.modules[path.stem]
         raise DataError(f"`{path}` fails to run: {in_words(error)}", hint="run it by itself") from error
     return module
-
-
-def in_words(error: BaseException) -> str:
-    """Return an error on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _from_npz(path: Path, _: list[str]) -> Raw:

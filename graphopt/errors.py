@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 EXIT_CHECK_FAILED = 1
+LONGEST_CAUSE = 300  # characters of another library's error that are shown
 EXIT_USAGE = 2
 
 
@@ -61,6 +62,17 @@ class VerificationError(GraphoptError):
     usual_hint = "this is a mistake of a pass, not yours; `--verify each` finds it"
     report: Any = None
     output: Any = None
+
+
+def one_line(error: BaseException) -> str:
+    """Return what another library's error says on one line, cut where it goes on and on: some print a whole graph."""
+    return " ".join(str(error).split())[:LONGEST_CAUSE]
+
+
+def in_words(error: BaseException) -> str:
+    """Return an error's type and what it says, on one line."""
+    text = one_line(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from graphopt.analysis import AnalysisCache
 from graphopt.authoring import Context, Guarantee, Note, Pass
 from graphopt.backend import Backend
 from graphopt.data import Dataset
-from graphopt.errors import GraphoptError, PassError
+from graphopt.errors import GraphoptError, PassError, in_words
 from graphopt.instruments import Instrument
 from graphopt.model_io import saved_bytes
 from graphopt.pattern import RewriteCheck
@@ -23,8 +23,6 @@ from graphopt.target import Target
 
 # Rounds over a preset's passes; each pass is at its own fixpoint, so more than a few rounds means a ping-pong.
 PRESET_ROUNDS_LIMIT = 10
-# Characters of another library's error that are shown; some print a whole graph.
-LONGEST_CAUSE = 300
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ class PassManager:
             raise
         except Exception as error:
             raise PassError(
-                f"pass `{one.name}` failed: {type(error).__name__}: {_one_line(error)}",
+                f"pass `{one.name}` failed: {in_words(error)}",
                 hint="this is a mistake of the pass, not yours; `-v` shows where; leave it out, or report it",
             ) from error
         self._analyses.keep(one.preserves, since, rewriter.version)
@@ -142,10 +140,6 @@ def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> Non
     known.edits += edits
     known.rounds += 1
     known.notes = [note for note in known.notes if not note.left] + context.notes
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:LONGEST_CAUSE]
 
 
 def _measure(model: ir.Model) -> tuple[int, int]:

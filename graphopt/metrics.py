@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array
-from graphopt.data import Batch, in_words, load_function
-from graphopt.errors import DataError, UsageError, did_you_mean
+from graphopt.data import Batch, load_function
+from graphopt.errors import DataError, UsageError, did_you_mean, in_words
 
 Outputs = Mapping[str, Any]
 

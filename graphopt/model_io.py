@@ -27,7 +27,7 @@ PAYLOAD_THRESHOLD = 1024
 """Bytes from which a tensor stays in its file; below, a reference is hardly smaller than the tensor."""
 
 EXTERNAL_THRESHOLD = 10**9
-"""Tensor bytes from which a model is saved with a data file: half of what protobuf can hold in one file."""
+"""Tensor bytes from which a model is saved with a data file: 1 GB, well below the 2 GB one file can hold."""
 
 PROTOBUF_LIMIT = (1 << 31) - 1
 GZIP_LIMIT = 256 << 20

@@ -6,9 +6,6 @@ import onnx_ir as ir
 
 from graphopt import walk
 
-# From this IR version on, an initializer that is also an input is a default a caller may override.
-FIRST_IR_WITH_DEFAULTS = 4
-
 
 def normalize(model: ir.Model) -> None:
     """Bring a freshly loaded model into normal form; what it computes and how it is called stay the same.
@@ -18,7 +15,7 @@ def normalize(model: ir.Model) -> None:
     * A nested graph that returns a value of the graph around it gets an Identity: onnx_ir loses the link between the
       two, and ONNX Runtime refuses such a model.
     """
-    if model.ir_version < FIRST_IR_WITH_DEFAULTS:
+    if model.ir_version < walk.FIRST_IR_WITH_PURE_INITIALIZERS:
         _drop_constant_inputs(model)
     _own_returned_values(model.graph, {})
     for function in model.functions.values():
@@ -29,7 +26,7 @@ def _drop_constant_inputs(model: ir.Model) -> None:
     for graph in walk.every_graph(model):
         for value in [value for value in graph.inputs if value.is_initializer()]:
             graph.inputs.remove(value)
-    model.ir_version = FIRST_IR_WITH_DEFAULTS
+    model.ir_version = walk.FIRST_IR_WITH_PURE_INITIALIZERS
 
 
 def _own_returned_values(graph: ir.Graph | ir.Function, outer: dict[str, ir.Value]) -> None:

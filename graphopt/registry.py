@@ -11,7 +11,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from graphopt import options
-from graphopt.errors import UsageError, did_you_mean
+from graphopt.errors import UsageError, did_you_mean, in_words
 
 GROUP = "graphopt.plugins"
 # A plug-in is a module with any of these tables.
@@ -64,7 +64,7 @@ def _plugins() -> tuple[_Plugin, ...]:
             plugins.append(_Plugin(point.value, package, point.load()))
         except Exception as error:
             raise UsageError(
-                f"plug-in `{point.value}` of package `{package}` fails to load: {_one_line(error)}",
+                f"plug-in `{point.value}` of package `{package}` fails to load: {in_words(error)}",
                 hint=f"repair or uninstall `{package}`",
             ) from error
     return tuple(plugins)
@@ -122,13 +122,9 @@ def find(kind: str, name: str) -> Any:
         return resolve(entry)
     except Exception as error:
         raise UsageError(
-            f"{noun} `{name}` cannot be imported from `{entry}`: {_one_line(error)}",
+            f"{noun} `{name}` cannot be imported from `{entry}`: {in_words(error)}",
             hint="repair or uninstall the package that brings it",
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def backend(text: str, **overrides: Any) -> Any:

@@ -15,8 +15,6 @@ from graphopt.backend import Array
 
 Attributes = Mapping[str, Any]
 Observer = Callable[[ir.Node], None]
-# Before this IR version every initializer had to be an input as well, which a caller may override.
-FIRST_WITH_PURE_INITIALIZERS = 4
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ class Rewriter:
         root = self._root(near.graph) if near is not None and near.graph is not None else self.model.graph
         with self.edit("const", *([near] if near is not None else [])):
             self._note()
-            if isinstance(root, ir.Graph) and (self.model.ir_version or 0) >= FIRST_WITH_PURE_INITIALIZERS:
+            if isinstance(root, ir.Graph) and (self.model.ir_version or 0) >= walk.FIRST_IR_WITH_PURE_INITIALIZERS:
                 root.register_initializer(value)
                 return
             # A function has no initializers and captures nothing; earlier IR versions make an initializer an input.
@@ -291,12 +289,6 @@ class Rewriter:
         """Remove a function no node calls."""
         with self.edit("remove-function"):
             self.model.functions.pop(key)
-            self._note()
-
-    def import_opset(self, domain: str, version: int) -> None:
-        """Import an operator set the model does not import yet."""
-        with self.edit("import-opset"):
-            self.model.opset_imports[domain] = version
             self._note()
 
     def _take_over_output(self, old: ir.Value, new: ir.Value, sources: list[ir.Node]) -> None:

@@ -59,11 +59,6 @@ class ModelSummary:
     largest: list[LayerCost]
     unknown_cost: list[str]
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all stored tensors."""
-        return sum(self.bytes_by_dtype.values())
-
 
 def summarize(model: ir.Model) -> ModelSummary:
     """Return a summary of a model; its shapes are inferred on a copy."""

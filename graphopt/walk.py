@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 ONNX_DOMAINS = ("", "ai.onnx")
+# Before this IR version every initializer had to be an input too, and was a constant all the same.
+FIRST_IR_WITH_PURE_INITIALIZERS = 4
 
 # Operators whose result differs from run to run: never folded, merged or duplicated. See `is_random`.
 NONDETERMINISTIC_OPS = frozenset(

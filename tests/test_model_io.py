@@ -28,7 +28,7 @@ from graphopt import data_files, mapped, model_io
 from graphopt.errors import ModelError
 from graphopt.header import each_tensor, graphs
 from graphopt.mapped import MappedTensor
-from graphopt.normal_form import FIRST_IR_WITH_DEFAULTS
+from graphopt.walk import FIRST_IR_WITH_PURE_INITIALIZERS
 from graphopt.wire import WireError, fields, length_delimited, open_holes, strip_payloads
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +211,7 @@ def test_every_onnx_node_case_survives_a_round_trip(tmp_path: Path) -> None:
     for case in cases:
         source = write(case.model, tmp_path / "in.onnx")
         model_io.save(model_io.load(source), tmp_path / "out.onnx")
-        case.model.ir_version = max(case.model.ir_version, FIRST_IR_WITH_DEFAULTS)
+        case.model.ir_version = max(case.model.ir_version, FIRST_IR_WITH_PURE_INITIALIZERS)
         if not same_proto(case.model, onnx.load(tmp_path / "out.onnx")):
             changed.append(case.name)
     assert changed == []

@@ -147,12 +147,14 @@ class Pass:
         guarantee: What it promises of the outputs.
         needs: What it must have before it runs; a property where that depends on the options.
         preserves: Analyses that stay valid although it edits.
+        edits: Kinds of edits it makes, each with the equation it rests on; a `RewritePass` has rules instead.
     """
 
     # No ClassVar: a Rule, which RewritePass is too, may set its name per instance.
     name: str = ""
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
     preserves: ClassVar[Sequence[Callable[[ir.Model], Any]]] = ()
+    edits: ClassVar[Mapping[str, str]] = {}
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -173,13 +175,17 @@ class RewritePass(Pass, Rule):
 
     guarantee = Guarantee.EQUIVALENT
 
-    def rules(self) -> Sequence[Rule]:
-        """Return the rules to drive to a fixpoint; by default the pass itself is the one rule."""
+    def rules(self, target: Target) -> Sequence[Rule]:
+        """Return the rules to drive to a fixpoint; by default the pass itself is the one rule.
+
+        Args:
+            target: What the result will run on; a rule that pays on some runtimes only asks it.
+        """
         return (self,)
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Apply the rules until none matches, and note what was held back and why."""
-        outcome = apply_rules(self.rules(), model, ctx.rewriter, check=ctx.check_rewrite)
+        outcome = apply_rules(self.rules(ctx.target), model, ctx.rewriter, check=ctx.check_rewrite)
         for (rule, reason), count in sorted(outcome.held_back.items()):
             ctx.left(f"{rule} held back {count}×: {reason}")
         if ctx.check_rewrite is not None and outcome.fired:

@@ -159,10 +159,16 @@ class Rule:
 
     Subclasses set ``name`` and write ``pattern(self, op, ...)``, whose further parameters are the pattern's
     variables (one with a default of None is an optional input), and ``rewrite(self, op, m)``. The last operator of
-    the pattern is its root; operators inside the pattern must feed nothing else.
+    the pattern is its root; operators inside the pattern must feed nothing else, unless ``inner_may_be_read``. The
+    docstring's first line is the equation the rule rests on; the rest of its first paragraph says why it holds.
+
+    Attributes:
+        name: What journals and messages call it.
+        inner_may_be_read: Whether operators inside the pattern may feed others too; they then stay for these.
     """
 
     name: str = ""
+    inner_may_be_read: bool = False
 
     def pattern(self, op: Any, *variables: Any) -> Any:
         """Return the pattern's root value, built from variables."""
@@ -413,7 +419,7 @@ class _Driver:
 
     def _apply(self, rule: Rule, match: Match) -> Miss | None:
         """Rewrite one match, or return why not; the graph changes only on success."""
-        busy = _read_elsewhere(match)
+        busy = None if rule.inner_may_be_read else _read_elsewhere(match)
         if busy is not None:
             return Miss(f"`{busy.op_type}` also feeds other nodes", busy)
         miss = rule.check(match)

@@ -41,6 +41,7 @@ class Target:
         shared_scale_ops: Operators that only move or select values: input and output share one scale.
         dynamic_ops: Operators that pay when activations are quantized on the fly.
         weight_only_ops: Operators that may read a weight stored as integers.
+        fast_ops: Operators with a kernel that beats what they stand for, as ``domain::op`` outside the ONNX domain.
     """
 
     name: str
@@ -52,3 +53,4 @@ class Target:
     shared_scale_ops: frozenset[str] = field(default_factory=frozenset)
     dynamic_ops: frozenset[str] = field(default_factory=frozenset)
     weight_only_ops: frozenset[str] = field(default_factory=frozenset)
+    fast_ops: frozenset[str] = field(default_factory=frozenset)

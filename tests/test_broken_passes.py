@@ -17,6 +17,7 @@ from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Pass, RewritePass
 from graphopt.errors import GraphoptError, PassError, VerificationError
 from graphopt.pattern import Match, Rule
+from graphopt.target import Target
 
 from .pass_runs import is_deterministic, loaded, run_passes
 
@@ -341,7 +342,7 @@ def rewriting(*rules: Rule) -> RewritePass:
     class Rewriting(RewritePass):
         name = "rewriting"
 
-        def rules(self) -> Sequence[Rule]:
+        def rules(self, target: Target) -> Sequence[Rule]:
             return rules
 
     return Rewriting()

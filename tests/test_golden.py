@@ -18,20 +18,15 @@ import pytest
 
 from graphopt import provenance, registry, walk
 from graphopt.authoring import Guarantee, RewritePass
+from graphopt.choices import find_target
 from graphopt.comparison import Comparison
 from graphopt.generated import generated_feeds
 
-from .pass_runs import PassRun, loaded, outputs_of, run_passes
+from .pass_runs import TARGET, PassRun, loaded, outputs_of, run_passes
 
 GOLDEN = Path(__file__).parent / "golden"
 SECTION = re.compile(r"^=== (before|after|remarks)\n", re.MULTILINE)
 HEADERS = {"fires", "holds back", "options", "not run"}
-# The kinds of edits of passes that are not made of rules.
-EDITS = {
-    "common-subexpressions": {"merge", "replace"},
-    "dead-code": {"erase", "remove-initializer", "remove-function"},
-    "fold-constants": {"fold", "castlike-to-cast"},
-}
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,9 @@ def test_new_constant_of_an_old_model_in_memory_is_a_node() -> None:
 
 def rules_of(name: str) -> set[str]:
     cls = registry.find("PASSES", name)
-    return {rule.name for rule in cls().rules()} if issubclass(cls, RewritePass) else EDITS[name]
+    if issubclass(cls, RewritePass):
+        return {rule.name for rule in cls().rules(find_target(TARGET))}
+    return set(cls.edits)
 
 
 EXACT_PASSES = [

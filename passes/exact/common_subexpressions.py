@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -33,6 +33,10 @@ class CommonSubexpressions(Pass):
 
     name = "common-subexpressions"
     guarantee = Guarantee.EXACT
+    edits: ClassVar[Mapping[str, str]] = {
+        "merge": "nodes of one graph with equal operators, attributes and inputs have equal outputs",
+        "replace": "constants with equal dtype, shape and bytes are the same",
+    }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Merge graph by graph; a nested graph does not look into the one around it."""

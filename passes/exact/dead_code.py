@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -16,6 +18,11 @@ class DeadCode(Pass):
 
     name = "dead-code"
     guarantee = Guarantee.EXACT
+    edits: ClassVar[Mapping[str, str]] = {
+        "erase": "a node whose outputs nothing reads has no effect",
+        "remove-initializer": "a constant nothing reads has no effect",
+        "remove-function": "a function nothing calls has no effect",
+    }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Remove what is dead, readers before what they read."""

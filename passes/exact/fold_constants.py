@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -35,6 +36,10 @@ class FoldConstants(Pass):
     name = "fold-constants"
     # The kernels that fold are those that would run, but a runtime may fuse where nothing is folded.
     guarantee = Guarantee.EQUIVALENT
+    edits: ClassVar[Mapping[str, str]] = {
+        "fold": "what depends on constants alone is a constant; so are Shape and Size of a known shape",
+        "castlike-to-cast": "CastLike(x, y) = Cast(x, to=dtype of y)",
+    }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Fold until nothing more folds: a constant shape may make other shapes known."""

@@ -11,6 +11,7 @@ import numpy as np
 from graphopt.authoring import RewritePass
 from graphopt.backend import Array
 from graphopt.pattern import Match, Miss, Rule
+from graphopt.target import Target
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class FuseConvBatchNorm(RewritePass):
 
     name = "fuse-conv-bn"
 
-    def rules(self) -> Sequence[Rule]:
+    def rules(self, target: Target) -> Sequence[Rule]:
         """Return a rule for each kind of convolution."""
         return (ConvBatchNorm("Conv"), ConvBatchNorm("ConvTranspose"))
 

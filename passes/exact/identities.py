@@ -11,6 +11,7 @@ import onnx_ir as ir
 from graphopt import shapes, walk
 from graphopt.authoring import RewritePass
 from graphopt.pattern import Match, Miss, Rule
+from graphopt.target import Target
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Identities(RewritePass):
 
     name = "identities"
 
-    def rules(self) -> Sequence[Rule]:
+    def rules(self, target: Target) -> Sequence[Rule]:
         """Return one rule per kind of no-op."""
         return (
             Identity(),

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError
 
 from graphopt.data_files import DataFiles, foreign_format, open_model_file
+from graphopt.derived import DerivedTensor
 from graphopt.errors import ModelError
 from graphopt.fidelity import first_loss, unknown_field
 from graphopt.header import each_tensor, from_proto, graphs, reference, replace_tensors, to_proto
@@ -410,7 +411,7 @@ class _External:
 
 def _write_tensor(file: BinaryIO, tensor: ir.TensorProtocol, length: int) -> None:
     start = file.tell()
-    if isinstance(tensor, MappedTensor | ir.ExternalTensor):
+    if isinstance(tensor, MappedTensor | DerivedTensor | ir.ExternalTensor):
         tensor.tofile(file)
     else:
         file.write(tensor.tobytes())

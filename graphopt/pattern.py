@@ -7,6 +7,7 @@ import inspect
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ class PatternValue:
     index: int = 0
 
 
-Operand = PatternValue | float | None
+# An ellipsis, as last operand, stands for any further inputs.
+Operand = PatternValue | float | EllipsisType | None
 _MATCH_FIELDS = ("root", "opset", "values", "nodes")
 
 
@@ -49,7 +51,7 @@ class PatternNode:
 
 
 class PatternBuilder:
-    """What a pattern function writes with: ``op.Conv(x, w, _id="conv", group=1)``."""
+    """What a pattern function writes with: ``op.Conv(x, w, _id="conv", group=1)``, ``op.Concat(...)``."""
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         def build(
@@ -95,6 +97,11 @@ class Match:
         if tensor is None:
             raise ValueError(f"`{name}` is not constant")
         return tensor.numpy()
+
+    def include(self, node: ir.Node) -> None:
+        """Take in a node that ``applies`` found and the pattern cannot say, such as what feeds one of many inputs."""
+        if node not in self.nodes.values():
+            self.nodes[PatternNode(node.op_type, (), {}, None, node.domain)] = node
 
     def copy(self) -> Match:
         """Return an independent copy, for the matcher to backtrack to."""
@@ -257,7 +264,10 @@ def _match_node(pattern: PatternNode, node: ir.Node, found: Match) -> Iterator[M
 
 
 def _match_inputs(operands: Sequence[Operand], inputs: Sequence[ir.Value | None], found: Match) -> Iterator[Match]:
-    if len(inputs) > len(operands):
+    if operands and operands[0] is ...:
+        yield found
+        return
+    if len(inputs) > len(operands) and ... not in operands:
         if any(value is not None for value in inputs[len(operands) :]):
             return
         inputs = inputs[: len(operands)]

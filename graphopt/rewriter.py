@@ -26,20 +26,39 @@ class Edit:
         pass_name: The pass that made it.
         rule: The rule or kind of edit.
         origins: Origins of the nodes it touched.
+        nodes: What the nodes it is about were called before.
     """
 
     number: int
     pass_name: str
     rule: str
     origins: provenance.Origins
+    nodes: tuple[str, ...] = ()
+
+
+class EditLimitReached(BaseException):
+    """Ends a run at the edit its journal is limited to: no error, and not for a pass to catch."""
 
 
 @dataclass
 class Journal:
-    """Every edit of a run, in order, and how many single changes they were made of."""
+    """Every edit of a run, in order, and how many single changes they were made of.
+
+    A run of the same passes over the same model with the same setting makes the same edits. So a journal with a
+    limit of N leaves the model exactly as any such run had it after its edit N.
+
+    Attributes:
+        limit: The most edits to make; entering one more raises `EditLimitReached`.
+    """
 
     edits: list[Edit] = field(default_factory=list)
     changes: int = 0
+    limit: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further edit may be made."""
+        return self.limit is not None and len(self.edits) >= self.limit
 
 
 class Rewriter:
@@ -69,11 +88,20 @@ class Rewriter:
 
     @contextmanager
     def edit(self, rule: str, *nodes: ir.Node) -> Iterator[None]:
-        """Group what happens inside into one numbered edit; a group that changes nothing is no edit."""
+        """Group what happens inside into one numbered edit; a group that changes nothing is no edit.
+
+        The model must be whole before and after each outermost group, for a run may be ended at any of them.
+
+        Raises:
+            EditLimitReached: The journal is full; nothing was changed.
+        """
         if self._touched is not None:  # already inside a larger edit
             self._touched.update(*(provenance.origins(node) for node in nodes))
             yield
             return
+        if self.journal.is_full:
+            raise EditLimitReached
+        called = tuple(walk.label(node) for node in nodes)
         self._touched = set()
         self._changed = False
         try:
@@ -82,7 +110,7 @@ class Rewriter:
         finally:
             touched, self._touched = self._touched, None
             if self._changed:
-                self._write(rule, frozenset(touched))
+                self._write(rule, frozenset(touched), called)
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
@@ -331,9 +359,28 @@ class Rewriter:
             if self._observer is not None:
                 self._observer(node)
 
-    def _write(self, rule: str, origins: provenance.Origins) -> None:
+    def _write(self, rule: str, origins: provenance.Origins, nodes: tuple[str, ...]) -> None:
         self.edits += 1
-        self.journal.edits.append(Edit(len(self.journal.edits) + 1, self.pass_name, rule, origins))
+        self.journal.edits.append(Edit(len(self.journal.edits) + 1, self.pass_name, rule, origins, nodes))
+
+
+def let_go(node: ir.Node) -> None:
+    """Cut a node that is in no graph, and what is nested in it, off the values they read."""
+    for one in (node, *walk.nodes_within(node)):
+        for index in range(len(one.inputs)):
+            one.replace_input_with(index, None)
+
+
+def let_go_of_loose_nodes(model: ir.Model) -> None:
+    """Cut nodes that were made and never inserted off the values of the model, as if they had not been made."""
+    alive = set(walk.every_node(model))
+    for graph in walk.every_graph(model):
+        values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+        if isinstance(graph, ir.Graph):
+            values.extend(graph.initializers.values())
+        for value in values:
+            for use in [use for use in value.uses() if use.node not in alive]:
+                use.node.replace_input_with(use.idx, None)
 
 
 def _as_tensor(array: Array, name: str | None = None) -> ir.TensorProtocol:

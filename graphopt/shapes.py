@@ -148,3 +148,11 @@ def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     if value is None or value.shape is None or not value.shape.is_static():
         return None
     return tuple(int(dim) for dim in value.shape)  # type: ignore[arg-type]
+
+
+def same_shape(a: ir.Value | None, b: ir.Value | None) -> bool:
+    """Return whether two values provably have equal shapes; equal symbols are equal sizes."""
+    if a is None or b is None or a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
+        return False
+    pairs = zip(a.shape, b.shape, strict=True)
+    return all(x == y and (isinstance(x, int) or x.value is not None) for x, y in pairs)

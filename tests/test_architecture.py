@@ -27,6 +27,7 @@ ROOMS = {
         "fidelity",
         "header",
         "mapped",
+        "derived",
         "model_io",
         "normal_form",
         "output_files",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+import itertools
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt import shapes, walk
@@ -16,53 +16,66 @@ from graphopt.errors import BackendError
 from graphopt.options import opt
 
 from ..analyses.quantized import reads_stored_integers
+from .stored_views import stored_view
 
-# A folded result may be this many bytes larger than what it was computed from, so that folding never bloats a file.
-GROWTH_LIMIT = 4096
+# A folded result may be this much larger than what it was computed from, for every node that goes: about what a node
+# takes in the file.
+NODE_BYTES = 64
+# Beyond that, all folds of a run together may add this share of what the model stores.
+GROWTH_SHARE = 0.005
+# To tell what a fold frees, no more nodes than this are looked at behind it.
+REGION_LIMIT = 256
 # Quantized weights stay integers: folding these away would undo a quantization; so does a Cast of stored integers.
 _KEPT_OPS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Constant"})
 
 
-# Why something was left as it was, and the node it is about.
-Remark = tuple[str, ir.Node | None]
-
-
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Compute what depends on constants alone, and shapes that are known."""
+    """Compute what depends on constants alone."""
 
-    limit: int = opt(16 << 20, help="bytes of the largest result to fold", low=0)
+    limit: int = opt(64 << 20, help="bytes of the largest result to compute", low=0)
+    lazy: int = opt(1 << 16, help="bytes from which a weight moved or cast is made only when it is written", low=0)
 
     name = "fold-constants"
     # The kernels that fold are those that would run, but a runtime may fuse where nothing is folded.
     guarantee = Guarantee.EQUIVALENT
     edits: ClassVar[Mapping[str, str]] = {
-        "fold": "what depends on constants alone is a constant; so are Shape and Size of a known shape",
+        "fold": "what depends on constants alone is a constant",
+        "fold-view": "a constant transposed, reshaped, sliced or cast is a constant, made when the file is written",
         "castlike-to-cast": "CastLike(x, y) = Cast(x, to=dtype of y)",
+        "constant-to-initializer": "a Constant and an initializer that hold the same are the same",
     }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Fold until nothing more folds: a constant shape may make other shapes known."""
-        while True:
-            edits = ctx.rewriter.edits
-            remarks = self._fold_once(model, ctx)
-            if ctx.rewriter.edits == edits:
-                break
-        for text, node in remarks:
-            ctx.left(text, node)
-
-    def _fold_once(self, model: ir.Model, ctx: Context) -> list[Remark]:
-        """Infer shapes, make what hangs on them constant, then fold all constant regions in one batch per graph."""
-        contradiction = shapes.infer_shapes(model)
-        remarks: list[Remark] = [] if contradiction is None else [(contradiction, None)]
-        for node in list(walk.every_node(model)):
-            _resolve_type_argument(node, ctx)
-            _fold_shape(node, ctx)
+        """Fold all constant regions, those of one graph in one session of the backend."""
+        why = shapes.infer_shapes(model)
+        if why is not None:
+            ctx.left(why)
+        growth = _Growth(int(GROWTH_SHARE * sum(tensor.nbytes for tensor in walk.stored_tensors(model))))
+        in_main = set(walk.graphs_within(model.graph))
         for graph in list(walk.every_graph(model)):
-            folder = _Folder(graph, ctx, self.limit)
-            folder.run()
-            remarks += folder.remarks
-        return remarks
+            for node in list(graph):
+                _resolve_type_argument(node, ctx)
+                _fold_view(node, self.lazy, growth, ctx)
+            _Folder(graph, ctx, self.limit, growth).run()
+            if graph in in_main:  # functions have no initializers
+                for node in list(graph):
+                    _lift_constant(node, ctx)
+
+
+@dataclass
+class _Growth:
+    """The bytes by which all folds together may still enlarge the file."""
+
+    left: int
+
+    def affords(self, size: int, freed: int) -> bool:
+        """Return whether a result may take the place of what it frees, and count it."""
+        growth = max(size - freed, 0)
+        if growth > self.left:
+            return False
+        self.left -= growth
+        return True
 
 
 def _resolve_type_argument(node: ir.Node, ctx: Context) -> None:
@@ -78,38 +91,44 @@ def _resolve_type_argument(node: ir.Node, ctx: Context) -> None:
         ctx.rewriter.erase(node)
 
 
-def _fold_shape(node: ir.Node, ctx: Context) -> None:
-    """Shape and Size of a value whose dimensions are all known are constants."""
-    if not walk.is_onnx_op(node, "Shape", "Size") or walk.has_references(node):
+def _lift_constant(node: ir.Node, ctx: Context) -> None:
+    """Make a Constant an initializer, unless it gives a graph output its name."""
+    if not walk.is_onnx_op(node, "Constant") or node.outputs[0].is_graph_output() or not node.outputs[0].uses():
         return
-    shape = shapes.static_shape(node.inputs[0])
-    if shape is None:
+    tensor = walk.constant_tensor(node.outputs[0])
+    if tensor is not None:
+        _substitute(node, [tensor], ctx, kind="constant-to-initializer")
+
+
+def _fold_view(node: ir.Node, smallest: int, growth: _Growth, ctx: Context) -> None:
+    """Fold what only moves or casts the elements of a large weight, without reading it."""
+    if node.graph is None or node.outputs[0].is_graph_output():
         return
-    if node.op_type == "Size":
-        content: Array = np.array(np.prod(shape, dtype=np.int64), np.int64)
+    view = stored_view(node)
+    if view is None or view.nbytes < smallest or reads_stored_integers(node):
+        return
+    if growth.affords(view.nbytes, _bytes_freed({node}, {node})):
+        _substitute(node, [view], ctx, kind="fold-view")
     else:
-        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(shape))
-        content = np.array(shape, np.int64)[start:end]
-    _substitute(node, [content], ctx)
+        ctx.left(f"not folded: {view.nbytes} bytes next to a weight that others read", node)
 
 
-def _substitute(node: ir.Node, contents: Iterable[Array], ctx: Context) -> None:
+def _substitute(node: ir.Node, contents: Sequence[Array | ir.TensorProtocol], ctx: Context, *, kind: str) -> None:
     """Put constants in place of a node."""
-    with ctx.rewriter.edit("fold", node):
+    with ctx.rewriter.edit(kind, node):
         for value, content in zip(node.outputs, contents, strict=True):
             if value.uses() or value.is_graph_output():
-                folded = ctx.rewriter.const(content, f"{value.name}_folded", near=node)
-                ctx.rewriter.replace(value, folded)
+                name = value.name if kind == "constant-to-initializer" else f"{value.name}_folded"
+                ctx.rewriter.replace(value, ctx.rewriter.const(content, name or "constant", near=node))
         ctx.rewriter.erase(node)
 
 
 class _Folder:
     """Folds the constant regions of one graph: finds them, computes their edge in one session, puts it in."""
 
-    def __init__(self, graph: ir.Graph | ir.Function, ctx: Context, limit: int) -> None:
-        self.graph, self.ctx, self.limit = graph, ctx, limit
+    def __init__(self, graph: ir.Graph | ir.Function, ctx: Context, limit: int, growth: _Growth) -> None:
+        self.graph, self.ctx, self.limit, self.growth = graph, ctx, limit, growth
         self.foldable: dict[ir.Node, None] = {}
-        self.remarks: list[Remark] = []
 
     def run(self) -> None:
         for node in self.graph:
@@ -122,16 +141,21 @@ class _Folder:
                 self._fold(node, contents)
 
     def _is_known_too_large(self, node: ir.Node) -> bool:
-        """Return whether a result is over the limit by its shape alone, before memory is spent on it."""
+        """Return whether a result is over the limit, or dwarfs what it comes from, before memory is spent on it."""
         size = sum(shapes.static_bytes(value) or 0 for value in node.outputs)
+        freed = self._bytes_freed(node) if size > NODE_BYTES else size
         if size > self.limit:
-            self.remarks.append((f"not folded: the result takes {size} bytes", node))
-        return size > self.limit
+            self.ctx.left(f"not folded: the result takes {size} bytes, more than the limit", node)
+        elif size > freed + self.growth.left:
+            self.ctx.left(f"not folded: {size} bytes would take the place of {freed}", node)
+        else:
+            return False
+        return True
 
     def _is_foldable(self, node: ir.Node) -> bool:
         if node.domain not in walk.ONNX_DOMAINS or node.op_type in _KEPT_OPS or walk.is_random(node):
             return False
-        if any(True for _ in walk.subgraphs(node)) or any(a.is_ref() for a in node.attributes.values()):
+        if any(True for _ in walk.subgraphs(node)) or walk.has_references(node):
             return False
         if reads_stored_integers(node):
             return False
@@ -154,7 +178,7 @@ class _Folder:
             return self._run(edge)
         except BackendError as error:
             if len(edge) == 1:
-                self.remarks.append((f"not folded: {error.message}", edge[0]))
+                self.ctx.left(f"not folded: {error.message}", edge[0])
                 return {}
         results: dict[ir.Node, list[Array]] = {}
         for node in edge:
@@ -162,28 +186,42 @@ class _Folder:
         return results
 
     def _run(self, edge: list[ir.Node]) -> dict[ir.Node, list[Array]]:
-        wanted = _region(edge, self.foldable)
+        wanted = set(_behind(edge, self.foldable))
         region = [node for node in self.foldable if node in wanted]
         contents = iter(self.ctx.evaluate(region, [value for node in edge for value in node.outputs]))
         return {node: [next(contents) for _ in node.outputs] for node in edge}
 
     def _fold(self, node: ir.Node, contents: list[Array]) -> None:
         size = sum(content.nbytes for content in contents)
-        source = self._bytes_freed(node)
-        if size > self.limit or size > source + GROWTH_LIMIT:
-            self.remarks.append((f"not folded: {size} bytes would take the place of {source}", node))
+        freed = self._bytes_freed(node) if size > NODE_BYTES else size
+        if size > self.limit or not self.growth.affords(size, freed):
+            self.ctx.left(f"not folded: {size} bytes would take the place of {freed}", node)
             return
-        _substitute(node, contents, self.ctx)
+        _substitute(node, contents, self.ctx, kind="fold")
 
     def _bytes_freed(self, node: ir.Node) -> int:
-        """Return the bytes of constants that only this node's region reads."""
-        region = _region([node], self.foldable)
-        weights = {value for inner in region for value in inner.inputs if value is not None}
-        return sum(
-            tensor.nbytes
-            for value in weights
-            if (tensor := walk.constant_tensor(value)) is not None and all(use.node in region for use in value.uses())
+        """Return the bytes of the nodes and constants that only this node's region reads."""
+        region = set(itertools.islice(_behind([node], self.foldable), REGION_LIMIT))
+        own = {inner for inner in region if inner is node or not self._is_read_beyond(inner, region)}
+        return _bytes_freed(own, region)
+
+    def _is_read_beyond(self, node: ir.Node, region: Container[ir.Node]) -> bool:
+        return any(
+            value.is_graph_output() or any(use.node not in region for use in value.uses()) for value in node.outputs
         )
+
+
+def _bytes_freed(nodes: Collection[ir.Node], region: Container[ir.Node]) -> int:
+    """Return the bytes of some nodes, and of the constants they read that nothing outside a region does."""
+    constants = {value for node in nodes for value in node.inputs if walk.constant_tensor(value) is not None}
+    return NODE_BYTES * len(nodes) + sum(
+        value.const_value.nbytes
+        for value in constants
+        if value is not None
+        and value.const_value is not None
+        and not value.is_graph_output()
+        and all(use.node in region for use in value.uses())
+    )
 
 
 def _names_an_output(node: ir.Node) -> bool:
@@ -193,14 +231,14 @@ def _names_an_output(node: ir.Node) -> bool:
     return walk.constant_tensor(node.inputs[0]) is not None
 
 
-def _region(nodes: Iterable[ir.Node], foldable: Container[ir.Node]) -> set[ir.Node]:
-    """Return some nodes and every foldable node they depend on."""
-    region = set(nodes)
-    frontier = list(region)
-    while frontier:
-        for value in frontier.pop().inputs:
+def _behind(nodes: Iterable[ir.Node], foldable: Container[ir.Node]) -> Iterable[ir.Node]:
+    """Yield some nodes and every foldable node they depend on, each once, the nearest first."""
+    frontier = list(nodes)
+    seen = set(frontier)
+    for node in frontier:
+        yield node
+        for value in node.inputs:
             producer = value.producer() if value is not None else None
-            if producer is not None and producer in foldable and producer not in region:
-                region.add(producer)
+            if producer is not None and producer in foldable and producer not in seen:
+                seen.add(producer)
                 frontier.append(producer)
-    return region

@@ -222,6 +222,18 @@ class MappedTensor(ir.TensorProtocol):
         return f"MappedTensor<{kind}>(name={self.name!r}, file={self.file.path!r}, offset={self.offset})"
 
 
+def renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """Return a tensor of the same content under another name; clones of a model share theirs."""
+    shape = ir.Shape(tensor.shape.numpy())
+    if isinstance(tensor, MappedTensor):
+        return MappedTensor(tensor.file, tensor.offset, tensor.length, tensor.dtype, shape, name=name)
+    if tensor.dtype == ir.DataType.STRING:
+        return ir.StringTensor(tensor.numpy().reshape(-1).tolist(), shape=shape, name=name)
+    return ir.LazyTensor(
+        lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype), dtype=tensor.dtype, shape=shape, name=name
+    )
+
+
 def _check_range(tensor: MappedTensor) -> None:
     if tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
         raise ModelError(

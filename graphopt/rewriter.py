@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt import provenance, shapes, walk
 from graphopt.backend import Array
+from graphopt.mapped import renamed
 
 Attributes = Mapping[str, Any]
 Observer = Callable[[ir.Node], None]
@@ -243,9 +244,12 @@ class Rewriter:
         """Make a constant that is in no graph yet; `adopt` puts it in."""
         if not isinstance(content, ir.TensorProtocol):
             content = _as_tensor(content)
-        content.name = self.fresh_name(name)
+        name = self.fresh_name(name)
+        # A tensor that has a name may be shared with a clone of the model.
+        content = renamed(content, name) if content.name is not None else content
+        content.name = name
         return ir.Value(
-            name=content.name,
+            name=name,
             shape=ir.Shape(walk.dims(content)),
             type=ir.TensorType(content.dtype),
             const_value=content,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 Array = npt.NDArray[Any]
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 4 << 20
 """Bytes of a derived tensor that are made at a time while it is written."""
 
 # A transpose is copied in tiles so small that the cache keeps both sides: five times the speed of numpy's own copy.
@@ -94,9 +95,13 @@ class DerivedTensor(ir.TensorProtocol):
         return b"".join(bytes(block) for block in self._blocks())
 
     def tofile(self, file: BinaryIO) -> None:
-        """Append the bytes to a binary file, a block at a time."""
-        for block in self._blocks():
-            file.write(block)
+        """Append the bytes to a binary file, the next block being made while one is written."""
+        blocks = self._blocks()
+        with ThreadPoolExecutor(1) as maker:
+            made = maker.submit(next, blocks, None)
+            while (block := made.result()) is not None:
+                made = maker.submit(next, blocks, None)
+                file.write(block)
         self.release()
 
     def release(self) -> None:

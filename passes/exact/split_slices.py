@@ -1,0 +1,108 @@
+"""Slices that cut a value into pieces, as the one Split they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.authoring import Context, Guarantee, Pass
+
+from .arguments import integers, optional_input
+
+# Split takes its sizes as an input since this opset.
+SIZES_INPUT_SINCE = 13
+
+
+@dataclass(frozen=True)
+class SplitSlices(Pass):
+    """Turn Slices of one value that cut one axis into adjoining pieces, nothing left over, into one Split."""
+
+    name = "split-slices"
+    guarantee = Guarantee.EXACT
+    edits: ClassVar[Mapping[str, str]] = {
+        "split": "Slice(x, a, b), Slice(x, b, c), ... from the first element to the last = Split(x)"
+    }
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        """Look at each value once, by its Slices within its own graph."""
+        for graph in list(walk.every_graph(model)):
+            for value, cuts in _cuts_by_value(graph).items():
+                pieces = _tiling(cuts, value)
+                if pieces:
+                    _split(value, pieces, walk.opset(model), ctx)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A Slice along one axis, from a position to another, exclusive; ``order`` is its node's in the graph."""
+
+    order: int
+    node: ir.Node
+    axis: int
+    start: int
+    end: int
+
+
+def _cuts_by_value(graph: ir.Graph | ir.Function) -> dict[ir.Value, list[_Cut]]:
+    """Return the Slices along one known axis, by what they slice, in the order of the graph."""
+    cuts: dict[ir.Value, list[_Cut]] = {}
+    for order, node in enumerate(graph):
+        cut = _cut(order, node) if walk.is_onnx_op(node, "Slice") else None
+        if cut is not None and node.inputs[0] is not None:
+            cuts.setdefault(node.inputs[0], []).append(cut)
+    return {value: found for value, found in cuts.items() if len(found) > 1}
+
+
+def _cut(order: int, node: ir.Node) -> _Cut | None:
+    starts, ends, axes, steps = (integers(optional_input(node, index)) for index in (1, 2, 3, 4))
+    if node.inputs[0] is None or node.inputs[0].shape is None or starts is None or ends is None:
+        return None
+    if len(starts) != 1 or len(ends) != 1 or (axes is None and optional_input(node, 3) is not None):
+        return None
+    if optional_input(node, 4) is not None and steps != (1,):
+        return None
+    axis = (axes[0] if axes else 0) % len(node.inputs[0].shape)
+    size = node.inputs[0].shape[axis]
+    if not isinstance(size, int):
+        return None
+    start, end, _ = slice(starts[0], ends[0]).indices(size)
+    return _Cut(order, node, axis, start, max(start, end))
+
+
+def _tiling(cuts: Sequence[_Cut], value: ir.Value) -> list[_Cut]:
+    """Return the cuts along one axis that together are the whole of it, in its order; none if there are no such."""
+    assert value.shape is not None, "only values of known rank are cut"
+    by_axis: dict[int, dict[int, _Cut]] = {}
+    for cut in cuts:
+        if cut.end > cut.start:
+            by_axis.setdefault(cut.axis, {}).setdefault(cut.start, cut)
+    for axis, starting in by_axis.items():
+        pieces, position = [], 0
+        while position in starting:
+            pieces.append(starting[position])
+            position = pieces[-1].end
+        if len(pieces) > 1 and position == value.shape[axis]:
+            return pieces
+    return []
+
+
+def _split(value: ir.Value, pieces: Sequence[_Cut], opset: int, ctx: Context) -> None:
+    nodes = [piece.node for piece in pieces]
+    first = min(pieces, key=lambda piece: piece.order).node
+    sizes = [piece.end - piece.start for piece in pieces]
+    with ctx.rewriter.edit("split", *nodes):
+        inputs: list[ir.Value | None] = [value]
+        attributes: dict[str, object] = {"axis": pieces[0].axis}
+        if opset >= SIZES_INPUT_SINCE:
+            inputs.append(ctx.rewriter.const(ir.tensor(sizes, ir.DataType.INT64), f"{value.name}_split", near=first))
+        else:
+            attributes["split"] = sizes
+        split = ctx.rewriter.make("Split", inputs, attributes, sources=nodes, outputs=len(nodes))
+        ctx.rewriter.insert(split, before=first)
+        for node, piece in zip(nodes, split.outputs, strict=True):
+            ctx.rewriter.replace(node.outputs[0], piece)
+            ctx.rewriter.erase(node)

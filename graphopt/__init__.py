@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.authoring import Context, Guarantee, Need, Pass, RewritePass
+    from graphopt.bisection import Bisection, bisect
     from graphopt.driver import Result, optimize
     from graphopt.errors import GraphoptError, PassError, VerificationError
     from graphopt.model_io import load, save
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from graphopt.pattern import Miss, Rule
     from graphopt.pipeline import Pipeline
     from graphopt.registry import Preset
+    from graphopt.rerun import Replay, replay
     from graphopt.side_by_side import bench, compare
     from graphopt.summary import summarize
     from graphopt.target import Target
 
 _HOMES = {
     "graphopt.authoring": ("Context", "Guarantee", "Need", "Pass", "RewritePass"),
+    "graphopt.bisection": ("Bisection", "bisect"),
     "graphopt.driver": ("Result", "optimize"),
     "graphopt.errors": ("GraphoptError", "PassError", "VerificationError"),
     "graphopt.model_io": ("load", "save"),
@@ -32,6 +35,7 @@ _HOMES = {
     "graphopt.pattern": ("Miss", "Rule"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.registry": ("Preset",),
+    "graphopt.rerun": ("Replay", "replay"),
     "graphopt.side_by_side": ("bench", "compare"),
     "graphopt.summary": ("summarize",),
     "graphopt.target": ("Target",),
@@ -39,6 +43,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Bisection",
     "Context",
     "GraphoptError",
     "Guarantee",
@@ -48,17 +53,20 @@ __all__ = [
     "PassError",
     "Pipeline",
     "Preset",
+    "Replay",
     "Result",
     "RewritePass",
     "Rule",
     "Target",
     "VerificationError",
     "bench",
+    "bisect",
     "compare",
     "ir",
     "load",
     "opt",
     "optimize",
+    "replay",
     "save",
     "summarize",
 ]

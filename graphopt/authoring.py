@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -16,8 +17,9 @@ from graphopt.backend import Array, Backend
 from graphopt.data import Dataset
 from graphopt.errors import BackendError
 from graphopt.fragment import fragment
-from graphopt.pattern import RewriteCheck, Rule, apply_rules
-from graphopt.rewriter import Rewriter
+from graphopt.pattern import Rule, apply_rules
+from graphopt.rewrite_check import Proposal, Refusal, RewriteCheck
+from graphopt.rewriter import Rewriter, let_go
 from graphopt.statistics import Range, RangeMethod, collect_ranges
 from graphopt.target import Target
 
@@ -71,8 +73,11 @@ class Context:
         seed: Seed of everything random.
         threads: Threads for the backend; 0 leaves it to the runtime.
         data: Calibration samples, or None.
-        check_rewrite: Checks each pattern rewrite by itself, or None.
+        check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
         notes: Remarks so far.
+        checked: How many rewrites were checked by themselves.
+        unchecked: (Rule, reason) to number of rewrites that could not be.
+        refused: Rewrites that were not applied because they are wrong.
     """
 
     model: ir.Model
@@ -85,6 +90,9 @@ class Context:
     check_rewrite: RewriteCheck | None = None
     notes: list[Note] = field(default_factory=list)
     analyses: AnalysisCache = field(default_factory=AnalysisCache)
+    checked: int = 0
+    unchecked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    refused: list[Refusal] = field(default_factory=list)
 
     def note(self, text: str, node: ir.Node | None = None, **facts: Any) -> None:
         """Say for the report what was done."""
@@ -97,6 +105,47 @@ class Context:
     def _remark(self, text: str, node: ir.Node | None, facts: Mapping[str, Any], *, left: bool) -> None:
         name = node.name if node is not None else None
         self.notes.append(Note(self.rewriter.pass_name, text, name, left, facts))
+
+    def agrees(
+        self,
+        rule: str,
+        nodes: Iterable[ir.Node],
+        before: Iterable[ir.Value],
+        after: Iterable[ir.Value],
+        made: Iterable[ir.Node] = (),
+    ) -> bool:
+        """Return whether values equal those they are to replace, both sides run by themselves; ask before replacing.
+
+        True at once where rewrites are not checked (`--verify rewrites`), and where they cannot be, which is noted.
+        Where the answer is no, nodes made are let go of, the report says so, and the pass leaves the model as it is.
+
+        Args:
+            rule: The rule or kind of edit.
+            nodes: Nodes that compute the values now.
+            before: The values, outputs of these nodes.
+            after: What is to take their places, in the same order: new values, or existing ones.
+            made: Nodes that compute those, new ones or others; what neither computes is taken for given.
+
+        Raises:
+            VerificationError: They differ, and the run is strict.
+        """
+        if self.check_rewrite is None:
+            return True
+        proposal = Proposal(
+            self.model, self.rewriter.pass_name, rule, tuple(nodes), tuple(before), tuple(after), tuple(made)
+        )
+        verdict = self.check_rewrite(proposal)
+        if verdict.refusal is not None:
+            for node in reversed([node for node in proposal.made if node.graph is None]):
+                let_go(node)
+            if verdict.refusal not in self.refused:
+                self.refused.append(verdict.refusal)
+            return False
+        if verdict.unchecked is None:
+            self.checked += 1
+        else:
+            self.unchecked[rule, verdict.unchecked] += 1
+        return True
 
     def analyse(self, analysis: Analysis[T]) -> T:
         """Return the result of an analysis of the model as it is now."""
@@ -185,11 +234,7 @@ class RewritePass(Pass, Rule):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Apply the rules until none matches, and note what was held back and why."""
-        outcome = apply_rules(self.rules(ctx.target), model, ctx.rewriter, check=ctx.check_rewrite)
+        check = ctx.agrees if ctx.check_rewrite is not None else None
+        outcome = apply_rules(self.rules(ctx.target), model, ctx.rewriter, check=check)
         for (rule, reason), count in sorted(outcome.held_back.items()):
             ctx.left(f"{rule} held back {count}×: {reason}")
-        if ctx.check_rewrite is not None and outcome.fired:
-            unchecked = outcome.unchecked.total()
-            ctx.note(f"{outcome.fired.total() - unchecked} rewrites checked by themselves, {unchecked} not")
-            for (rule, reason), count in sorted(outcome.unchecked.items()):
-                ctx.note(f"{rule} not checked by itself {count}×: {reason}")

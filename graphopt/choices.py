@@ -47,18 +47,23 @@ def find_target(name: str | None) -> Target:
     return found
 
 
-def find_backend(text: str | None, target: Target) -> Backend:
+def find_backend(text: str | None, target: Target, *, must_run: bool = True) -> Backend:
     """Return the backend asked for, or the target's own.
 
+    Args:
+        text: Backend text, or None.
+        target: Whose backend it is where there is no text.
+        must_run: Whether it is known now that it will be used; to find out loads the runtime.
+
     Raises:
-        BackendError: It cannot run on this machine.
+        BackendError: It must run and cannot on this machine.
     """
     if text is None:
         provider = {"provider": target.provider} if target.provider is not None else {}
         found: Backend = registry.backend(target.backend, **provider)
     else:
         found = registry.backend(text)
-    why = found.missing()
+    why = found.missing() if must_run else None
     if why is not None:
         raise why
     return found

@@ -17,6 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from graphopt import fault_commands
+from graphopt.cli_options import (
+    BackendOption,
+    BudgetOption,
+    DataOption,
+    EvaluationOption,
+    JsonOption,
+    LabelsOption,
+    MetricOption,
+    PassesOption,
+    RecipeOption,
+    SeedOption,
+    SetDimOption,
+    SetShapeOption,
+    TargetOption,
+    ThreadsOption,
+    VerboseOption,
+    open_pipeline,
+)
 from graphopt.errors import (
     EXIT_CHECK_FAILED,
     EXIT_USAGE,
@@ -34,7 +53,6 @@ if TYPE_CHECKING:
 
 # What a shell reports of a process that the signal ended.
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
-MOST_THREADS = 1024
 
 app = typer.Typer(
     name="graphopt",
@@ -45,26 +63,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="Samples: FILE.npz, a folder of them, or file.py:function.", metavar="DATA")
-]
-LabelsOption = Annotated[str | None, typer.Option(help="Key of the labels in the data [default: labels].")]
-MetricOption = Annotated[str | None, typer.Option(help="Metric to score by, or file.py:function.", metavar="NAME")]
-BackendOption = Annotated[
-    str | None, typer.Option(help="Backend, such as onnxruntime:provider=cuda [default: the target's].")
-]
-ThreadsOption = Annotated[
-    int, typer.Option(min=0, max=MOST_THREADS, help="Threads of the backend; 0 leaves it to the runtime.")
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also print every remark of the passes.")]
-
 
 class VerifyMode(enum.StrEnum):
     """When to check."""
 
     off = "off"
+    structure = "structure"
     final = "final"
     each = "each"
     rewrites = "rewrites"
@@ -78,6 +82,7 @@ class ListKind(enum.StrEnum):
     backends = "backends"
     targets = "targets"
     metrics = "metrics"
+    rules = "rules"
 
 
 @app.callback(invoke_without_command=True)
@@ -98,27 +103,19 @@ def _root(
 @app.command(short_help="Run passes over a model and write the result.")
 def optimize(
     model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
-    passes: Annotated[
-        str | None,
-        typer.Option(help="Pipeline, such as prune:sparsity=0.5,quant; see `graphopt list`.", metavar="SPEC"),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Pipeline as TOML, instead of --passes.", metavar="FILE")] = None,
+    passes: PassesOption = None,
+    recipe: RecipeOption = None,
+    set_dim: SetDimOption = None,
+    set_shape: SetShapeOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Output [default: MODEL.opt.onnx].", metavar="OUT")
     ] = None,
     data: DataOption = None,
-    evaluation: Annotated[
-        str | None,
-        typer.Option("--eval", help="Samples to score; without it a quarter of --data is held back.", metavar="DATA"),
-    ] = None,
+    evaluation: EvaluationOption = None,
     labels: LabelsOption = None,
     metric: MetricOption = None,
-    budget: Annotated[
-        list[str] | None, typer.Option(help="The most a metric may lose, such as top1=1%.", metavar="METRIC=DROP")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="What the result runs on [default: this machine's CPU].", metavar="NAME")
-    ] = None,
+    budget: BudgetOption = None,
+    target: TargetOption = None,
     backend: BackendOption = None,
     verify: Annotated[VerifyMode, typer.Option(help="When to check the model.")] = VerifyMode.each,
     report: Annotated[Path | None, typer.Option(help="Write the report here, as .json.", metavar="FILE")] = None,
@@ -127,23 +124,36 @@ def optimize(
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Write the model even if a check or the budget failed.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at a wrong rewrite, instead of leaving it out and going on.")
+    ] = False,
+    stop_after_edits: Annotated[
+        int | None, typer.Option(min=0, help="End the run after this many edits.", metavar="N")
+    ] = None,
+    reproducers: Annotated[
+        Path | None, typer.Option(help="Where failures leave a folder [default: beside OUT].", metavar="DIR")
+    ] = None,
+    no_reproducers: Annotated[bool, typer.Option("--no-reproducers", help="Failures leave nothing.")] = False,
     verbose: VerboseOption = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
     """Run passes over a model, check and measure the result, and write it."""
     from graphopt.driver import optimize as run
+    from graphopt.specialise import parse_dims, parse_shapes
 
     out = output if output is not None else model.with_name(f"{model.stem}.opt.onnx")
     _check_report(report, model, out)
     try:
         result = run(
             model,
-            _pipeline(passes, recipe),
+            open_pipeline(passes, recipe),
             output=out,
             data=data,
             evaluation=evaluation,
             labels=labels,
             metric=metric,
+            set_dims=parse_dims(set_dim or ()),
+            set_shapes=parse_shapes(set_shape or ()),
             budget=budget or (),
             target=target,
             backend=backend,
@@ -151,6 +161,10 @@ def optimize(
             seed=seed,
             threads=threads,
             keep_failed=keep_failed,
+            strict=strict,
+            stop_after_edits=stop_after_edits,
+            reproducers=None if no_reproducers else reproducers or out.parent,
+            detailed=report is not None,
             progress=not quiet,
         )
     except VerificationError as error:
@@ -159,7 +173,16 @@ def optimize(
             _say_written(error.output, report, quiet)
         raise
     _show_report(result.report, report, quiet, verbose)
+    _say_refused(result.report)
     _say_written(result.output, report, quiet)
+
+
+def _say_refused(report: Report) -> None:
+    """Say on stderr, whatever is shown on stdout, that rewrites were left out because they are wrong."""
+    refused = sum(len(step.refused) for step in report.steps)
+    if refused:
+        what = "1 rewrite was" if refused == 1 else f"{refused} rewrites were"
+        typer.echo(f"warning: {what} refused for changing the outputs, and left out; `--strict` stops there", err=True)
 
 
 def _say_written(output: Path | None, report: Path | None, quiet: bool) -> None:
@@ -167,24 +190,6 @@ def _say_written(output: Path | None, report: Path | None, quiet: bool) -> None:
         return
     model = f"wrote {output}" if output is not None else "no model written"
     typer.echo(model + (f"   report: {report}" if report is not None else ""))
-
-
-def _pipeline(passes: str | None, recipe: Path | None) -> Any:
-    """Return the pipeline from whichever of the two options was given."""
-    from graphopt.pipeline import Pipeline
-
-    if (passes is None) == (recipe is None):
-        given = "neither" if passes is None else "both"
-        raise UsageError(f"give either `--passes` or `--recipe`; {given} was given", hint="e.g. `--passes prune,quant`")
-    if recipe is None:
-        return Pipeline.parse(passes or "")
-    try:
-        return Pipeline.from_toml(recipe.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UsageError(
-            f"cannot read recipe `{recipe}`: {reason}", hint="write one `[[pass]]` table a pass"
-        ) from error
 
 
 def _check_report(report: Path | None, model: Path, output: Path) -> None:
@@ -309,14 +314,34 @@ def bench(
         tables.print_latencies([str(model) for model in models], times, runtime, threads)
 
 
-@app.command(name="list", short_help="List passes, presets, backends, targets and metrics.")
+app.command(name="bisect", short_help="Find the one edit that breaks a model.")(fault_commands.bisect)
+app.command(name="replay", short_help="Run a reproducer again.")(fault_commands.replay)
+
+
+@app.command(name="list", short_help="List passes, presets, backends, targets, metrics and rules.")
 def list_(
-    kind: Annotated[ListKind | None, typer.Argument(help="What to list; everything by default.")] = None,
+    kind: Annotated[ListKind | None, typer.Argument(help="What to list; everything but rules by default.")] = None,
+    passes: Annotated[
+        str | None, typer.Argument(help="Whose rules: a pass, a preset or a pipeline.", metavar="[SPEC]")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also say why each rule holds.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """List passes, presets, backends, targets and metrics, with their options."""
+    """List passes, presets, backends, targets and metrics with their options, or the rules of passes."""
     from graphopt import tables
 
-    for one in [kind] if kind is not None else list(ListKind):
+    if kind is ListKind.rules:
+        from graphopt.rulebook import rulebook
+
+        entries = rulebook(passes)
+        if as_json:
+            _print_json([entry.as_dict() for entry in entries])
+        else:
+            tables.print_rules(entries, verbose=verbose)
+        return
+    if passes is not None or verbose or as_json:
+        raise UsageError("only rules are listed by pass, with `-v` or as JSON", hint="`graphopt list rules [SPEC]`")
+    for one in [kind] if kind is not None else [kind for kind in ListKind if kind is not ListKind.rules]:
         tables.print_list(one.value)
 
 

@@ -424,11 +424,23 @@ def _checked_chunk(
         if divisible:
             counts = ", ".join(f"`{name}` has {count}" for name, count in sizes.items())
             raise DataError(f"{where}: inputs differ in their number of samples: {counts}", hint="one row per sample")
+        _check_whole_feed(feeds, specs, where)
         return Chunk(feeds, labels, 1, divisible=False)
     if labels is not None and (labels.ndim == 0 or len(labels) != size):
         found = len(labels) if labels.ndim else "no"
         raise DataError(f"{where}: {size} samples but {found} labels in `{labels_key}`", hint="one label per sample")
     return Chunk(feeds, labels, size, divisible=True, stacked=frozenset(stacked))
+
+
+def _check_whole_feed(feeds: Mapping[str, Array], specs: Sequence[InputSpec], where: str) -> None:
+    """Check the first axes of a feed that is no list of samples: nothing is cut or padded there."""
+    for spec in specs:
+        array, size = feeds[spec.name], spec.fixed_batch
+        if size is not None and spec.dims is not None and array.ndim == len(spec.dims) and len(array) != size:
+            shape = "x".join(map(str, array.shape))
+            raise DataError(
+                f"{where}: array of shape {shape} for input {spec}", hint="give arrays of the input's shape"
+            )
 
 
 def _missing_hint(spec: InputSpec, arrays: Mapping[str, Any]) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import onnx_ir as ir
 
-from graphopt import latency, walk
 from graphopt.authoring import Guarantee, Pass
+from graphopt.backend import Array
 from graphopt.choices import (
     LABELS_HINT,
     ModelLike,
@@ -23,7 +21,14 @@ from graphopt.choices import (
     open_model,
 )
 from graphopt.data import Dataset, batch_size, open_data
-from graphopt.errors import BackendError, UsageError, VerificationError, did_you_mean
+from graphopt.errors import (
+    BackendError,
+    GraphoptError,
+    OverBudget,
+    PassCrash,
+    UsageError,
+    VerificationError,
+)
 from graphopt.evaluation import Judge
 from graphopt.instruments import (
     Gate,
@@ -37,19 +42,20 @@ from graphopt.instruments import (
     measured,
 )
 from graphopt.manager import PassManager, Setting
+from graphopt.measurement import measure_side, time_side_by_side
 from graphopt.metrics import Budget
-from graphopt.model_io import gzip_bytes, save, stored_bytes
+from graphopt.model_io import save, source
 from graphopt.output_files import check_output, move_into_place, staging_folder
 from graphopt.pipeline import Pipeline, schedule, weakest
 from graphopt.progress import Display
-from graphopt.report import Check, Report, Side
-from graphopt.rewrite_check import RewriteChecker
+from graphopt.report import NOT_RUN, Check, Report
+from graphopt.reproducer import Asked, Reproducers
+from graphopt.request import QUIET, Request, Verify, check_request
+from graphopt.rewrite_check import RewriteChecker, WrongRewrite
 from graphopt.shapes import forget_inferred, infer_shapes
-from graphopt.summary import summarize
+from graphopt.specialise import specialise
 from graphopt.verify import Signature, problems_of, verify
-
-Verify = Literal["off", "final", "each", "rewrites"]
-LATENCY_SECONDS = 2.0
+from graphopt.versions import installed_version
 
 
 @dataclass
@@ -67,27 +73,6 @@ class Result:
     output: Path | None = None
 
 
-@dataclass(frozen=True)
-class Request:
-    """Everything the user asked for, before anything was opened; see `optimize` for the meanings."""
-
-    model: ModelLike
-    passes: str | Pipeline | Pass | Sequence[str | Pass]
-    output: Path | None = None
-    data: Any = None
-    evaluation: Any = None
-    labels: str | None = None
-    metric: str | None = None
-    budget: Sequence[str] = ()
-    target: str | None = None
-    backend: str | None = None
-    verify: Verify = "each"
-    seed: int = 0
-    threads: int = 0
-    keep_failed: bool = False
-    progress: bool = False
-
-
 def optimize(
     model: ModelLike,
     passes: str | Pipeline | Pass | Sequence[str | Pass],
@@ -97,6 +82,8 @@ def optimize(
     evaluation: Any = None,
     labels: str | None = None,
     metric: str | None = None,
+    set_dims: Mapping[str, int] | None = None,
+    set_shapes: Mapping[str, Sequence[int]] | None = None,
     budget: str | Sequence[str] = (),
     target: str | None = None,
     backend: str | None = None,
@@ -104,6 +91,10 @@ def optimize(
     seed: int = 0,
     threads: int = 0,
     keep_failed: bool = False,
+    strict: bool = False,
+    stop_after_edits: int | None = None,
+    reproducers: str | Path | None = None,
+    detailed: bool = False,
     progress: bool = False,
 ) -> Result:
     """Optimize a model and prove the result.
@@ -116,13 +107,20 @@ def optimize(
         evaluation: Samples to score; where None, a seeded quarter of ``data`` (at most 1,000) is held back for it.
         labels: Key of the labels in the data; ``labels`` by default.
         metric: Name of a metric, or ``file.py:function``; chosen by the outputs and labels where None.
+        set_dims: Sizes to fix dimensions of the inputs to, by name: ``{"batch": 1}``. The result takes no others.
+        set_shapes: The same by name of input: ``{"image": (1, 3, 224, 224)}``.
         budget: The most a metric may lose, ``METRIC=DROP``, or several.
         target: Name of the target; this machine's CPU where None.
         backend: Backend text, such as ``onnxruntime:provider=cuda``; the target's own where None.
-        verify: When to check: ``off``, ``final``, ``each`` step, or ``rewrites`` too, each by itself.
+        verify: When to check: ``off``; ``structure`` only, after each pass; ``final``; ``each`` step; or ``rewrites``
+            too, each by itself. With the first two no model is run unless data, a metric or a budget ask for figures.
         seed: Seed of everything random.
         threads: Threads for the backend; 0 leaves it to the runtime.
         keep_failed: Write the result even if a check or the budget failed.
+        strict: Stop at a rewrite that is wrong by itself, instead of leaving it out and going on.
+        stop_after_edits: End the run after this many edits, whatever is left to do.
+        reproducers: Folder in which each failure leaves a folder to see it again; None for none.
+        detailed: Measure what weights hold and take after gzip also where no step is lossy.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -137,6 +135,8 @@ def optimize(
         evaluation=evaluation,
         labels=labels,
         metric=metric,
+        set_dims=set_dims or {},
+        set_shapes=set_shapes or {},
         budget=[budget] if isinstance(budget, str) else list(budget),
         target=target,
         backend=backend,
@@ -144,48 +144,56 @@ def optimize(
         seed=seed,
         threads=threads,
         keep_failed=keep_failed,
+        strict=strict,
+        stop_after_edits=stop_after_edits,
+        reproducers=Path(reproducers) if reproducers is not None else None,
+        detailed=detailed,
         progress=progress,
     )
-    return _Run(request).run()
+    return Run(request).run()
 
 
-def _check_request(request: Request) -> None:
-    """Raise a UsageError for a setting that is none: from Python nothing else would notice."""
-    if request.verify not in get_args(Verify):
-        raise UsageError(
-            f"verify cannot be `{request.verify}`", hint=did_you_mean(str(request.verify), get_args(Verify))
-        )
-    for name in ("seed", "threads"):
-        value = getattr(request, name)
-        if not isinstance(value, int) or value < 0:
-            raise UsageError(f"{name} cannot be `{value}`", hint="a whole number, 0 or more")
-    if any(not isinstance(text, str) for text in request.budget):
-        raise UsageError(f"budget cannot be `{request.budget}`", hint='for example "top1=1%", or a list of such')
+class Run:
+    """One optimization from request to result; each method is one stage.
 
-
-class _Run:
-    """One optimization from request to result; each method is one stage."""
+    Raises:
+        GraphoptError: Something asked for is refused, before any work.
+    """
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        _check_request(request)
+        check_request(request)
         self.display = Display(request.progress)
         # All that can be refused is refused here, before any work.
         self.pipeline = Pipeline.of(request.passes)
         self.target = find_target(request.target)
-        self.backend = find_backend(request.backend, self.target)
+        self.backend = find_backend(request.backend, self.target, must_run=not request.runs_nothing)
         self.model = open_model(request.model)
         if request.output is not None:
             given = None if isinstance(request.model, ir.Model) else Path(request.model)
             check_output(request.output, self.model, given)
+        self.specialised = (
+            specialise(self.model, request.set_dims, request.set_shapes)
+            if request.set_dims or request.set_shapes
+            else None
+        )
         known = known_metrics(request.metric)
-        self.original = self.model.clone()
+        self.original = self.model.clone() if self._original_is_needed else self.model
         self.calibration, self.scored = self._open_data()
         self.steps = schedule(self.pipeline, has_data=self.calibration is not None)
         self.metrics = chosen_metrics(request.metric, known, self.original, self.scored)
         self.metric_types = {**known, **{metric.name: metric for metric in self.metrics}}
         self.budgets = [Budget.parse(text, self.metric_types) for text in request.budget]
         self._check_budgets()
+        self.is_lossy = any(step.guarantee is Guarantee.LOSSY for step in self.steps)
+        self.judge: Judge | None = None
+        self.reproducers = self._open_reproducers()
+
+    @property
+    def _original_is_needed(self) -> bool:
+        """Whether anything may look at the model as it was, once it has been changed."""
+        in_memory = isinstance(self.request.model, ir.Model)
+        return not self.request.runs_nothing or (in_memory and self.request.reproducers is not None)
 
     def _open_data(self) -> tuple[Dataset | None, Dataset | None]:
         request = self.request
@@ -218,14 +226,8 @@ class _Run:
     def run(self) -> Result:
         """Run every stage."""
         request = self.request
-        with self.display.stage("running the original"):
-            self.judge = Judge(
-                self.original, self.backend, self.scored, self.metrics, seed=request.seed, threads=request.threads
-            )
-        if self.judge.refusal is not None and request.verify != "off":
-            raise BackendError(
-                self.judge.refusal.message, hint="another `--backend`, or `--verify off` to go without any proof"
-            ) from self.judge.refusal
+        if not request.runs_nothing:
+            self.open_judge()
         with staging_folder(request.output) as folder:
             with self.display.stage("scoring the original"):
                 report = self._report_of_original(folder)
@@ -235,9 +237,9 @@ class _Run:
                 staged = folder / (request.output.name if request.output is not None else "after.onnx")
                 forget_inferred(self.model)
                 with self.display.stage("saving"):
-                    files = save(self.model, staged)
+                    files = save(self.model, staged) if self._file_is_needed else []
                 with self.display.stage("measuring the result"):
-                    failure = self._measure(report, staged) or failure
+                    failure = self._measure(report, files) or failure
                 if request.output is not None and (failure is None or request.keep_failed):
                     delivered = move_into_place(files, request.output)
         if failure is not None:
@@ -246,19 +248,39 @@ class _Run:
             raise failure
         return Result(self.model, report, delivered)
 
+    @property
+    def _file_is_needed(self) -> bool:
+        return self.request.output is not None or self.judge is not None or self._content_is_shown
+
+    def open_judge(self) -> Judge:
+        """Run the original on the samples everything else is compared on.
+
+        Raises:
+            BackendError: The runtime refuses the original, and it is to be checked.
+        """
+        request = self.request
+        with self.display.stage("running the original"):
+            self.judge = Judge(
+                self.original, self.backend, self.scored, self.metrics, seed=request.seed, threads=request.threads
+            )
+        if self.judge.refusal is not None and request.verify not in QUIET:
+            raise BackendError(
+                self.judge.refusal.message, hint="another `--backend`, or `--verify off` to go without any proof"
+            ) from self.judge.refusal
+        return self.judge
+
     def _report_of_original(self, folder: Path) -> Report:
         request = self.request
-        if isinstance(request.model, ir.Model):
-            self.source = folder / "before.onnx"
-            save(self.original, self.source)
+        self.source = Path(request.model) if not isinstance(request.model, ir.Model) else folder / "before.onnx"
+        if not isinstance(request.model, ir.Model):
+            origin = source(self.model)
+            files = [self.source, *map(Path, dict.fromkeys(origin.data_files if origin is not None else ()))]
         else:
-            self.source = Path(request.model)
-        before = _side(self.original, self.source)
-        before.metrics = {
-            name: value
-            for name, value in self.judge.score(self.source).items()
-            if not self.metric_types[name].against_original
-        }
+            files = save(self.original, self.source) if self.judge is not None else []
+        before = measure_side(self.original, files, content=self._content_is_shown, work=self._work_is_shown)
+        if self.judge is not None:
+            scores = self.judge.score(self.source)
+            before.metrics = {n: v for n, v in scores.items() if not self.metric_types[n].against_original}
         return Report(
             graphopt=installed_version(),
             pipeline=str(self.pipeline),
@@ -266,35 +288,84 @@ class _Run:
             backend=self.backend.describe(),
             seed=request.seed,
             threads=request.threads,
-            scored=self.judge.scored_on + (", not calibrated on" if self._held_back else ""),
+            scored=self._scored_on,
             steps=[],
             before=before,
             after=None,
             ok=True,
+            specialised=self.specialised.as_dict() if self.specialised is not None else None,
             metric_types=self.metric_types,
         )
 
     @property
-    def _held_back(self) -> bool:
-        return self.calibration is not None and self.request.evaluation is None
+    def _scored_on(self) -> str:
+        if self.judge is None:
+            return NOT_RUN
+        held_back = self.calibration is not None and self.request.evaluation is None
+        return self.judge.scored_on + (", not calibrated on" if held_back else "")
+
+    @property
+    def _content_is_shown(self) -> bool:
+        return self.is_lossy or self.request.detailed
+
+    @property
+    def _work_is_shown(self) -> bool:
+        return self.judge is not None or self.request.detailed
 
     def _transform(self, report: Report) -> VerificationError | None:
         """Run the passes and return what failed, if anything."""
-        infer_shapes(self.model)
-        manager = PassManager(self.steps, self._setting(), self._instruments(report))
+        limit = self.request.stop_after_edits
+        manager = self.manager(self._instruments(report), limit=limit)
         report.steps = manager.records
         try:
+            infer_shapes(self.model)
             manager.run(self.model)
+            report.stopped_after_edits = limit if manager.stopped else None
             if self.request.verify == "final":
                 self._verify_at_end(report)
         except VerificationError as error:
+            self._leave_reproducer(error)
             return error
+        except PassCrash as error:
+            self._leave_reproducer(error)
+            raise
         return None
+
+    def _open_reproducers(self) -> Reproducers | None:
+        request = self.request
+        if request.reproducers is None:
+            return None
+        model = None if isinstance(request.model, ir.Model) else Path(request.model)
+        return Reproducers(
+            request.reproducers, Asked(model, str(self.pipeline), request.plain_options), lambda: self.original
+        )
+
+    def _leave_reproducer(self, error: GraphoptError) -> None:
+        """Leave a folder to see a failure again, unless it is nobody's mistake or has left one already."""
+        if self.reproducers is None or isinstance(error, (OverBudget, WrongRewrite)):
+            return
+        folder = self.reproducers.of_failure(error)
+        if folder is not None:
+            error.hint = f"{error.hint}; `graphopt replay {folder}` repeats it"
+
+    def _open_original(self) -> ir.Model:
+        """Return the model as it was: kept, or loaded again."""
+        if self._original_is_needed:
+            return self.original
+        original = open_model(self.request.model)
+        if self.specialised is not None:
+            specialise(original, self.request.set_dims, self.request.set_shapes)
+        return original
+
+    def manager(self, instruments: Sequence[Instrument] = (), *, limit: int | None = None) -> PassManager:
+        """Return what runs the passes over a model, up to an edit or to their end."""
+        return PassManager(self.steps, self._setting(), instruments, edit_limit=limit)
 
     def _setting(self) -> Setting:
         checker = None
         if self.request.verify == "rewrites":
-            checker = RewriteChecker(self.backend, walk.all_imports(self.model), self.request.seed)
+            keep = self.reproducers.of_rewrite if self.reproducers is not None else None
+            checker = RewriteChecker(self.backend, self.request.seed, self.request.strict, keep)
         return Setting(
             target=self.target,
             backend=self.backend,
@@ -306,8 +377,14 @@ class _Run:
 
     def _instruments(self, report: Report) -> list[Instrument]:
         instruments: list[Instrument] = [Timing(), ShowProgress(self.display)]
+        if self.reproducers is not None:
+            instruments.append(self.reproducers)
+        if self.request.verify in ("structure", "each", "rewrites"):
+            instruments.append(VerifyStructure(self._open_original))
+        if self.judge is None:
+            return instruments
         if self.request.verify in ("each", "rewrites"):
-            instruments += [VerifyStructure(), VerifyNumerics(self.judge)]
+            instruments.append(VerifyNumerics(self.judge))
         if self.budgets:
             instruments.append(Gate(self.judge, self.budgets, self._baseline(report), self.metric_types))
         return instruments
@@ -316,7 +393,7 @@ class _Run:
         """Return what the original scores, metrics against itself included."""
         if not any(self.metric_types[budget.metric].against_original for budget in self.budgets):
             return report.before.metrics
-        return self.judge.score(self.source)
+        return self.judge.score(self.source) if self.judge is not None else {}
 
     def _verify_at_end(self, report: Report) -> None:
         """Check the finished model once, by the weakest guarantee of all steps."""
@@ -328,6 +405,7 @@ class _Run:
             return
         record = changed[-1]
         guarantee = weakest(step.guarantee for step in self.steps)
+        assert self.judge is not None, "a check runs the model"
         if self.judge.reference is None or self.judge.cannot_probe is not None:
             record.check = Check("none", None, why=self.judge.cannot_probe)
         elif guarantee is Guarantee.LOSSY:
@@ -339,18 +417,21 @@ class _Run:
                 f"the passes changed the model: {record.check.why}", hint="`--verify each` finds the pass"
             )
 
-    def _measure(self, report: Report, staged: Path) -> VerificationError | None:
-        """Measure the file that will be delivered and return what failed, if anything."""
-        report.after = _side(self.model, staged)
+    def _measure(self, report: Report, files: Sequence[Path]) -> VerificationError | None:
+        """Measure the files that will be delivered, the model first, and return what failed, if anything."""
+        report.after = measure_side(self.model, files, content=self._content_is_shown, work=self._work_is_shown)
+        if self.judge is None:
+            return None
+        staged = files[0]
         try:
             report.after.metrics = self.judge.score(staged)
-            if self.request.verify != "off" and all(step.guarantee is not Guarantee.LOSSY for step in self.steps):
+            if self.request.verify not in QUIET and not self.is_lossy:
                 report.deployed = self.judge.deployed(self.source, staged)
-            self._time(report, staged)
+            self._time(report, staged, self.judge.single_feed())
             if report.deployed is not None and report.deployed.ok is False:
                 raise VerificationError(
                     f"as deployed, the model changed: {report.deployed.why}",
-                    hint="`--verify rewrites` may find the pass; `--keep-failed` writes the model all the same",
+                    hint="`graphopt bisect` finds the edit; `--keep-failed` writes the model all the same",
                 )
             enforce(self.budgets, self._baseline(report), report.after.metrics, self.metric_types, "in the end")
         except VerificationError as error:
@@ -359,36 +440,10 @@ class _Run:
             return VerificationError(f"the written model does not run: {error.message}", hint=error.hint)
         return None
 
-    def _time(self, report: Report, staged: Path) -> None:
-        feed = self.judge.single_feed()
+    def _time(self, report: Report, staged: Path, feed: dict[str, Array] | None) -> None:
         if feed is None or report.after is None:
             return
-        with contextlib.ExitStack() as stack:
-            sessions = [
-                stack.enter_context(self.backend.open(file, threads=self.request.threads))
-                for file in (self.source, staged)
-            ]
-            before, after = latency.measure(sessions, [feed, feed], seconds=LATENCY_SECONDS)
+        before, after = time_side_by_side(self.backend, [self.source, staged], feed, self.request.threads)
         report.before.latency_ms, report.after.latency_ms = before.median, after.median
         report.latency_ratio = after.ratio
         report.latency_batch = batch_size(feed)
-
-
-def _side(model: ir.Model, file: Path) -> Side:
-    summary = summarize(model)
-    return Side(
-        nodes=summary.nodes,
-        parameters=summary.parameters,
-        nonzero=summary.nonzero,
-        bytes=stored_bytes(file),
-        bytes_gzip=gzip_bytes(file),
-        macs=summary.macs,
-    )
-
-
-def installed_version() -> str:
-    """Return graphopt's version."""
-    try:
-        return version("graphopt")
-    except PackageNotFoundError:
-        return "0+unknown"

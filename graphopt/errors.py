@@ -50,6 +50,10 @@ class PassError(GraphoptError):
     """A pass that cannot do what it was asked on this model."""
 
 
+class PassCrash(PassError):
+    """A pass that failed by a mistake of its own."""
+
+
 class VerificationError(GraphoptError):
     """A model that failed a structural or numeric check, or its budget.
 
@@ -62,6 +66,10 @@ class VerificationError(GraphoptError):
     usual_hint = "this is a mistake of a pass, not yours; `--verify each` finds it"
     report: Any = None
     output: Any = None
+
+
+class OverBudget(VerificationError):
+    """A model that lost more than its budget allows: nobody's mistake."""
 
 
 def one_line(error: BaseException) -> str:

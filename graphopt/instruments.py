@@ -6,14 +6,14 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from graphopt.authoring import Guarantee, Pass
 from graphopt.comparison import NEW_NAN
-from graphopt.errors import BackendError, VerificationError
+from graphopt.errors import BackendError, OverBudget, VerificationError
 from graphopt.evaluation import Judge, Outputs, compare_outputs
 from graphopt.metrics import Budget, Metric
 from graphopt.pipeline import Step
@@ -33,6 +33,9 @@ class Instrument:
 
     def step_started(self, step: Step, model: ir.Model) -> None:
         """Called before a step."""
+
+    def pass_started(self, one: Pass, edits: int) -> None:
+        """Called before each pass of a step, with the number of edits the run has made until then."""
 
     def pass_finished(self, one: Pass, model: ir.Model, edits: int) -> None:
         """Called after each pass of a step, with the number of edits it made."""
@@ -75,14 +78,20 @@ def peak_rss_mb() -> float:
 
 
 class VerifyStructure(Instrument):
-    """Checks the structure of the model after every pass, and its shapes after every step."""
+    """Checks the structure of the model after every pass, and its shapes after every step.
+
+    Args:
+        original: Gives the model as it was, whose shapes are looked at only where those of the result are wrong.
+    """
+
+    def __init__(self, original: Callable[[], ir.Model]) -> None:
+        self._original = original
 
     def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
         self._signature = Signature.of(model)
         self._fingerprint = fingerprint(model)
         # A model may come with faults that runtimes overlook; no pass is blamed for them.
         self._came_with = problems_of(model)
-        self._came_sound = contradiction(model) is None
 
     def pass_finished(self, one: Pass, model: ir.Model, edits: int) -> None:
         before, self._fingerprint = self._fingerprint, fingerprint(model)
@@ -99,10 +108,9 @@ class VerifyStructure(Instrument):
             raise VerificationError(f"after pass `{one.name}`: {error.message}", hint=_BUG_HINT) from error
 
     def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
-        if not record.edits or not self._came_sound:
-            return
-        why = contradiction(model)
-        if why is not None:
+        why = contradiction(model) if record.edits else None
+        # A model may come with shapes that contradict each other, too.
+        if why is not None and contradiction(self._original()) is None:
             raise VerificationError(f"after pass `{step.spec}`: {why}", hint=_BUG_HINT)
 
 
@@ -200,11 +208,11 @@ def enforce(
     metrics: dict[str, type[Metric]],
     where: str,
 ) -> None:
-    """Raise a VerificationError if a metric lost more than its budget allows."""
+    """Raise OverBudget if a metric lost more than its budget allows."""
     for budget in budgets:
         metric, old, new = metrics[budget.metric], before[budget.metric], after[budget.metric]
         if not budget.allows(old, new, metric):
-            raise VerificationError(
+            raise OverBudget(
                 f"over budget {where}: {budget.metric} went from {metric.show(old)} to {metric.show(new)}",
                 hint="a gentler setting, or a larger `--budget`; `--keep-failed` writes the model all the same",
             )

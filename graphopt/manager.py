@@ -12,13 +12,13 @@ from graphopt.analysis import AnalysisCache
 from graphopt.authoring import Context, Guarantee, Note, Pass
 from graphopt.backend import Backend
 from graphopt.data import Dataset
-from graphopt.errors import GraphoptError, PassError, in_words
+from graphopt.errors import GraphoptError, PassCrash, in_words
 from graphopt.instruments import Instrument
-from graphopt.model_io import saved_bytes
-from graphopt.pattern import RewriteCheck
 from graphopt.pipeline import Step
 from graphopt.report import PassRecord, StepRecord
-from graphopt.rewriter import Journal, Rewriter
+from graphopt.rewrite_check import RewriteCheck
+from graphopt.rewriter import EditLimitReached, Journal, Rewriter, let_go_of_loose_nodes
+from graphopt.summary import approximate_bytes
 from graphopt.target import Target
 
 # Rounds over a preset's passes; each pass is at its own fixpoint, so more than a few rounds means a ping-pong.
@@ -44,39 +44,52 @@ class PassManager:
         steps: As scheduled.
         setting: What all passes share.
         instruments: What watches, in the order it is told.
+        edit_limit: Edit at which the run ends, whatever is left to do; None for no such limit.
 
     Attributes:
         journal: Every edit made.
         records: One record per step, also of a step that failed.
+        stopped: Whether the run ended at its limit.
     """
 
-    def __init__(self, steps: Sequence[Step], setting: Setting, instruments: Sequence[Instrument] = ()) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        setting: Setting,
+        instruments: Sequence[Instrument] = (),
+        *,
+        edit_limit: int | None = None,
+    ) -> None:
         self.steps = steps
         self.setting = setting
         self.instruments = instruments
-        self.journal = Journal()
+        self.journal = Journal(limit=edit_limit)
         self.records: list[StepRecord] = []
+        self.stopped = False
         self._analyses = AnalysisCache()
+        self._measured: tuple[int, tuple[int, int]] | None = None
 
     def run(self, model: ir.Model) -> list[StepRecord]:
         """Run the steps and return their records.
 
         Raises:
             VerificationError: A check failed or a budget was exceeded; `records` holds what was done.
-            PassError: A pass cannot do what was asked.
+            PassError: A pass cannot do what was asked, or failed.
         """
         try:
             for instrument in self.instruments:
                 instrument.run_started(model, self.steps)
             for step in self.steps:
                 self._run_step(step, model)
+                if self.stopped:
+                    break
         finally:
             for instrument in self.instruments:
                 instrument.run_finished()
         return self.records
 
     def _run_step(self, step: Step, model: ir.Model) -> None:
-        nodes, size = _measure(model)
+        nodes, size = self._measure(model)
         record = StepRecord(step.name, step.spec, step.guarantee.value, nodes, size)
         self.records.append(record)
         for instrument in self.instruments:
@@ -85,9 +98,10 @@ class PassManager:
             record.reason = step.reason
         # Exact rewriting has a fixpoint; losing the same twice does not.
         rounds = PRESET_ROUNDS_LIMIT if step.preset and step.guarantee is not Guarantee.LOSSY else 1
+        settled: dict[int, int] = {}  # position of a pass -> version of the model it found nothing to do on
         for _ in range(rounds):
-            editing = [one.name for one in step.passes if self._run_pass(one, model, record)]
-            if not editing:
+            editing = self._run_round(step, model, record, settled)
+            if not editing or self.stopped:
                 break
         else:
             if rounds > 1:
@@ -95,12 +109,35 @@ class PassManager:
                 record.passes[-1].notes.append(
                     Note(step.name, f"still changing the model after {rounds} rounds: {names}", left=True)
                 )
-        record.nodes_after, record.bytes_after = _measure(model)
+        record.nodes_after, record.bytes_after = self._measure(model)
         for instrument in self.instruments:
             instrument.step_finished(step, model, record)
 
+    def _measure(self, model: ir.Model) -> tuple[int, int]:
+        """Return the number of nodes, and about the bytes the model takes on disk; looks again only after an edit."""
+        if self._measured is None or self._measured[0] != self.journal.changes:
+            figures = sum(1 for _ in walk.every_node(model)), approximate_bytes(model)
+            self._measured = self.journal.changes, figures
+        return self._measured[1]
+
+    def _run_round(self, step: Step, model: ir.Model, record: StepRecord, settled: dict[int, int]) -> list[str]:
+        """Run those passes of a step once that may find something to do; return the names of those that did."""
+        editing = []
+        for position, one in enumerate(step.passes):
+            if settled.get(position) == self.journal.changes:
+                continue
+            if self._run_pass(one, model, record):
+                editing.append(one.name)
+            else:
+                settled[position] = self.journal.changes
+            if self.stopped:
+                break
+        return editing
+
     def _run_pass(self, one: Pass, model: ir.Model, record: StepRecord) -> int:
         """Run one pass and return how many edits it made."""
+        for instrument in self.instruments:
+            instrument.pass_started(one, len(self.journal.edits))
         rewriter = Rewriter(model, self.journal, one.name)
         since = rewriter.version
         context = Context(
@@ -116,10 +153,13 @@ class PassManager:
         )
         try:
             one.run(model, context)
+        except EditLimitReached:
+            self.stopped = True
+            let_go_of_loose_nodes(model)
         except GraphoptError:
             raise
         except Exception as error:
-            raise PassError(
+            raise PassCrash(
                 f"pass `{one.name}` failed: {in_words(error)}",
                 hint="this is a mistake of the pass, not yours; `-v` shows where; leave it out, or report it",
             ) from error
@@ -139,9 +179,15 @@ def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> Non
         record.passes.append(known)
     known.edits += edits
     known.rounds += 1
-    known.notes = [note for note in known.notes if not note.left] + context.notes
+    known.notes = [note for note in known.notes if not note.left] + context.notes + _notes_on_checks(context)
+    record.refused += [refusal for refusal in context.refused if refusal not in record.refused]
 
 
-def _measure(model: ir.Model) -> tuple[int, int]:
-    """Return the number of nodes, and the bytes the model takes on disk."""
-    return sum(1 for _ in walk.every_node(model)), saved_bytes(model)
+def _notes_on_checks(context: Context) -> list[Note]:
+    """Say how many rewrites were checked by themselves, and why the others could not be."""
+    unchecked = context.unchecked.total()
+    if not context.checked and not unchecked:
+        return []
+    texts = [f"{context.checked} rewrites checked by themselves, {unchecked} not"]
+    texts += [f"{rule} not checked by itself {n}×: {why}" for (rule, why), n in sorted(context.unchecked.items())]
+    return [Note(context.rewriter.pass_name, text) for text in texts]

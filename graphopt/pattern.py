@@ -14,12 +14,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphopt import provenance, walk
+from graphopt import walk
 from graphopt.backend import Array
 from graphopt.errors import PassError
-from graphopt.rewriter import Rewriter
+from graphopt.rewriter import Rewriter, let_go
 
 COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"})
+# Larger constants are not compared with the number of a pattern: a mask may be 0 everywhere, a weight never is.
+LARGEST_COMPARED = 1 << 18
 # A rewrite that fires this often per node of the graph is taken for rules undoing each other.
 REWRITES_PER_NODE_LIMIT = 50
 
@@ -98,10 +100,13 @@ class Match:
             raise ValueError(f"`{name}` is not constant")
         return tensor.numpy()
 
-    def include(self, node: ir.Node) -> None:
-        """Take in a node that ``applies`` found and the pattern cannot say, such as what feeds one of many inputs."""
-        if node not in self.nodes.values():
-            self.nodes[PatternNode(node.op_type, (), {}, None, node.domain)] = node
+    def include(self, nodes: Iterable[ir.Node]) -> None:
+        """Make more nodes part of the match, found by `Rule.applies` where no one pattern can say what fits."""
+        known = set(self.nodes.values())
+        for node in nodes:
+            if node not in known:
+                known.add(node)
+                self.nodes[PatternNode(node.op_type, (), {}, None, node.domain)] = node
 
     def copy(self) -> Match:
         """Return an independent copy, for the matcher to backtrack to."""
@@ -244,7 +249,29 @@ def _depth(node: PatternNode) -> int:
 
 def matches_at(pattern: PatternNode, node: ir.Node, opset: int) -> Iterator[Match]:
     """Yield every way a pattern matches with its root at ``node``, in a model of the given opset."""
+    # Most rules of an operator do not match at most of its nodes: that is told without building a Match.
+    if not _may_match(pattern, node):
+        return iter(())
     return _match_node(pattern, node, Match(node, opset))
+
+
+def _may_match(pattern: PatternNode, node: ir.Node) -> bool:
+    """Return whether operators fit, the root's and those right before it."""
+    if node.op_type != pattern.op_type:
+        return False
+    return any(
+        all(_may_be(operand, value) for operand, value in zip(pattern.inputs, inputs, strict=False))
+        for inputs in _input_orders(pattern, node)
+    )
+
+
+def _may_be(operand: Operand, value: ir.Value | None) -> bool:
+    if not isinstance(operand, PatternValue):
+        return operand is None or operand is ... or walk.constant_tensor(value) is not None
+    if operand.node is None or value is None:
+        return True
+    producer = value.producer()
+    return producer is not None and producer.op_type == operand.node.op_type
 
 
 def _match_node(pattern: PatternNode, node: ir.Node, found: Match) -> Iterator[Match]:
@@ -289,8 +316,7 @@ def _match_operand(operand: Operand, value: ir.Value | None, found: Match) -> It
         return
     if not isinstance(operand, PatternValue):
         tensor = walk.constant_tensor(value)
-        # Only small constants are compared: a weight is never the 0 or 1 of an identity.
-        if tensor is not None and 0 < tensor.size <= 4096 and np.all(tensor.numpy() == operand):
+        if tensor is not None and _is_everywhere(tensor, operand):
             yield found
         return
     if operand.node is None:
@@ -303,6 +329,14 @@ def _match_operand(operand: Operand, value: ir.Value | None, found: Match) -> It
     producer = value.producer()
     if producer is not None and value.index() == operand.index:
         yield from _match_node(operand.node, producer, found)
+
+
+def _is_everywhere(tensor: ir.TensorProtocol, number: Any) -> bool:
+    """Return whether a constant equals a number everywhere; its first element tells most that do not."""
+    if not 0 < tensor.size <= LARGEST_COMPARED:
+        return False
+    array = tensor.numpy()
+    return bool(array.flat[0] == number) and bool(np.all(array == number))
 
 
 def _input_orders(pattern: PatternNode, node: ir.Node) -> Iterator[Sequence[ir.Value | None]]:
@@ -338,20 +372,18 @@ class Outcome:
     Attributes:
         fired: Rule name to number of rewrites.
         held_back: (Rule name, reason) to number of matches not rewritten.
-        unchecked: (Rule name, reason) to number of rewrites that could not be checked by themselves.
     """
 
     fired: Counter[str]
     held_back: Counter[tuple[str, str]]
-    unchecked: Counter[tuple[str, str]]
 
 
-# Returns why a rewrite could not be checked, or None where it was; raises to refuse it.
-RewriteCheck = Callable[[Rule, Match, Sequence[ir.Value], Sequence[ir.Node]], str | None]
+# Says whether values computed by some nodes equal others, computed by nodes made for it; see `Context.agrees`.
+Agrees = Callable[[str, Iterable[ir.Node], Iterable[ir.Value], Iterable[ir.Value], Iterable[ir.Node]], bool]
 
 
 def apply_rules(
-    rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, *, check: RewriteCheck | None = None
+    rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, *, check: Agrees | None = None
 ) -> Outcome:
     """Rewrite until no rule matches, visiting after each rewrite only the nodes it may have made match.
 
@@ -359,7 +391,7 @@ def apply_rules(
         rules: Rules; where several match at a node the first listed wins.
         model: The model, changed in place.
         rewriter: The edit surface.
-        check: Called with each rewrite before it is applied.
+        check: Asked before each rewrite is applied; one that it denies is held back.
 
     Raises:
         PassError: Rules undo each other without end; names them.
@@ -368,7 +400,7 @@ def apply_rules(
 
 
 class _Driver:
-    def __init__(self, rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, check: RewriteCheck | None) -> None:
+    def __init__(self, rules: Iterable[Rule], model: ir.Model, rewriter: Rewriter, check: Agrees | None) -> None:
         self.rewriter = rewriter
         self.model = model
         self.opset = walk.opset(model)
@@ -383,7 +415,6 @@ class _Driver:
         self.fired: Counter[str] = Counter()
         self.recent: deque[str] = deque(maxlen=16)
         self.missed: dict[tuple[str, ir.Node], str] = {}
-        self.unchecked: Counter[tuple[str, str]] = Counter()
 
     def run(self) -> Outcome:
         nodes = list(walk.every_node(self.model))
@@ -400,7 +431,7 @@ class _Driver:
                     names = ", ".join(f"`{name}`" for name in sorted(set(self.recent)))
                     raise PassError(f"rules undo each other without end: {names}", hint="leave one of them out")
         held_back = Counter((rule, reason) for (rule, node), reason in self.missed.items() if node.graph is not None)
-        return Outcome(self.fired, held_back, self.unchecked)
+        return Outcome(self.fired, held_back)
 
     def _push(self, node: ir.Node) -> None:
         if node not in self.queued and (_normal(node.domain), node.op_type) in self.by_root:
@@ -440,13 +471,13 @@ class _Driver:
             result = rule.rewrite(builder, match)
             if isinstance(result, Miss):
                 for node in reversed(builder.nodes):
-                    _let_go(node)
+                    let_go(node)
                 return result
             values = result if isinstance(result, tuple) else (result,)
             if self.check is not None:
-                why = self.check(rule, match, values, builder.nodes)
-                if why is not None:
-                    self.unchecked[rule.name, why] += 1
+                before = match.root.outputs[: len(values)]
+                if not self.check(rule.name, list(match.nodes.values()), before, values, builder.nodes):
+                    return Miss("it would change the outputs", match.root)
             self._splice(match, builder, values)
         return None
 
@@ -454,6 +485,7 @@ class _Driver:
         for constant in built.constants:
             self.rewriter.adopt(constant, near=match.root)
         for node in built.nodes:
+            self.rewriter.import_domain(node.domain, near=match.root)
             self.rewriter.insert(node, before=match.root)
         for old in match.root.outputs[len(values) :]:
             if old.uses() or old.is_graph_output():
@@ -493,15 +525,3 @@ def _read_elsewhere(match: Match) -> ir.Node | None:
             if value.is_graph_output() or any(use.node not in inside for use in value.uses()):
                 return node
     return None
-
-
-def _let_go(node: ir.Node) -> None:
-    for index in range(len(node.inputs)):
-        node.replace_input_with(index, None)
-
-
-def describe_match(match: Match) -> str:
-    """Return the matched nodes and their origins, for messages."""
-    nodes = ", ".join(walk.label(node) for node in match.nodes.values())
-    origins = sorted(frozenset().union(*(provenance.origins(node) for node in match.nodes.values())))
-    return f"{nodes} (from {', '.join(origins)})"

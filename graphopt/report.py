@@ -9,6 +9,10 @@ from typing import Any
 
 from graphopt.authoring import Note
 from graphopt.metrics import Metric, show_number
+from graphopt.rewrite_check import Refusal
+
+# What is said in the place of a figure nobody asked for.
+NOT_RUN = "not run"
 
 
 @dataclass
@@ -56,9 +60,10 @@ class StepRecord:
     bytes_after: int = 0
     seconds: float = 0.0
     peak_rss_mb: float = 0.0
-    check: Check = field(default_factory=lambda: Check("none", None, why="verification is off"))
+    check: Check = field(default_factory=lambda: Check("none", None, why=NOT_RUN))
     reason: str | None = None
     passes: list[PassRecord] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
 
     @property
     def notes(self) -> list[Note]:
@@ -71,10 +76,16 @@ class StepRecord:
         fields = asdict(self)
         fields["pass"] = fields.pop("name")
         fields["passes"] = [{"pass": one.name, "edits": one.edits, "rounds": one.rounds} for one in self.passes]
+        fields["refused"] = [_refusal(one) for one in self.refused]
         fields["notes"] = [
             {"pass": n.pass_name, "text": n.text, "node": n.node, "left": n.left, **n.facts} for n in self.notes
         ]
         return fields
+
+
+def _refusal(refusal: Refusal) -> dict[str, Any]:
+    fields = asdict(refusal)
+    return {"pass": fields.pop("pass_name"), **fields}
 
 
 @dataclass
@@ -82,19 +93,20 @@ class Side:
     """The model before, or after.
 
     Attributes:
+        nonzero: How many parameters are not zero, or None where no step could have changed that and nobody asked.
         bytes: Size of the file or files on disk.
-        bytes_gzip: Size after gzip, or None where it was not measured (files over 256 MiB).
-        macs: Multiply-accumulates of one run, dynamic dimensions counted as 1.
+        bytes_gzip: Size after gzip, or None where it was not measured: as ``nonzero``, or files over 256 MiB.
+        macs: Multiply-accumulates of one run, dynamic dimensions counted as 1, or None where nothing was measured.
         latency_ms: Median of one run at batch 1, or None where it was not measured.
         metrics: Task metrics on the scored samples.
     """
 
     nodes: int
     parameters: int
-    nonzero: int
+    nonzero: int | None
     bytes: int
     bytes_gzip: int | None
-    macs: int
+    macs: int | None
     latency_ms: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -108,6 +120,8 @@ class Report:
         deployed: How the written file compares with the original, the runtime's optimizations on; None if lossy.
         latency_ratio: Median over paired runs of latency after / before.
         latency_batch: Samples in each run that was timed.
+        specialised: Sizes the inputs were fixed to, and what that changed of the signature, or None.
+        stopped_after_edits: The edit the run was ended at, as asked, or None.
     """
 
     graphopt: str
@@ -124,6 +138,8 @@ class Report:
     deployed: Check | None = None
     latency_ratio: float | None = None
     latency_batch: int = 1
+    stopped_after_edits: int | None = None
+    specialised: dict[str, Any] | None = None
     failure: str | None = None
     metric_types: dict[str, type[Metric]] = field(default_factory=dict)
 
@@ -143,6 +159,8 @@ class Report:
             "deployed": asdict(self.deployed) if self.deployed is not None else None,
             "latency_ratio": self.latency_ratio,
             "latency_batch": self.latency_batch,
+            "stopped_after_edits": self.stopped_after_edits,
+            "specialised": self.specialised,
             "ok": self.ok,
             "failure": self.failure,
         }
@@ -184,7 +202,7 @@ def show_count(count: int) -> str:
 def show_check(check: Check, metric_types: dict[str, type[Metric]], before: dict[str, float]) -> str:
     """Return one table cell that says how a step was checked and what came out."""
     if check.ok is None:
-        return "not checked"
+        return NOT_RUN if check.why == NOT_RUN else "not checked"
     if not check.ok:
         return "FAILED"
     if check.kind == "equal":

@@ -1,117 +1,291 @@
-"""Rewrites checked alone: the matched subgraph against its replacement, on random and on extreme inputs."""
+"""Rewrites checked alone: what computes some values against what is to replace them, on random and extreme inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import walk
+from graphopt import provenance, walk
 from graphopt.backend import Array, Backend, Session
 from graphopt.comparison import Comparison
 from graphopt.errors import BackendError, VerificationError
-from graphopt.fragment import constant_content, fragment
-from graphopt.pattern import Match, Rule, describe_match
+from graphopt.fragment import constant_content, fragment, nodes_between, values_read
 
-STAND_IN_FOR_DYNAMIC = 2
+# Sizes every dynamic dimension is bound to in turn; the extreme values are tried at the first of them.
+SIZES = (2, 1, 3, 0)
 LARGEST_INTEGER, LARGEST_SIZE = 9, 99
+# The least integer divided by -1 ends the process of ONNX Runtime.
+_DIVIDING = frozenset({"Div", "Mod"})
+Feed = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A rewrite that was not applied yet.
+
+    Attributes:
+        model: The model it is for.
+        pass_name: The pass that proposes it.
+        rule: The rule or kind of edit.
+        nodes: What computes the values now, in any order.
+        before: The values.
+        after: What is to take their places, in the same order.
+        made: What computes those, where it is new or outside ``nodes``.
+    """
+
+    model: ir.Model
+    pass_name: str
+    rule: str
+    nodes: tuple[ir.Node, ...]
+    before: tuple[ir.Value, ...]
+    after: tuple[ir.Value, ...]
+    made: tuple[ir.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rewrite that was refused because it changes the outputs; the model was left as it was.
+
+    Attributes:
+        nodes: Names of the nodes it was about; ``origins`` the nodes of the original these come from.
+        why: How far off it is.
+        reproducer: Folder that shows it, or None.
+    """
+
+    pass_name: str
+    rule: str
+    nodes: tuple[str, ...]
+    origins: tuple[str, ...]
+    why: str
+    reproducer: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{', '.join(self.nodes)} (from {', '.join(self.origins)})"
+        return f"rule `{self.rule}` of pass `{self.pass_name}` {self.why} at {where}"
+
+
+class WrongRewrite(VerificationError):
+    """A rewrite that changes the outputs, where the run is to stop at one."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a check: a refusal, why nothing could be told, or neither where both sides agree."""
+
+    refusal: Refusal | None = None
+    unchecked: str | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Both sides of a rewrite as models, and the inputs they differ on."""
+
+    before: ir.Model
+    after: ir.Model
+    feed: Feed
+
+
+RewriteCheck = Callable[[Proposal], Verdict]
+# Keeps evidence for people, and returns where.
+KeepEvidence = Callable[[Proposal, Evidence, str], str | None]
 
 
 @dataclass
 class RewriteChecker:
-    """Runs both sides of each rewrite and refuses one that changes the outputs.
-
-    Called with a rewrite, it returns why that could not be checked, or None where it was.
+    """Runs both sides of each proposed rewrite and refuses one that changes the outputs.
 
     Attributes:
         backend: Runs both sides.
-        imports: Operator sets of the model.
         seed: Seed of the random inputs.
+        strict: Whether a refusal ends the run.
+        keep: Called with the evidence of the first refusal of each rule.
     """
 
     backend: Backend
-    imports: Mapping[str, int]
     seed: int = 0
+    strict: bool = False
+    keep: KeepEvidence | None = None
+    _refused: dict[tuple[object, ...], Refusal] = field(default_factory=dict)
 
-    def __call__(self, rule: Rule, match: Match, values: Sequence[ir.Value], nodes: Sequence[ir.Node]) -> str | None:
-        """Compare the matched nodes with their replacement.
+    def __call__(self, proposal: Proposal) -> Verdict:
+        """Compare both sides of a rewrite.
 
         Raises:
-            VerificationError: The outputs differ beyond rounding; names the rule, the nodes and their origins.
+            WrongRewrite: They differ beyond rounding, and the checker is strict.
         """
-        matched = _in_order(match)
-        inputs = _inputs_of(matched, nodes, values)
-        if not all(_is_known(value) for value in inputs):
-            return "the dtype or rank of an input is unknown"
-        if any(True for node in (*matched, *nodes) for _ in walk.subgraphs(node)):
-            return "nested graphs are not run apart"
-        imports = self.imports
-        before = fragment(matched, match.root.outputs[: len(values)], inputs, imports)
-        after = fragment(nodes, values, inputs, imports)
+        sides = _Sides.of(proposal)
+        if sides.untestable is not None:
+            return Verdict(unchecked=sides.untestable)
+        before, after = sides.models()
         try:
-            with self.backend.open(before, optimize=False) as a, self.backend.open(after, optimize=False) as b:
-                return _compare(a, b, rule, match, _feeds(inputs, self.seed))
+            with (
+                self.backend.open(before, threads=1, optimize=False) as a,
+                self.backend.open(after, threads=1, optimize=False) as b,
+            ):
+                found = _compare(a, b, feeds(sides.inputs, self.seed, careful=sides.divide))
         except BackendError as error:
-            return error.message
+            return Verdict(unchecked=error.message)
+        if isinstance(found, _Difference):
+            return Verdict(self._refuse(proposal, Evidence(before, after, found.feed), found.why))
+        return Verdict(unchecked=found)
+
+    def _refuse(self, proposal: Proposal, evidence: Evidence, why: str) -> Refusal:
+        """Return the refusal, the same one where the same rewrite is proposed again."""
+        nodes = tuple(walk.label(node) for node in proposal.nodes)
+        origins = frozenset().union(*(provenance.origins(node) for node in proposal.nodes))
+        refusal = Refusal(proposal.pass_name, proposal.rule, nodes, tuple(sorted(origins)), why)
+        key = (refusal.pass_name, refusal.rule, refusal.nodes, refusal.origins)
+        if key not in self._refused:
+            is_first = all((one.pass_name, one.rule) != key[:2] for one in self._refused.values())
+            kept = self.keep(proposal, evidence, str(refusal)) if self.keep is not None and is_first else None
+            self._refused[key] = Refusal(*key, why, kept)
+        known = self._refused[key]
+        if self.strict:
+            hint = "this is a mistake of the rule, not yours; leave its pass out, or report it"
+            raise WrongRewrite(
+                str(refusal), hint=hint if known.reproducer is None else f"{hint}; it is kept in `{known.reproducer}`"
+            )
+        return known
 
 
-def _compare(a: Session, b: Session, rule: Rule, match: Match, feeds: Iterable[dict[str, Array]]) -> str | None:
-    """Run both sides; feeds the matched nodes refuse, such as indices out of range, say nothing."""
-    refusal, ran = "", False
-    for feed in feeds:
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides of a proposal: the nodes that compute each, and the varying values these read from outside."""
+
+    proposal: Proposal
+    before: Sequence[ir.Node]
+    after: Sequence[ir.Node]
+    inputs: Sequence[ir.Value]
+
+    @classmethod
+    def of(cls, proposal: Proposal) -> _Sides:
+        nodes = set(proposal.nodes)
+        before = nodes_between(proposal.before, nodes)
+        after = nodes_between(proposal.after, nodes | set(proposal.made))
+        reads: dict[ir.Value, None] = {}
+        for side, wanted in ((before, proposal.before), (after, proposal.after)):
+            made = {value for node in side for value in node.outputs}
+            read = [*(value for node in side for value in values_read(node)), *wanted]
+            reads.update((value, None) for value in read if value not in made and constant_content(value) is None)
+        return cls(proposal, before, after, list(reads))
+
+    @property
+    def untestable(self) -> str | None:
+        """Why the two cannot be run apart, or None."""
+        both = [*self.before, *self.after]
+        if any(value in node.outputs for node in both for value in self.inputs):
+            return "one side reads what the other computes"
+        if not all(_is_known(value) for value in self.inputs):
+            return "the dtype or rank of an input is unknown"
+        nested = [inner for node in both for inner in walk.nodes_within(node)]
+        if any(walk.has_references(node) for node in (*both, *nested)):
+            return "an attribute is what the caller of a function gives"
+        return None
+
+    @property
+    def divide(self) -> bool:
+        """Whether anything is divided."""
+        both = [*self.before, *self.after]
+        return any(n.op_type in _DIVIDING for node in both for n in (node, *walk.nodes_within(node)))
+
+    def models(self) -> tuple[ir.Model, ir.Model]:
+        """Return each side as a model of its own."""
+        model = self.proposal.model
+        # Operators may be of a domain that is imported once the rewrite is applied.
+        imports = {node.domain: 1 for node in self.proposal.made} | walk.all_imports(model)
+        before = fragment(self.before, self.proposal.before, self.inputs, imports, model.functions)
+        return before, fragment(self.after, self.proposal.after, self.inputs, imports, model.functions)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    why: str
+    feed: Feed
+
+
+def _compare(a: Session, b: Session, tried: Iterable[Feed]) -> _Difference | str | None:
+    """Run both sides until they differ; feeds the one side refuses, such as indices out of range, say nothing."""
+    refusal, ran = "no inputs fit", False
+    for feed in tried:
         try:
             expected = a.run(feed)
         except BackendError as error:
             refusal = error.message
             continue
         ran = True
+        try:
+            found = b.run(feed)
+        except BackendError as error:
+            return _Difference(f"makes the model fail: {error.message}", feed)
         # Each feed by itself: next to the outputs of large inputs any error of small ones is rounding.
         comparison = Comparison()
-        comparison.update(expected, b.run(feed))
+        comparison.update(expected, found)
         if not comparison.within():
-            raise _refusal(rule, match, comparison)
+            return _Difference(f"changes the outputs by {comparison.max_abs_error:.3g}", feed)
     return None if ran else refusal
-
-
-def _refusal(rule: Rule, match: Match, comparison: Comparison) -> VerificationError:
-    return VerificationError(
-        f"rule `{rule.name}` changes the outputs by {comparison.max_abs_error:.3g} at {describe_match(match)}",
-        hint="this is a mistake of the rule, not yours; leave its pass out, or report it",
-    )
-
-
-def _in_order(match: Match) -> list[ir.Node]:
-    inside = set(match.nodes.values())
-    assert match.root.graph is not None
-    return [node for node in match.root.graph if node in inside]
-
-
-def _inputs_of(matched: Iterable[ir.Node], nodes: Iterable[ir.Node], values: Iterable[ir.Value]) -> list[ir.Value]:
-    """Return the varying values either side reads from outside, each once."""
-    both = [*matched, *nodes]
-    inside = {value for node in both for value in node.outputs}
-    read = [value for node in both for value in walk.values_read(node)] + list(values)
-    outside = dict.fromkeys(value for value in read if value not in inside and constant_content(value) is None)
-    return list(outside)
 
 
 def _is_known(value: ir.Value) -> bool:
     return isinstance(value.type, ir.TensorType) and value.dtype is not None and value.shape is not None
 
 
-def _feeds(inputs: Sequence[ir.Value], seed: int) -> Iterator[dict[str, Array]]:
-    """Yield random values, then zeros, ones, negatives, large values, NaN and infinities; last, integers as indices."""
+def feeds(inputs: Sequence[ir.Value], seed: int, *, careful: bool = False) -> Iterator[Feed]:
+    """Yield inputs for a fragment: random, then zeros, ones, negatives, large values, NaN and infinities.
+
+    Dynamic dimensions of one name have one size in each feed; what a dimension says of others, as ``2*n`` does, holds.
+    Random values are tried at every one of `SIZES`, and once with sizes that differ from name to name. Careful feeds
+    leave the ends of the range of integers out.
+    """
     rng = np.random.default_rng(seed)
-    shapes = [[dim if isinstance(dim, int) else STAND_IN_FOR_DYNAMIC for dim in value.shape or ()] for value in inputs]
     dtypes = [np.dtype(value.dtype.numpy()) for value in inputs if value.dtype is not None]
-    ports = [(f"in{i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))]
-    for spread in (LARGEST_INTEGER, 1):
-        yield {name: _random(rng, shape, dtype, spread) for name, shape, dtype in ports}
-    for extreme in (0, 1, -1, 1e4, np.nan, np.inf):
-        yield {name: _full(shape, dtype, extreme) for name, shape, dtype in ports}
+    for index, shapes in enumerate(_shapes(inputs)):
+        ports = [(f"in{i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))]
+        for spread in (LARGEST_INTEGER, 1):
+            yield {name: _random(rng, shape, dtype, spread) for name, shape, dtype in ports}
+        for extreme in (0, 1, -1, 1e4, np.nan, np.inf) if index == 0 else ():
+            yield {name: _full(shape, dtype, extreme, careful) for name, shape, dtype in ports}
+
+
+def _shapes(inputs: Sequence[ir.Value]) -> Iterator[list[list[int]]]:
+    """Yield the shapes of all inputs, dynamic dimensions bound; the same ones never twice."""
+    names = sorted({name for value in inputs for dim in value.shape or () for name in _names_in(dim)})
+    schemes: list[tuple[dict[str, int], int]] = [({}, size) for size in SIZES] + [
+        ({name: 2 + i for i, name in enumerate(names)}, SIZES[0])
+    ]
+    seen: list[list[list[int]]] = []
+    for bound, size in schemes:
+        shapes = [[_size(dim, bound, size) for dim in value.shape or ()] for value in inputs]
+        if shapes not in seen and all(dim >= 0 for shape in shapes for dim in shape):
+            seen.append(shapes)
+            yield shapes
+
+
+def _names_in(dim: int | ir.SymbolicDim) -> frozenset[str]:
+    """Return the names a dimension is made of; a text that is no expression is a name as a whole."""
+    if isinstance(dim, int) or dim.value is None:
+        return frozenset()
+    if dim.value.isidentifier():
+        return frozenset({dim.value})
+    try:
+        return frozenset(map(str, dim.free_symbols()))
+    except ValueError:
+        return frozenset({dim.value})
+
+
+def _size(dim: int | ir.SymbolicDim, bound: Mapping[str, int], otherwise: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    if dim.value is None or dim.value.isidentifier():
+        return bound.get(dim.value or "", otherwise)
+    try:
+        size = dim.evaluate({name: bound.get(name, otherwise) for name in _names_in(dim)})
+    except (ArithmeticError, TypeError, ValueError):
+        size = None
+    return size if isinstance(size, int) else bound.get(dim.value, otherwise)
 
 
 def _random(rng: np.random.Generator, shape: list[int], dtype: np.dtype[Any], spread: int) -> Array:
@@ -124,12 +298,13 @@ def _random(rng: np.random.Generator, shape: list[int], dtype: np.dtype[Any], sp
     return rng.standard_normal(shape).astype(dtype)
 
 
-def _full(shape: list[int], dtype: np.dtype[Any], value: float) -> Array:
+def _full(shape: list[int], dtype: np.dtype[Any], value: float, careful: bool) -> Array:
     if dtype.kind == "b":
         return np.full(shape, value == 1)
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         # Large numbers stay small enough to be the sizes of something.
-        whole = limits.max if np.isinf(value) else limits.min if np.isnan(value) else int(min(value, LARGEST_SIZE))
+        ends = (-LARGEST_SIZE, LARGEST_SIZE) if careful else (limits.min, limits.max)
+        whole = ends[1] if np.isinf(value) else ends[0] if np.isnan(value) else int(min(value, LARGEST_SIZE))
         return np.full(shape, min(max(whole, limits.min), limits.max), dtype)
     return np.full(shape, value, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class Edit:
         number: Position in the run, from 1.
         pass_name: The pass that made it.
         rule: The rule or kind of edit.
-        origins: Origins of the nodes it touched.
+        origins: Origins of the nodes it is about; where it names none, of all it touched.
         nodes: What the nodes it is about were called before.
     """
 
@@ -78,7 +79,8 @@ class Rewriter:
         self.edits = 0
         self._touched: set[str] | None = None
         self._changed = False
-        self._names: set[str] | None = None
+        self._names: Counter[str] | None = None
+        self._suffixes: dict[str, int] = {}
         self._roots: dict[ir.Graph, ir.Graph | ir.Function] | None = None
         self._observer: Observer | None = None
 
@@ -103,15 +105,15 @@ class Rewriter:
         if self.journal.is_full:
             raise EditLimitReached
         called = tuple(walk.label(node) for node in nodes)
+        own = frozenset().union(*(provenance.origins(node) for node in nodes))
         self._touched = set()
         self._changed = False
         try:
-            self._touched.update(*(provenance.origins(node) for node in nodes))
             yield
         finally:
             touched, self._touched = self._touched, None
             if self._changed:
-                self._write(rule, frozenset(touched), called)
+                self._write(rule, own or frozenset(touched), called)
 
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
@@ -124,13 +126,14 @@ class Rewriter:
 
     def fresh_name(self, base: str) -> str:
         """Return a name no value, node or initializer of any graph has: ``base``, with a suffix if taken."""
-        if self._names is None:
-            self._names = _all_names(self.model)
-        name, suffix = base, 0
-        while name in self._names:
+        names = self._all_names()
+        name, suffix = base, self._suffixes.get(base, 0)
+        while name in names:
             suffix += 1
             name = f"{base}_{suffix}"
-        self._names.add(name)
+        # Names are never given back, so that the next search goes on where this one ended.
+        self._suffixes[base] = suffix
+        names[name] = 1
         return name
 
     def make(
@@ -181,6 +184,7 @@ class Rewriter:
             else:
                 # An empty graph is falsy.
                 (graph if graph is not None else self.model.graph).append(node)
+            shapes.infer_node(node, self.model)
             self._note(node)
         return node
 
@@ -189,6 +193,7 @@ class Rewriter:
         with self.edit("insert", node):
             assert anchor.graph is not None, "the node to insert after is in no graph"
             anchor.graph.insert_after(anchor, node)
+            shapes.infer_node(node, self.model)
             self._note(node)
         return node
 
@@ -204,9 +209,7 @@ class Rewriter:
             raise ValueError(f"cannot replace `{old.name}` ({old.dtype}) by `{new.name}` ({new.dtype})")
         sources = [node for node in (old.producer(),) if node is not None]
         with self.edit("replace", *sources):
-            if new.type is None and new.shape is None:
-                new.type, new.shape = old.type, old.shape.copy() if old.shape is not None else None
-                new.meta[shapes.INFERRED] = old.meta.get(shapes.INFERRED)
+            shapes.inherit(new, old)
             readers = [use.node for use in old.uses()]
             if old.is_graph_output():
                 self._take_over_output(old, new, sources)
@@ -227,6 +230,42 @@ class Rewriter:
             assert node.graph is not None, "the node was erased before"
             node.graph.remove(node, safe=True)
             self._note(*(producer for producer in producers if producer.graph is not None))
+
+    def move(self, node: ir.Node, *, before: ir.Node) -> None:
+        """Move a node out of a nested graph, to before a node of a graph around it.
+
+        All it reads must be defined there. Outputs that share their name with a value elsewhere get another one.
+        """
+        with self.edit("move", node):
+            assert node.graph is not None, "the node to move is in no graph"
+            assert before.graph is not None, "the node to move before is in no graph"
+            for value in node.outputs:
+                self._make_sole(value)
+            if node.name and self._all_names()[node.name] > 1:
+                node.name = self.fresh_name(node.name)  # runtimes refuse two of a name in one graph
+            node.graph.remove(node)
+            before.graph.insert_before(before, node)
+            self._note(node)
+
+    def lift(self, value: ir.Value, near: ir.Node) -> None:
+        """Move an initializer out of a nested graph, to where the node ``near`` and all around it can read it."""
+        if not value.is_initializer() or value.is_graph_input() or value.is_graph_output():
+            raise ValueError(f"cannot lift `{value.name}`: it is no mere initializer")
+        with self.edit("lift", near):
+            assert value.graph is not None, "an initializer belongs to a graph"
+            self._make_sole(value)
+            value.graph.initializers.pop(value.name or "")
+            self.adopt(value, near)
+
+    def leave_out(self, value: ir.Value) -> None:
+        """Leave out an optional output nothing reads; behind the last output that is named, none is left."""
+        node = value.producer()
+        if node is None or value.uses() or value.is_graph_output():
+            raise ValueError(f"cannot leave out `{value.name}`: it is still used")
+        with self.edit("leave-out", node):
+            value.name, value.type, value.shape = "", None, None
+            node.resize_outputs(max((index + 1 for index, one in enumerate(node.outputs) if one.name), default=0))
+            self._note(node)
 
     def const(self, content: ir.TensorProtocol | Array, name: str, *, near: ir.Node | None = None) -> ir.Value:
         """Add a constant: an initializer of the main graph, or a Constant node where there can be none.
@@ -323,6 +362,19 @@ class Rewriter:
             self.model.functions.pop(key)
             self._note()
 
+    def import_opset(self, holder: ir.Model | ir.Function, version: int, domain: str = "") -> None:
+        """Let a model or a function import a version of an operator set; its nodes must fit it when the edit ends."""
+        with self.edit("import-opset"):
+            holder.opset_imports[domain] = version
+            self._note()
+
+    def import_domain(self, domain: str, version: int = 1, *, near: ir.Node) -> None:
+        """Let the model or function that holds the node ``near`` import an operator set it does not import yet."""
+        root = self._root(near.graph) if near.graph is not None else self.model.graph
+        holder = root if isinstance(root, ir.Function) else self.model
+        if domain not in walk.ONNX_DOMAINS and domain not in holder.opset_imports:
+            self.import_opset(holder, version, domain)
+
     def _take_over_output(self, old: ir.Value, new: ir.Value, sources: list[ir.Node]) -> None:
         """Make ``new`` (or an Identity of it) the graph output that ``old`` is, under ``old``'s name."""
         graph = old.graph
@@ -339,11 +391,23 @@ class Rewriter:
         # The declared type and shape belong to the signature, which an edit never changes.
         new.name = name
         new.type = old.type if old.type is not None else new.type
-        new.shape = old.shape if old.shape is not None else new.shape  # a scalar's shape is falsy
+        if old.shape is not None or graph is self.model.graph:  # a scalar's shape is falsy
+            new.shape = old.shape
         new.meta[shapes.INFERRED] = old.meta.get(shapes.INFERRED)
         for index, output in enumerate(graph.outputs):
             if output is old:
                 graph.outputs[index] = new
+
+    def _all_names(self) -> Counter[str]:
+        """Return every name of the model, with the number of things that bear it."""
+        if self._names is None:
+            self._names = _all_names(self.model)
+        return self._names
+
+    def _make_sole(self, value: ir.Value) -> None:
+        """Rename a value that is about to be seen by more graphs, if another one may have its name."""
+        if value.name and self._all_names()[value.name] > 1:
+            value.name = self.fresh_name(value.name)
 
     def _root(self, graph: ir.Graph) -> ir.Graph | ir.Function:
         """Return the main graph or function a graph is nested in."""
@@ -394,13 +458,11 @@ def _as_tensor(array: Array, name: str | None = None) -> ir.TensorProtocol:
     return ir.tensor(np.asarray(array, order="C"), name=name)
 
 
-def _all_names(model: ir.Model) -> set[str]:
-    names: set[str] = set()
+def _all_names(model: ir.Model) -> Counter[str]:
+    names: Counter[str] = Counter()
     for graph in walk.every_graph(model):
-        names.update(value.name or "" for value in graph.inputs)
-        if isinstance(graph, ir.Graph):
-            names.update(graph.initializers)
+        names.update({value.name or "" for value in graph.inputs} | set(walk.body(graph).initializers))
         for node in graph:
-            names.add(node.name or "")
-            names.update(value.name or "" for value in node.outputs)
+            # A node may be called like what it gives.
+            names.update({node.name or "", *(value.name or "" for value in node.outputs)})
     return names

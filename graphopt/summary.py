@@ -13,6 +13,8 @@ import onnx_ir as ir
 from graphopt import shapes, walk
 
 _LARGEST_SHOWN = 10
+# About what a node, an attribute or a tensor takes in a file besides its names: tags, lengths, a dtype, a few numbers.
+_ENTRY_BYTES = 12
 # Nonzero elements are counted in pieces, so that a mapped weight is never held whole.
 _COUNT_PIECE = 1 << 22
 
@@ -87,6 +89,41 @@ def summarize(model: ir.Model) -> ModelSummary:
         largest=sorted(layers, key=lambda layer: -layer.bytes)[:_LARGEST_SHOWN],
         unknown_cost=[walk.label(node) for node, count in macs.items() if count is None],
     )
+
+
+def count_parameters(model: ir.Model) -> int:
+    """Return how many weights a model stores, as `ModelSummary.parameters`."""
+    return sum(tensor.size for tensor in _parameter_tensors(model))
+
+
+def count_nonzero_parameters(model: ir.Model) -> int:
+    """Return how many of them are not zero; reads them all."""
+    return sum(count_nonzero(tensor) for tensor in _parameter_tensors(model))
+
+
+def approximate_bytes(model: ir.Model) -> int:
+    """Return about what a model takes on disk, soon: weights exactly, the graph by the length of what is text."""
+    size = sum(tensor.nbytes for tensor in walk.stored_tensors(model))
+    for value in walk.initializers(model):
+        size += _ENTRY_BYTES + len(value.name or "")
+    for node in walk.every_node(model):
+        texts = [node.name, node.op_type, *(value.name for value in node.inputs if value is not None)]
+        for value in node.outputs:
+            # Once where it is made, once with its dtype and shape.
+            texts += (value.name, value.name)
+            size += _ENTRY_BYTES + 4 * (len(value.shape) if value.shape is not None else 0)
+        for key, text in node.metadata_props.items():
+            texts += (key, text, None)
+        size += _ENTRY_BYTES + sum(2 + len(text or "") for text in texts)
+        size += sum(_ENTRY_BYTES + len(name) for name in node.attributes)
+    return size
+
+
+def count_macs(model: ir.Model) -> int:
+    """Return the multiply-accumulates of one run, as `ModelSummary.macs`; shapes are inferred on a copy."""
+    model = model.clone()
+    shapes.infer_shapes(model)
+    return sum(node_macs(node) or 0 for node in walk.every_node(model))
 
 
 def _op_name(node: ir.Node) -> str:

@@ -16,7 +16,8 @@ from graphopt.choices import known_metrics
 from graphopt.comparison import Comparison
 from graphopt.latency import Latency
 from graphopt.metrics import show_number
-from graphopt.report import Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
+from graphopt.report import NOT_RUN, Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
+from graphopt.rulebook import Entry
 from graphopt.summary import ModelSummary
 
 # Where stdout is no terminal nothing may wrap: a script reads lines.
@@ -59,23 +60,49 @@ def print_report(report: Report, *, verbose: bool = False) -> None:
     total = len(report.steps)
     for index, step in enumerate(report.steps, 1):
         table.add_row(f"{index}/{total}", *_step_cells(step, report))
+    for line in _specialised(report):
+        _print(line)
     _print(table)
     for step in report.steps:
         for note in step.notes if verbose else _summaries(step):
             where = f" [{note.node}]" if note.node else ""
             _print(f" {note.pass_name}{where}: {note.text}", style="dim")
-    for line in _doubts(report):
+    for line in (*_refusals(report), *_doubts(report)):
         _print(line)
+    if report.stopped_after_edits is not None:
+        _print(f" stopped after {_counted(report.stopped_after_edits, 'edit')}, as asked")
     if report.after is not None:
         _print()
         _print(_sides(report, report.before, report.after))
+
+
+def _specialised(report: Report) -> list[str]:
+    """Return how inputs and outputs changed because sizes were fixed."""
+    changed = report.specialised or {}
+    sides = [("input", changed.get("inputs", {})), ("output", changed.get("outputs", {}))]
+    return [
+        f" {kind} `{name}`: {_shape(one['before'])} → {_shape(one['after'])}, as asked"
+        for kind, ports in sides
+        for name, one in ports.items()
+    ]
+
+
+def _shape(dims: Sequence[int | str | None] | None) -> str:
+    return "?" if dims is None else "×".join("?" if dim is None else str(dim) for dim in dims) or "scalar"
+
+
+def _refusals(report: Report) -> list[str]:
+    """Return what was refused because it is wrong, and where to see that."""
+    refused = [refusal for step in report.steps for refusal in step.refused]
+    shown = {str(one): f"; see `{one.reproducer}`" if one.reproducer is not None else "" for one in refused}
+    return [f" REFUSED: {text}{where}" for text, where in shown.items()]
 
 
 def _doubts(report: Report) -> list[str]:
     """Return why steps failed, or could not be checked; a reason that several share only once."""
     doubts: dict[str, list[str]] = {}
     for step in report.steps:
-        if not step.check.ok:
+        if not step.check.ok and step.check.why != NOT_RUN:
             why = f"{'FAILED' if step.check.ok is False else 'not checked'}: {step.check.why}"
             doubts.setdefault(why, []).append(step.name)
     if report.deployed is not None and not report.deployed.ok:
@@ -114,9 +141,12 @@ def _sides(report: Report, before: Side, after: Side) -> Table:
         times = f"{before.latency_ms:.3g} ms", f"{after.latency_ms:.3g} ms"
         place = f"{report.backend}, {_threads(report.threads)}, batch {report.latency_batch}"
         table.add_row("latency", *times, change, place)
+    elif report.scored == NOT_RUN:
+        table.add_row("latency", NOT_RUN, NOT_RUN, "", "")
     table.add_row("nodes", str(before.nodes), str(after.nodes), "", "")
     table.add_row("parameters", show_count(before.parameters), show_count(after.parameters), "", "")
-    table.add_row("nonzero", _share(before), _share(after), "", "")
+    if before.nonzero is not None and after.nonzero is not None:
+        table.add_row("nonzero", _share(before), _share(after), "", "")
     scored = report.scored
     for name, value in after.metrics.items():
         metric = report.metric_types.get(name)
@@ -143,7 +173,7 @@ def _faster(before: float, after: float, paired: float | None) -> str:
 
 
 def _share(side: Side) -> str:
-    return f"{side.nonzero / side.parameters:.1%}" if side.parameters else "–"
+    return f"{(side.nonzero or 0) / side.parameters:.1%}" if side.parameters else "–"
 
 
 def _ratio(before: float, after: float, better: str, worse: str, *, noise: float = _ROUNDING) -> str:
@@ -233,6 +263,18 @@ def print_list(kind: str) -> None:
     table = _table(kind, "")
     for name, text in _LISTERS[kind]():
         table.add_row(name, text)
+    _print(table)
+
+
+def print_rules(entries: Sequence[Entry], *, verbose: bool = False) -> None:
+    """Print rules with the equation each rests on, and in full why it holds."""
+    shown = [entry for entry in entries if entry.targets is not None]
+    columns = ["pass", "rule", "equation"] + ["why it holds"] * verbose + ["only for"] * bool(shown)
+    table = _table(*columns)
+    for entry in entries:
+        why = [entry.why] if verbose else []
+        targets = [", ".join(entry.targets or ())] if shown else []
+        table.add_row(entry.pass_name, entry.rule, entry.equation, *why, *targets)
     _print(table)
 
 

@@ -42,6 +42,8 @@ class Target:
         dynamic_ops: Operators that pay when activations are quantized on the fly.
         weight_only_ops: Operators that may read a weight stored as integers.
         fast_ops: Operators with a kernel that beats what they stand for, as ``domain::op`` outside the ONNX domain.
+        slow_ops: Operators that lose to what they stand for: not made, and kept from being made by the runtime itself.
+        opset: Newest opset of the ONNX domain that each release of the runtime in use knows in full.
     """
 
     name: str
@@ -54,3 +56,5 @@ class Target:
     dynamic_ops: frozenset[str] = field(default_factory=frozenset)
     weight_only_ops: frozenset[str] = field(default_factory=frozenset)
     fast_ops: frozenset[str] = field(default_factory=frozenset)
+    slow_ops: frozenset[str] = field(default_factory=frozenset)
+    opset: int = 21

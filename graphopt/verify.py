@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx
@@ -78,15 +78,30 @@ def fingerprint(model: ir.Model) -> int:
     It is good for comparing a model with itself within one process. What tensors hold is not looked at.
     """
     parts: list[object] = [id(output) for output in model.graph.outputs]
-    for graph in walk.every_graph(model):
-        parts += [(value.name, id(value)) for value in (*graph.inputs, *graph.outputs)]
-        if isinstance(graph, ir.Graph):
-            parts += [(name, id(value), id(value.const_value)) for name, value in graph.initializers.items()]
-        for node in graph:
-            attributes = tuple((name, id(attribute)) for name, attribute in node.attributes.items())
-            values = tuple((id(value), value.name) for value in (*node.inputs, *node.outputs) if value is not None)
-            parts.append((id(node), node.op_identifier(), node.name, attributes, len(node.inputs), values))
-    return hash((tuple(parts), tuple(model.opset_imports.items()), tuple(model.functions)))
+    _take_fingerprint(model.graph, parts)
+    for function in model.functions.values():
+        _take_fingerprint(function, parts)
+    parts += (*model.opset_imports.items(), *model.functions)
+    return hash(tuple(parts))
+
+
+def _take_fingerprint(graph: ir.Graph | ir.Function, parts: list[object]) -> None:
+    # One flat list: this runs after every pass, and a tuple for each node would take longer than all the rest.
+    for value in (*graph.inputs, *graph.outputs):
+        parts += (value.name, id(value))
+    if isinstance(graph, ir.Graph):
+        for name, value in graph.initializers.items():
+            parts += (name, id(value), id(value.const_value))
+    for node in graph:
+        # What is read has its name where it is made.
+        parts += (id(node), node.op_type, node.domain, node.overload, node.name, *map(id, node.inputs))
+        for value in node.outputs:
+            parts += (id(value), value.name)
+        if attributes := node.attributes.data:
+            parts += attributes
+            parts += map(id, attributes.values())
+            for inner in walk.subgraphs(node):
+                _take_fingerprint(inner, parts)
 
 
 def _problems(model: ir.Model, signature: Signature | None, provenance_too: bool) -> Iterator[str]:
@@ -96,11 +111,12 @@ def _problems(model: ir.Model, signature: Signature | None, provenance_too: bool
         # A function may import operator sets of its own.
         imports = {**model.opset_imports, **function.opset_imports}
         yield from _graph_problems(function, _Surroundings(imports, functions))
-    yield from _use_problems(model)
+    nodes = list(walk.every_node(model))
+    yield from _use_problems(nodes)
     if signature is not None:
         yield from _signature_problems(signature, Signature.of(model))
     if provenance_too:
-        yield from (f"`{walk.label(n)}` has no origin" for n in walk.every_node(model) if not provenance.origins(n))
+        yield from (f"`{walk.label(node)}` has no origin" for node in nodes if not provenance.origins(node))
 
 
 @dataclass(frozen=True)
@@ -109,14 +125,22 @@ class _Surroundings:
 
     imports: Mapping[str, int]
     functions: Container[ir.OperatorIdentifier]
-    values: frozenset[ir.Value] = frozenset()
-    names: frozenset[str] = frozenset()
+    # One set for each graph around, the values defined so far: one for all would be made anew for each nested graph.
+    values: tuple[Container[ir.Value], ...] = ()
+    names: tuple[Container[str | None], ...] = ()
+
+    def defines(self, value: ir.Value) -> bool:
+        """Return whether a graph around defines a value."""
+        return any(value in scope for scope in self.values)
+
+    @functools.cached_property
+    def opset(self) -> int | None:
+        """The version of the standard operators, or None."""
+        return self.imports.get("", self.imports.get("ai.onnx"))
 
     def version(self, domain: str) -> int | None:
         """Return the version of an operator set that is imported, or None."""
-        if domain in walk.ONNX_DOMAINS:
-            return self.imports.get("", self.imports.get("ai.onnx"))
-        return self.imports.get(domain)
+        return self.opset if domain in walk.ONNX_DOMAINS else self.imports.get(domain)
 
 
 def _graph_problems(graph: ir.Graph | ir.Function, around: _Surroundings) -> Iterator[str]:
@@ -125,16 +149,20 @@ def _graph_problems(graph: ir.Graph | ir.Function, around: _Surroundings) -> Ite
     if isinstance(graph, ir.Graph):
         defined.update(graph.initializers.values())
         yield from _initializer_problems(graph, where)
-    names = Counter(value.name for value in defined)
-    names.update(value.name for node in graph for value in node.outputs if value.name)
-    yield from (f"{where}: the name `{name}` is taken {count} times" for name, count in names.items() if count > 1)
+    nodes = list(graph)
+    names = Counter([value.name for value in defined])
+    names.update([value.name for node in nodes for value in node.outputs if value.name])
+    if len(names) < names.total():
+        yield from (f"{where}: the name `{name}` is taken {n} times" for name, n in names.items() if n > 1)
     # A nested graph that reuses an outer name hides it: valid nowhere in ONNX.
-    yield from (f"{where}: `{name}` hides an outer value" for name in names if name in around.names)
-    for node in graph:
-        yield from _node_problems(node, where, defined, around)
-        for inner in walk.subgraphs(node):
-            values = around.values | defined
-            inside = replace(around, values=values, names=around.names | {name for name in names if name})
+    if around.names:
+        hiding = [name for name in names if any(name in scope for scope in around.names)]
+        yield from (f"{where}: `{name}` hides an outer value" for name in hiding)
+    for node in nodes:
+        if not _is_sound(node, defined, around):
+            yield from _node_problems(node, where, defined, around)
+        for inner in walk.subgraphs(node) if node.attributes.data else ():
+            inside = replace(around, values=(*around.values, defined), names=(*around.names, names))
             yield from _graph_problems(inner, inside)
         defined.update(node.outputs)
     for value in graph.outputs:
@@ -155,18 +183,29 @@ def _initializer_problems(graph: ir.Graph, where: str) -> Iterator[str]:
             yield f"{where}: initializer `{name}` is declared {value.shape} and holds {tensor.shape}"
 
 
-def _node_problems(node: ir.Node, where: str, defined: set[ir.Value], around: _Surroundings) -> Iterator[str]:
-    name = f"{where}: `{walk.label(node)}` ({node.op_type})"
+def _is_sound(node: ir.Node, defined: set[ir.Value], around: _Surroundings) -> bool:
+    """Return whether a node is surely without fault, soon; `_node_problems` looks closer where it is not."""
     for value in node.inputs:
-        if value is not None and value not in defined and value not in around.values:
-            yield f"{name} reads `{value.name}` before it is produced"
-    if node.op_identifier() in around.functions:
+        if value is not None and value not in defined and not around.defines(value):
+            return False
+    return node.domain in walk.ONNX_DOMAINS and not around.functions and _fits(node, around.opset)
+
+
+def _node_problems(node: ir.Node, where: str, defined: set[ir.Value], around: _Surroundings) -> Iterator[str]:
+    for value in node.inputs:
+        if value is not None and value not in defined and not around.defines(value):
+            yield f"{_place(node, where)} reads `{value.name}` before it is produced"
+    if around.functions and node.op_identifier() in around.functions:
         return
     imported = around.version(node.domain)
     if imported is None:
-        yield f"{name} is of domain `{node.domain}`, which the model does not import"
-    elif node.domain in walk.ONNX_DOMAINS:
-        yield from _schema_problems(node, name, imported)
+        yield f"{_place(node, where)} is of domain `{node.domain}`, which the model does not import"
+    elif node.domain in walk.ONNX_DOMAINS and not _fits(node, imported):
+        yield from _schema_problems(node, _place(node, where), imported)
+
+
+def _place(node: ir.Node, where: str) -> str:
+    return f"{where}: `{walk.label(node)}` ({node.op_type})"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,6 +214,41 @@ def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
         return onnx.defs.get_schema(op_type, version, "")
     except onnx.defs.SchemaError:
         return None
+
+
+@dataclass(frozen=True)
+class _Demands:
+    """What a schema asks of a node: reading it off the schema takes long."""
+
+    inputs: range
+    needed: tuple[int, ...]
+    attributes: frozenset[str]
+    required: frozenset[str]
+
+
+@functools.lru_cache(maxsize=4096)
+def _demands(op_type: str, version: int) -> _Demands | None:
+    schema = _schema(op_type, version)
+    if schema is None:
+        return None
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    return _Demands(
+        inputs=range(schema.min_input, schema.max_input + 1),
+        needed=tuple(index for index, formal in enumerate(schema.inputs) if formal.option == single),
+        attributes=frozenset(schema.attributes),
+        required=frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
+    )
+
+
+def _fits(node: ir.Node, version: int | None) -> bool:
+    """Return whether a node is what its schema asks for; `_schema_problems` says what is wrong where it is not."""
+    demands = _demands(node.op_type, version) if version is not None else None
+    inputs, attributes = node.inputs, node.attributes.data
+    if demands is None or len(inputs) not in demands.inputs:
+        return False
+    if None in inputs and any(index < len(inputs) and inputs[index] is None for index in demands.needed):
+        return False
+    return demands.attributes.issuperset(attributes) and demands.required.issubset(attributes)
 
 
 def _schema_problems(node: ir.Node, name: str, version: int) -> Iterator[str]:
@@ -196,18 +270,24 @@ def _schema_problems(node: ir.Node, name: str, version: int) -> Iterator[str]:
             yield f"{name} lacks attribute `{key}`"
 
 
-def _use_problems(model: ir.Model) -> Iterator[str]:
+def _use_problems(nodes: Sequence[ir.Node]) -> Iterator[str]:
     """Check that values and their readers agree on who reads what."""
-    alive = set(walk.every_node(model))
-    for node in alive:
+    known: dict[ir.Value, frozenset[tuple[ir.Node, int]]] = {}
+    for node in nodes:
         for index, value in enumerate(node.inputs):
-            if value is not None and not any(use.node is node and use.idx == index for use in value.uses()):
+            if value is None:
+                continue
+            uses = known.get(value)
+            if uses is None:
+                uses = known[value] = frozenset(value.uses())
+            if (node, index) not in uses:
                 yield f"`{value.name}` does not know that `{walk.label(node)}` reads it"
-    for node in alive:
+    alive = set(nodes)
+    for node in nodes:
         for value in node.outputs:
-            for use in value.uses():
-                if use.node not in alive:
-                    yield f"`{value.name}` is still held by the removed node `{walk.label(use.node)}`"
+            for reader, _ in known.get(value) or value.uses():
+                if reader not in alive:
+                    yield f"`{value.name}` is still held by the removed node `{walk.label(reader)}`"
 
 
 def _signature_problems(before: Signature, after: Signature) -> Iterator[str]:

@@ -10,18 +10,38 @@ from typing import Any
 from graphopt.registry import Preset, resolve
 
 PASSES = {
+    "chains": "graphopt.passes.exact.chains:Chains",
     "common-subexpressions": "graphopt.passes.exact.common_subexpressions:CommonSubexpressions",
+    "control-flow": "graphopt.passes.exact.control_flow:ControlFlow",
     "dead-code": "graphopt.passes.exact.dead_code:DeadCode",
+    "flatten-rows": "graphopt.passes.exact.rows:FlattenRows",
     "fold-constants": "graphopt.passes.exact.fold_constants:FoldConstants",
-    "fuse-conv-bn": "graphopt.passes.exact.fuse_conv_bn:FuseConvBatchNorm",
+    "fold-shapes": "graphopt.passes.exact.fold_shapes:FoldShapes",
+    "fuse-activations": "graphopt.passes.exact.fuse_activations:FuseActivations",
+    "fuse-affine": "graphopt.passes.exact.fuse_affine:FuseAffine",
+    "fuse-linear": "graphopt.passes.exact.fuse_linear:FuseLinear",
+    "fuse-pad": "graphopt.passes.exact.fuse_pad:FusePad",
+    "fuse-reductions": "graphopt.passes.exact.fuse_reductions:FuseReductions",
+    "hoist": "graphopt.passes.exact.hoist:Hoist",
     "identities": "graphopt.passes.exact.identities:Identities",
+    "merge-affine": "graphopt.passes.exact.merge_affine:MergeAffine",
+    "inline-functions": "graphopt.passes.exact.inline_functions:InlineFunctions",
+    "merge-initializers": "graphopt.passes.exact.merge_initializers:MergeInitializers",
+    "move-transposes": "graphopt.passes.exact.transposes:MoveTransposes",
+    "opset": "graphopt.passes.exact.opset:Opset",
     "prune": "graphopt.passes.lossy.prune:Prune",
     "quant": "graphopt.passes.lossy.quant:Quant",
+    "raise-operators": "graphopt.passes.raising.raise_operators:RaiseOperators",
+    "runtime-operators": "graphopt.passes.raising.runtime_operators:RuntimeOperators",
+    "reciprocals": "graphopt.passes.exact.reciprocals:Reciprocals",
+    "repeats": "graphopt.passes.exact.repeats:Repeats",
+    "sequences": "graphopt.passes.exact.sequences:Sequences",
+    "split-slices": "graphopt.passes.exact.split_slices:SplitSlices",
 }
 
 PRESETS = {
     "simplify": Preset(
-        "fold-constants,identities,fuse-conv-bn,common-subexpressions,dead-code",
+        "fold-constants,identities,fuse-affine,common-subexpressions,dead-code",
         help="canonical form: constants folded, no-ops, duplicates and dead code gone, BatchNorm in its Conv",
     ),
 }

@@ -35,7 +35,7 @@ def update_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time models for a moment only: no test judges a latency."""
-    monkeypatch.setattr("graphopt.driver.LATENCY_SECONDS", 0.02)
+    monkeypatch.setattr("graphopt.measurement.LATENCY_SECONDS", 0.02)
 
 
 @pytest.fixture(scope="session")

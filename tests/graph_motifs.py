@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from .transformer_motifs import heads_attention, residual_norm, written_activation, written_norm
+
 if TYPE_CHECKING:
     from .graph_generator import Builder, Value
 
@@ -259,6 +261,100 @@ def transpose(b: Builder) -> Result:
         y = b.op("Relu", y) if b.chance(0.3) else y
         return b.op("Transpose", y, perm=[int(i) for i in np.argsort(order)])
     return b.op("Transpose", y) if b.chance(0.3) else y
+
+
+def affine_chain(b: Builder) -> Result:
+    """Scales and shifts by constants, one behind the other, of floats or integers."""
+    x = b.pick(b.rng.choice((*FLOATS, INT64)))
+    for _ in range(b.rng.choice((2, 2, 3, 4))):
+        x = _affine(b, x, lambda y: _narrower(b, y.shape))
+    return x
+
+
+def linear_affine(b: Builder) -> Result:
+    """A Conv, ConvTranspose, Gemm or MatMul with a scale or shift of its channels, before or behind it."""
+    if b.chance(0.4):
+        x = b.pick(rank=b.rng.choice((2, 3)), where=lambda s: isinstance(s[-1], int), fresh=("batch", 4))
+        layer, channels = (_gemm if len(x.shape) == 2 and b.chance(0.5) else _product), []
+    else:
+        x = _image(b)
+        layer, channels = (_conv if b.chance(0.7) else _transposed_conv), [1, 1]
+
+    def shape(y: Value) -> tuple[int, ...]:
+        return b.rng.choice(((), (y.shape[1] if channels else y.shape[-1], *channels)))
+
+    if b.chance(0.4):
+        return layer(b, b.tame(_affine(b, x, shape)))
+    x = layer(b, x)
+    return _affine(b, x, shape)
+
+
+def padded(b: Builder) -> Result:
+    """A Pad before a Conv or AveragePool."""
+    x = _image(b)
+    widths = [0, 0, *(b.rng.choice((0, 1)) for _ in range(2))] * 2
+    mode = b.rng.choice(("constant", "constant", "constant", "edge"))
+    x = b.op("Pad", x, pads=widths, mode=mode) if b.opset < 11 else b.op("Pad", x, b.ints(widths), mode=mode)
+    if b.chance(0.6):
+        return _conv(b, x)
+    return b.op("AveragePool", x, kernel_shape=[3, 3], count_include_pad=int(b.chance(0.5)))
+
+
+def linear_pair(b: Builder) -> Result:
+    """Two products with constant matrices, with or without something added."""
+    x = b.pick(rank=b.rng.choice((2, 2, 3)), where=lambda s: isinstance(s[-1], int), fresh=("batch", 4))
+    for _ in range(2):
+        x = _gemm(b, x) if len(x.shape) == 2 and b.chance(0.4) else _product(b, x)
+    return x
+
+
+def reduction_dropped(b: Builder) -> Result:
+    """A reduction that keeps its axes, and an operator that drops them, often behind a Conv."""
+    x = _image(b)
+    x = _conv(b, x) if b.chance(0.5) else x
+    op, since = b.rng.choice((("ReduceSum", 13), ("ReduceMean", 18), ("ReduceMean", 18), ("ReduceMax", 18)))
+    y = _over_axes(b, op, x, b.rng.choice(([2, 3], [-1, -2])), since, keepdims=1, bound=x.bound * 36)
+    dropping = b.rng.choice(("Squeeze", "Flatten", "Reshape", None))
+    if dropping is None:
+        return y
+    if dropping == "Squeeze":
+        return _over_axes(b, "Squeeze", y, [2, 3], 13)
+    return b.op("Flatten", y) if dropping == "Flatten" else b.op("Reshape", y, b.ints([0, -1]))
+
+
+def layout_detour(b: Builder) -> Result:
+    """Operators between a Transpose and its inverse, as converters between layouts leave them."""
+    x = b.pick(where=lambda shape: len(shape) >= 3, fresh=("batch", 3, 4))
+    order = list(range(len(x.shape)))
+    b.rng.shuffle(order)
+    y = b.op("Transpose", x, perm=order)
+    for _ in range(b.rng.randint(1, 3)):
+        y = _of_any_layout(b, y)
+    if b.chance(0.2):
+        y = b.op("Add", y, b.op("Transpose", b.op("Tanh", x), perm=order), bound=y.bound + 1)
+    back = b.op("Transpose", y, perm=[int(i) for i in np.argsort(order)])
+    if b.chance(0.3):
+        axis = b.rng.randint(0, len(order) - 1)
+        return back, _over_axes(b, "ReduceSum", y, [axis], 13, keepdims=int(b.chance(0.5)))
+    return (back, y) if b.chance(0.2) else back
+
+
+def _of_any_layout(b: Builder, x: Value) -> Value:
+    """Return one operator of a value that keeps its shape, over all axes or along one."""
+    axis = b.rng.randint(-len(x.shape), len(x.shape) - 1)
+    match b.rng.choice(("unary", "constant", "softmax", "halves", "scalar")):
+        case "unary":
+            return b.op(b.rng.choice(UNARY), x)
+        case "constant":
+            w = b.weight(*_narrower(b, x.shape)) if x.dtype == FLOAT else x
+            w = w if len(w.shape) <= len(x.shape) else x
+            return b.op(b.rng.choice(("Add", "Max", "Sub")), x, w, bound=x.bound + w.bound)
+        case "softmax":
+            return b.op("Softmax", x, axis=axis if b.opset >= 13 else axis % len(x.shape), bound=1.0)
+        case "halves" if x.shape[axis] == 4:
+            halves = [b.op("Slice", x, b.ints([i]), b.ints([i + 2]), b.ints([axis])) for i in (0, 2)]
+            return b.op("Concat", *reversed(halves), axis=axis)
+    return b.op("Mul", x, b.const(np.array(0.5, np.float32)))
 
 
 def squeeze_unsqueeze(b: Builder) -> Result:
@@ -670,6 +766,35 @@ def _conv(b: Builder, x: Value, computed: bool = False) -> Value:
     return b.op("Conv", x, w, *bias, group=group, kernel_shape=[side, side], bound=bound, **padding, **stride)
 
 
+def _affine(b: Builder, x: Value, shape: Callable[[Value], tuple[int, ...]]) -> Value:
+    """Return a value scaled, shifted or negated by a positive constant of a shape that suits it."""
+    op = b.rng.choice(("Mul", "Add", "Sub", "Neg", "from", *(["Div"] if x.dtype != INT64 else [])))
+    if op == "Neg":
+        return b.op("Neg", x)
+    if x.dtype == INT64:
+        w, bound = b.const(np.array(b.rng.randint(1, 3), np.int64)), 3 * x.bound + 3
+    else:
+        w, bound = b.weight(*shape(x), dtype=x.dtype, between=(0.5, 1.5)), 2 * x.bound + 2
+    operands = (w, x) if op == "from" or (op in ("Mul", "Add") and b.chance(0.3)) else (x, w)
+    return b.op("Sub" if op == "from" else op, *operands, bound=bound)
+
+
+def _product(b: Builder, x: Value) -> Value:
+    """Return x times a constant matrix, with or without a bias."""
+    inner, outer = x.shape[-1], b.rng.choice((3, 4))
+    y = b.op("MatMul", x, b.weight(inner, outer), bound=x.bound * inner)
+    return (
+        b.op("Add", y, b.weight(*b.rng.choice(((), (outer,), (1, outer)))), bound=y.bound + 1) if b.chance(0.6) else y
+    )
+
+
+def _transposed_conv(b: Builder, x: Value) -> Value:
+    group = b.rng.choice([1, 2 if x.shape[1] % 2 == 0 else 1])
+    w = b.weight(x.shape[1], 2, 1, 1)
+    bias = [b.weight(2 * group)] if b.chance(0.5) else []
+    return b.op("ConvTranspose", x, w, *bias, group=group, kernel_shape=[1, 1], bound=x.bound * x.shape[1] + 1)
+
+
 def _batch_norm(b: Builder, x: Value) -> Value:
     channels = x.shape[1]
     scale, mean, variance = (b.weight(channels, between=(0.5, 1.5)) for _ in range(3))
@@ -758,14 +883,24 @@ _COMMON = (
     slice_, pad, flatten, expand, gather, reduction, shape_reshape, shape_of_known, identity_outputs, dropout,
     dead_branch, unused_initializer, duplicate_expression, duplicate_initializers, weight_shared, default_input,
     input_as_output, inner_output, odd_attributes, constant_expression, constant_range, constant_forms, if_dynamic,
-    if_constant, if_nested, loop, scan,
+    if_constant, if_nested, loop, scan, affine_chain, linear_affine, padded, linear_pair, reduction_dropped,
 )  # fmt: skip
 
 MOTIFS: Mapping[str, Motif] = {
     **{write.__name__.rstrip("_"): Motif(write) for write in _COMMON},
     "conv_bn": Motif(conv_bn, weight=18),
+    "activation_chain": Motif(activation_chain, weight=9),
+    "padded": Motif(padded, weight=9),
+    "linear_pair": Motif(linear_pair, weight=9),
+    "reduction_dropped": Motif(reduction_dropped, weight=9),
+    "written_activation": Motif(written_activation, weight=9),
+    "written_norm": Motif(written_norm),
+    "residual_norm": Motif(residual_norm, opsets=range(17, 1000)),
+    "heads_attention": Motif(heads_attention),
     "default_input": Motif(default_input, since_ir_version=4),
-    "function_call": Motif(function_call, since_ir_version=8),
+    # In opset 10 inference knows the shape of nothing that a Slice feeds.
+    "layout_detour": Motif(layout_detour, opsets=range(11, 1000)),
+    "function_call": Motif(function_call, weight=6, since_ir_version=8),
     "function_with_if": Motif(function_with_if, since_ir_version=8),
     "sequence": Motif(sequence, opsets=range(11, 1000), weight=1),
     "string_constant": Motif(string_constant, opsets=range(13, 1000), weight=1),

@@ -93,6 +93,19 @@ def run(model: onnx.ModelProto, inputs: Mapping[str, Datum]) -> list[Datum] | No
         return None
 
 
+@functools.cache
+def newest_opset_that_runs() -> int:
+    """Return the newest opset that ONNX Runtime opens a model of."""
+    info = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "relu", [info], [result])
+    for opset in range(onnx.defs.onnx_opset_version(), 0, -1):
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+        if run(model, {"x": np.ones(1, np.float32)}) is not None:
+            return opset
+    raise RuntimeError("ONNX Runtime opens no model at all")
+
+
 def agrees(outputs: Sequence[Datum] | None, case: NodeCase) -> bool:
     """Tell whether the outputs are those that the case expects, within its tolerance; a NaN equals a NaN."""
     if outputs is None or len(outputs) != len(case.outputs):

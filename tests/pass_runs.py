@@ -22,7 +22,7 @@ from graphopt.pipeline import Pipeline, schedule
 from graphopt.report import StepRecord
 from graphopt.rewrite_check import RewriteChecker
 from graphopt.rewriter import Edit
-from graphopt.shapes import forget_inferred
+from graphopt.shapes import forget_inferred, infer_shapes
 
 # One target for every machine, so that a test does the same everywhere.
 TARGET = "ort-cpu-x86"
@@ -77,9 +77,10 @@ def run_passes(
         backend=backend,
         threads=1,
         data=dataset,
-        check_rewrite=RewriteChecker(backend, model.opset_imports) if check_rewrites else None,
+        check_rewrite=RewriteChecker(backend) if check_rewrites else None,
     )
     manager = PassManager(schedule(Pipeline.of(passes), has_data=dataset is not None), setting, instruments)
+    infer_shapes(model)
     manager.run(model)
     forget_inferred(model)
     return PassRun(model, manager.records, manager.journal.edits)

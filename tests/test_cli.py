@@ -33,8 +33,17 @@ PROMISED = {
     "side": {"nodes", "parameters", "nonzero", "bytes", "bytes_gzip", "macs", "latency_ms", "metrics"},
 }
 ADDED = {
-    "report": {"threads", "scored", "deployed", "latency_ratio", "latency_batch", "failure"},
-    "step": {"reason", "passes"},
+    "report": {
+        "threads",
+        "scored",
+        "deployed",
+        "latency_ratio",
+        "latency_batch",
+        "stopped_after_edits",
+        "specialised",
+        "failure",
+    },
+    "step": {"reason", "passes", "refused"},
     "check": {"metrics", "samples", "why"},
     "side": set(),
 }

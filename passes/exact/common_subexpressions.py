@@ -2,99 +2,75 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Pass
 
-# Constants up to this size are compared by content; larger duplicates are the business of weight sharing.
-CONTENT_LIMIT = 1024
-# Attributes whose text is all there is to them.
-_PLAIN = frozenset(
-    {
-        ir.AttributeType.FLOAT,
-        ir.AttributeType.FLOATS,
-        ir.AttributeType.INT,
-        ir.AttributeType.INTS,
-        ir.AttributeType.STRING,
-        ir.AttributeType.STRINGS,
-    }
-)
+from ..analyses.sameness import Keys
 
 
 @dataclass(frozen=True)
 class CommonSubexpressions(Pass):
-    """Merge nodes of a graph that have equal operators, attributes and inputs."""
+    """Merge nodes that have equal operators, attributes and inputs."""
 
     name = "common-subexpressions"
     guarantee = Guarantee.EXACT
     edits: ClassVar[Mapping[str, str]] = {
-        "merge": "nodes of one graph with equal operators, attributes and inputs have equal outputs",
-        "replace": "constants with equal dtype, shape and bytes are the same",
+        "merge": "nodes with equal operators, attributes, nested graphs and inputs have equal outputs",
     }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Merge graph by graph; a nested graph does not look into the one around it."""
-        random = walk.random_functions(model)
-        for graph in list(walk.every_graph(model)):
-            _merge_constants(graph, ctx)
-            _merge_nodes(graph, ctx, random)
+        """Merge in order; a nested graph may use what the graphs around it have computed before."""
+        keys = Keys.of(model)
+        _Merger(ctx, keys, walk.opset(model)).visit(model.graph)
+        for function in model.functions.values():
+            _Merger(ctx, keys, walk.imported(function.opset_imports)).visit(function)
 
 
-def _merge_constants(graph: ir.Graph | ir.Function, ctx: Context) -> None:
-    if not isinstance(graph, ir.Graph):
-        return
-    first: dict[Any, ir.Value] = {}
-    for value in list(graph.initializers.values()):
-        tensor = walk.constant_tensor(value)
-        if tensor is None or tensor.size > CONTENT_LIMIT or value.is_graph_output() or not value.uses():
-            continue
-        same = first.setdefault(_tensor_key(tensor), value)
-        if same is not value:
-            ctx.rewriter.replace(value, same)
+@dataclass
+class _Merger:
+    """Visits a graph and those nested in it, and knows the first node of each key that is visible from there."""
+
+    ctx: Context
+    keys: Keys
+    opset: int
+    first: dict[Hashable, ir.Node] = field(default_factory=dict)
+
+    def visit(self, graph: ir.Graph | ir.Function) -> None:
+        seen: list[Hashable] = []
+        for node in list(graph):
+            for inner in walk.subgraphs(node):
+                self.visit(inner)
+            key = self.keys.of_node(node, self.opset)
+            if key is None:
+                continue
+            same = self.first.setdefault(key, node)
+            if same is node:
+                seen.append(key)
+            else:
+                self._merge(node, same)
+        for key in seen:
+            del self.first[key]
+
+    def _merge(self, node: ir.Node, same: ir.Node) -> None:
+        if not all(_may_replace(old, new) for old, new in zip(node.outputs, same.outputs, strict=True)):
+            return
+        if not self.ctx.agrees("merge", [node], node.outputs, same.outputs, made=[same]):
+            return
+        with self.ctx.rewriter.edit("merge", node, same):
+            for old, new in zip(node.outputs, same.outputs, strict=True):
+                self.ctx.rewriter.replace(old, new)
+            self.ctx.rewriter.erase(node)
 
 
-def _merge_nodes(graph: ir.Graph | ir.Function, ctx: Context, random: Container[ir.OperatorIdentifier]) -> None:
-    first: dict[Any, ir.Node] = {}
-    for node in list(graph):
-        key = _key(node)
-        if key is None or node.op_identifier() in random:
-            continue
-        same = first.setdefault(key, node)
-        if same is not node and not any(value.is_graph_output() for value in node.outputs):
-            with ctx.rewriter.edit("merge", node, same):
-                for old, new in zip(node.outputs, same.outputs, strict=True):
-                    ctx.rewriter.replace(old, new)
-                ctx.rewriter.erase(node)
-
-
-def _key(node: ir.Node) -> Any:
-    """Return what two nodes share if and only if they compute the same, or None where that cannot be told."""
-    if walk.is_random(node) or any(True for _ in walk.subgraphs(node)):
-        return None
-    attributes: list[tuple[str, str, Any]] = []
-    for name, attribute in sorted(node.attributes.items()):
-        if attribute.is_ref():
-            attributes.append((name, "ref", attribute.ref_attr_name))
-        elif attribute.type == ir.AttributeType.TENSOR:
-            tensor = attribute.as_tensor()
-            content = _tensor_key(tensor) if tensor.size <= CONTENT_LIMIT else id(tensor)
-            attributes.append((name, "tensor", content))
-        elif attribute.type in _PLAIN:
-            attributes.append((name, attribute.type.name, repr(attribute.value)))
-        else:
-            return None
-    inputs = tuple(id(value) if value is not None else None for value in node.inputs)
-    return node.op_identifier(), inputs, tuple(attributes), tuple(bool(value.name) for value in node.outputs)
-
-
-def _tensor_key(tensor: ir.TensorProtocol) -> Any:
-    if tensor.dtype == ir.DataType.STRING:
-        return tensor.dtype, tuple(tensor.shape), tuple(tensor.numpy().reshape(-1).tolist())
-    digest = hashlib.sha256(tensor.tobytes()).digest()
-    return tensor.dtype, tuple(tensor.shape), digest
+def _may_replace(old: ir.Value, new: ir.Value) -> bool:
+    """Return whether a value may stand for another, and is the graph output the other may be."""
+    if old.dtype is not None and new.dtype is not None and old.dtype != new.dtype:
+        return False
+    # What is an output already, or comes from another graph, cannot become one without an Identity.
+    return not old.is_graph_output() or (new.graph is old.graph and not new.is_graph_output())

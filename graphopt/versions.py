@@ -1,0 +1,26 @@
+"""Versions: which graphopt this is, and what it runs with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+_PACKAGES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu")
+
+
+def installed_version() -> str:
+    """Return graphopt's version."""
+    return _version("graphopt") or "0+unknown"
+
+
+def all_versions() -> dict[str, str]:
+    """Return the versions of everything that decides what a run does, by name; what is not installed is left out."""
+    found = {"graphopt": installed_version(), "python": platform.python_version(), "machine": platform.platform()}
+    return found | {name: text for name in _PACKAGES if (text := _version(name)) is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

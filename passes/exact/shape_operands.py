@@ -1,0 +1,117 @@
+"""Shape operands that a constant can say, although the shape itself varies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import dims as d
+from graphopt import shapes, walk
+from graphopt.authoring import Context
+from graphopt.dims import Size
+
+from .shape_numbers import sweep
+
+
+def as_constant(node: ir.Node, ctx: Context) -> None:
+    """Give a node a constant shape operand where its own says no more than one could."""
+    if not walk.is_onnx_op(node, "Reshape", "Expand", "Slice"):
+        return
+    place = 2 if node.op_type == "Slice" else 1
+    operand = node.inputs[place] if len(node.inputs) > place else None
+    if operand is None or walk.constant_tensor(operand) is not None or operand.dtype is None:
+        return
+    entries = {"Reshape": _reshape, "Expand": _expand, "Slice": _slice_end}[node.op_type](node)
+    if entries is None:
+        return
+    with ctx.rewriter.edit("constant-operand", node):
+        content = np.array(entries, operand.dtype.numpy())
+        ctx.rewriter.set_input(node, place, ctx.rewriter.const(content, f"{operand.name}_constant", near=node))
+        producer = operand.producer()
+        if producer is not None:
+            sweep(producer, ctx)
+
+
+def _entries(value: ir.Value | None) -> tuple[Size, ...] | None:
+    contents = shapes.contents(value)
+    return contents.entries if contents is not None and len(contents.shape) == 1 else None
+
+
+def _reshape(node: ir.Node) -> list[int] | None:
+    """Return a shape that copies dimensions of the data by 0, states numbers, and leaves one open by -1."""
+    target, dims, result = _entries(node.inputs[1]), shapes.dims_of(node.inputs[0]), shapes.dims_of(node.outputs[0])
+    if target is None or dims is None or result is None or len(result) != len(target):
+        return None
+    all_zeros_count = node.attributes.get_int("allowzero", 0) != 0
+    entries: list[int] = []
+    for index, (wanted, found) in enumerate(zip(target, result, strict=True)):
+        if isinstance(wanted, int) and wanted > 0:
+            entries.append(wanted)
+        elif wanted == 0 and all_zeros_count:
+            return None  # a constant cannot say both: copy here, zero there
+        elif wanted == 0:
+            entries.append(0)
+        elif isinstance(found, int) and found > 0:
+            entries.append(found)
+        elif index < len(dims) and dims[index] == (found if wanted == -1 else wanted):
+            entries.append(0)
+        else:
+            entries.append(-1)
+    if entries.count(-1) > 1 or (-1 in entries and not _may_stay_open(entries, target, dims)):
+        return None
+    return entries
+
+
+def _may_stay_open(entries: Sequence[int], target: Sequence[Size], dims: Sequence[Size]) -> bool:
+    """Return whether -1 gives what was meant: beside a dimension of zero, runtimes refuse it."""
+    if target[entries.index(-1)] == -1:
+        return True  # refused in the same runs
+    return all(entry != 0 or d.at_least(dims[index], 1) for index, entry in enumerate(entries))
+
+
+def _expand(node: ir.Node) -> list[int] | None:
+    """Return a shape with 1 where the data has the wanted size already."""
+    target, dims = _entries(node.inputs[1]), shapes.dims_of(node.inputs[0])
+    if target is None or dims is None:
+        return None
+    entries: list[int] = []
+    for behind, wanted in enumerate(reversed(target), 1):
+        if isinstance(wanted, int):
+            entries.append(wanted)
+        elif behind <= len(dims) and dims[-behind] == wanted:
+            entries.append(1)
+        else:
+            return None
+    return entries[::-1]
+
+
+def _slice_end(node: ir.Node) -> list[int] | None:
+    """Return ends that are numbers: to the end of a dimension, or counted from there."""
+    starts, ends, dims = _entries(node.inputs[1]), _entries(node.inputs[2]), shapes.dims_of(node.inputs[0])
+    axes = _entries(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    steps = _entries(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
+    if starts is None or ends is None or dims is None or node.inputs[2] is None or node.inputs[2].dtype is None:
+        return None
+    if (axes is None and len(node.inputs) > 3 and node.inputs[3] is not None) or (
+        steps is None and len(node.inputs) > 4 and node.inputs[4] is not None
+    ):
+        return None
+    axes, steps = axes or tuple(range(len(ends))), steps or (1,) * len(ends)
+    unlimited = np.iinfo(node.inputs[2].dtype.numpy()).max
+    entries: list[int] = []
+    for end, axis, step in zip(ends, axes, steps, strict=True):
+        if isinstance(end, int):
+            entries.append(end)
+            continue
+        if not isinstance(axis, int) or not isinstance(step, int) or step < 1 or not -len(dims) <= axis < len(dims):
+            return None
+        gap = end - dims[axis]
+        if d.at_least(gap, 0):
+            entries.append(int(unlimited))
+        elif isinstance(gap, int) and d.at_least(end, 0):
+            entries.append(gap)
+        else:
+            return None
+    return entries

@@ -1,0 +1,1 @@
+"""Raising: what exporters took apart, put back as the one operator it was."""

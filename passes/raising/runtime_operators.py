@@ -1,0 +1,360 @@
+"""Operators of a runtime's own, where the target says that they are worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import shapes, walk
+from graphopt.authoring import RewritePass
+from graphopt.backend import Array
+from graphopt.pattern import Match, Miss, Rule
+from graphopt.target import Target
+
+from . import activations, attention, chains, heads, rotary
+
+_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class RuntimeOperators(RewritePass):
+    """Put in the operators of its own that the target's runtime has for what standard ones take several for."""
+
+    name = "runtime-operators"
+
+    def rules(self, target: Target) -> Sequence[Rule]:
+        """Return the rules for operators that the target runs fast, and against those it should not make."""
+        rules: dict[str, tuple[Rule, ...]] = {
+            "MultiHeadAttention": (MultiHeadAttention(),),
+            "RotaryEmbedding": (RotaryEmbedding(),),
+            "Gelu": (Gelu(),),
+            "FastGelu": (FastGelu(), FastGeluBias()),
+            "BiasGelu": (BiasGelu(""), BiasGelu(_DOMAIN)),
+            "QuickGelu": (QuickGelu(),),
+        }
+        fast = [rule for name, group in rules.items() if f"{_DOMAIN}::{name}" in target.fast_ops for rule in group]
+        slow: list[Rule] = (
+            [LastingSum(), SumOfThree()] if f"{_DOMAIN}::SkipLayerNormalization" in target.slow_ops else []
+        )
+        return fast + slow
+
+
+class Gelu(activations.Activation):
+    """x · ½ · (1 + erf(x / √2)) = Gelu(x) of the runtime.
+
+    By definition, where the opset has no Gelu yet.
+    """
+
+    name = "runtime-gelu"
+
+    def applies(self, m: Match) -> bool:
+        return chains.opset(m) < 20 and super().applies(m)
+
+    def find(self, root: ir.Node) -> activations.Found | None:
+        return _in_float(activations.erf_gelu(root))
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Gelu(self.found(m).x, _domain=_DOMAIN)
+
+
+class FastGelu(activations.Activation):
+    """x · ½ · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) = FastGelu(x) of the runtime.
+
+    By definition, where the opset has no Gelu yet.
+    """
+
+    name = "fast-gelu"
+
+    def applies(self, m: Match) -> bool:
+        return chains.opset(m) < 20 and super().applies(m)
+
+    def find(self, root: ir.Node) -> activations.Found | None:
+        return _in_float(activations.tanh_gelu(root))
+
+    def check(self, m: Match) -> Miss | None:
+        return (
+            None if chains.rank_of(self.found(m).x) else Miss("may be of a scalar, which the operator refuses", m.root)
+        )
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.FastGelu(self.found(m).x, _domain=_DOMAIN)
+
+
+class QuickGelu(activations.Activation):
+    """x · Sigmoid(α · x) = QuickGelu(x, α) of the runtime.
+
+    By definition.
+    """
+
+    name = "quick-gelu"
+
+    def find(self, root: ir.Node) -> activations.Found | None:
+        return _in_float(activations.swish(root))
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        found = self.found(m)
+        return op.QuickGelu(found.x, alpha=found.alpha, _domain=_DOMAIN)
+
+
+def _in_float(found: activations.Found | None) -> activations.Found | None:
+    """Return what was found where it is in float32, which is all the runtime has these operators for."""
+    return found if found is not None and found.x.dtype == ir.DataType.FLOAT else None
+
+
+class _BiasInto(Rule):
+    """What rules for an activation behind the sum with a bias share: the bias is as long as the last axis."""
+
+    def applies(self, m: Match) -> bool:
+        width = shapes.static_shape(m.b)
+        is_wide = width is not None and len(width) == 1 and width[0] == heads.dim(m.x, -1)
+        return is_wide and m.x.dtype == ir.DataType.FLOAT and walk.constant_tensor(m.b) is not None
+
+    def check(self, m: Match) -> Miss | None:
+        rank = chains.rank_of(m.x)
+        return Miss("adds its bias to a vector", m.root) if rank is None or rank < 2 else None
+
+
+class BiasGelu(_BiasInto):
+    """Gelu(x + b) = BiasGelu(x, b) of the runtime.
+
+    By definition, for a bias of the last axis, in float32.
+    """
+
+    def __init__(self, domain: str) -> None:
+        self.name = "bias-runtime-gelu" if domain else "bias-gelu"
+        self._gelu_domain = domain
+
+    def pattern(self, op: Any, x: Any, b: Any) -> Any:
+        if self._gelu_domain:
+            return op.Gelu(op.Add(x, b), _domain=self._gelu_domain)
+        return op.Gelu(op.Add(x, b), approximate="none")
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.BiasGelu(m.x, m.b, _domain=_DOMAIN)
+
+
+class FastGeluBias(_BiasInto):
+    """Gelu(x + b, approximate=tanh) = FastGelu(x, b) of the runtime.
+
+    By definition, for a bias of the last axis, in float32.
+    """
+
+    name = "bias-fast-gelu"
+
+    def pattern(self, op: Any, x: Any, b: Any) -> Any:
+        return op.Gelu(op.Add(x, b), approximate="tanh")
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.FastGelu(m.x, m.b, _domain=_DOMAIN)
+
+
+class MultiHeadAttention(Rule):
+    """Joined heads of softmax(q · kᵀ · s + mask) · v = MultiHeadAttention(q, k, v, mask, scale = s) of the runtime.
+
+    By definition: the operator splits the heads of q, k and v, [batch, length, heads · size] each, by itself, and adds
+    their biases.
+    """
+
+    name = "multi-head-attention"
+    inner_may_be_read = True
+
+    def pattern(self, op: Any, p: Any, v: Any, shape: Any) -> Any:
+        return op.Reshape(op.Transpose(op.MatMul(p, v, _id="product"), _id="swap", perm=[0, 2, 1, 3]), shape)
+
+    def applies(self, m: Match) -> bool:
+        core = attention.find(m.product, chains.opset(m))
+        if core is None:
+            return False
+        m.include(core.nodes)
+        inputs = _inputs(core)
+        if inputs is not None:
+            biased = _biased(inputs)
+            m.include((*inputs.nodes, *(biased.nodes if biased is not None else ())))
+        return True
+
+    def check(self, m: Match) -> Miss | None:
+        core = attention.find(m.product, chains.opset(m))
+        assert core is not None, "applies"
+        why = attention.obstacle(core) or attention.in_the_way(core)
+        if why is None and heads.joined(m.root) is None:
+            why = "is not known to join the heads only"
+        if why is None and _inputs(core) is None:
+            why = "its inputs are not known to be split heads"
+        if why is None and any(
+            len(n.outputs[0].uses()) > 1 or n.outputs[0].is_graph_output() for n in (m.product, m.swap)
+        ):
+            why = "its heads feed other nodes"
+        if why is None and core.mask is not None and not _can_be_whole(core.mask, chains.opset(m)):
+            why = "its mask has too few axes"
+        return Miss(why, m.root) if why is not None else None
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        core = attention.find(m.product, chains.opset(m))
+        inputs = _inputs(core) if core is not None else None
+        assert core is not None, "applies"
+        assert inputs is not None, "checked"
+        biased = _biased(inputs)
+        bias = op.const(biased.content, f"{m.root.name or 'attention'}.bias") if biased is not None else None
+        inputs = biased.inputs if biased is not None else inputs
+        mask = (None, _whole(op, core.mask, core, inputs.q)) if core.mask is not None else ()
+        return op.MultiHeadAttention(
+            inputs.q, inputs.k, inputs.v, bias, *mask, num_heads=inputs.count, scale=core.scale, _domain=_DOMAIN
+        )
+
+
+def _inputs(core: attention.Core) -> heads.Inputs | None:
+    """Return q, k and v as the operator takes them: of rank 3, k and v also as heads that are split already."""
+    q, v = heads.split(core.q), heads.split(core.v)
+    k = heads.split_before(core.k) if core.k_swapped else heads.split(core.k)
+    if q is None:
+        return None
+    if k is not None and v is not None:
+        return heads.Inputs(q.whole, k.whole, v.whole, q.count, (*q.nodes, *k.nodes, *v.nodes))
+    return None if core.k_swapped else heads.Inputs(q.whole, core.k, core.v, q.count, q.nodes)
+
+
+@dataclass(frozen=True)
+class Biased:
+    """What attention reads before biases are added to q, k and v.
+
+    Attributes:
+        inputs: q, k and v without them.
+        content: The three biases, one after the other.
+        nodes: What added them.
+    """
+
+    inputs: heads.Inputs
+    content: Array
+    nodes: tuple[ir.Node, ...]
+
+
+def _biased(inputs: heads.Inputs) -> Biased | None:
+    """Return q, k and v without the biases added to them, where each has one that nothing else needs."""
+    values, biases, nodes = [], [], []
+    for value in (inputs.q, inputs.k, inputs.v):
+        add = chains.made_by(value, "Add")
+        found = _bias_of(add) if add is not None and chains.rank_of(value) == 3 else None
+        if add is None or found is None or len(value.uses()) > 1 or value.is_graph_output():
+            return None
+        values.append(found[0])
+        biases.append(found[1])
+        nodes.append(add)
+    q, k, v = values
+    return Biased(heads.Inputs(q, k, v, inputs.count, inputs.nodes), np.concatenate(biases), tuple(nodes))
+
+
+def _bias_of(add: ir.Node) -> tuple[ir.Value, Array] | None:
+    """Return x and a bias as long as its last axis, where an Add adds these."""
+    for x, bias in chains.sides(add):
+        tensor = walk.constant_tensor(bias)
+        if tensor is not None and chains.rank_of(x) == 3 and walk.dims(tensor) == (heads.dim(x, 2),):
+            return x, tensor.numpy()
+    return None
+
+
+def _can_be_whole(mask: ir.Value, opset: int) -> bool:
+    # Unsqueeze takes its axes as an input from opset 13.
+    return chains.rank_of(mask) == 4 or opset >= 13
+
+
+def _whole(op: Any, mask: ir.Value, core: attention.Core, q: ir.Value) -> ir.Value:
+    """Return a mask of rank 4 and of the length of the queries, which the operator does not broadcast."""
+    rank, length = chains.rank_of(mask), heads.dim(core.q, 2)
+    assert rank is not None, "checked"
+    known, whole = heads.same_dim(heads.dim(mask, -2), length), mask
+    if rank < 4:
+        whole = op.Unsqueeze(mask, op.const(np.arange(4 - rank), "axes"))
+    if known:
+        return whole
+    if isinstance(length, int):
+        return op.Expand(whole, op.const(np.array([1, 1, length, 1]), "mask_shape"))  # type: ignore[no-any-return]
+    count = op.Gather(op.Shape(q), op.const(np.array([1]), "length_axis"), axis=0)
+    one = op.const(np.array([1]), "one")
+    return op.Expand(whole, op.Concat(one, one, count, one, axis=0))  # type: ignore[no-any-return]
+
+
+class RotaryEmbedding(Rule):
+    """x · cos + concat(−x₂, x₁) · sin = RotaryEmbedding(x, 0, half of cos, half of sin) of the runtime.
+
+    By definition, where the opset has no RotaryEmbedding yet; its positions count from 0 in every sample.
+    """
+
+    name = "runtime-rotary-embedding"
+    inner_may_be_read = True
+
+    def pattern(self, op: Any, a: Any, b: Any) -> Any:
+        return op.Add(a, b)
+
+    def applies(self, m: Match) -> bool:
+        found = rotary.find(m.root) if chains.opset(m) < 23 else None
+        if found is not None:
+            m.include(rotary.nodes_of(found))
+        return found is not None
+
+    def check(self, m: Match) -> Miss | None:
+        found = rotary.find(m.root)
+        assert found is not None, "applies"
+        why = rotary.obstacle(found)
+        if why is None and chains.opset(m) < 13 and walk.constant_tensor(found.cos) is None:
+            why = "its tables vary, and the opset is older than 13"
+        if why is None and any(heads.dim(one, 0) != 1 for one in (found.cos, found.sin)):
+            why = "its tables differ from sample to sample"
+        return Miss(why, m.root) if why is not None else None
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        found = rotary.find(m.root)
+        assert found is not None, "applies"
+        caches = [rotary.flat_half(op, one) for one in (found.cos, found.sin)]
+        start = op.const(np.zeros(1, np.int64), "first_position")
+        parts = heads.split(found.x)
+        if parts is None or len(found.x.uses()) > len({*found.nodes}):
+            return op.RotaryEmbedding(found.x, start, *caches, _domain=_DOMAIN)
+        turned = op.RotaryEmbedding(parts.whole, start, *caches, num_heads=parts.count, _domain=_DOMAIN)
+        return heads.split_again(op, turned, parts)
+
+
+class LastingSum(Rule):
+    """a + b = Sum(a, b) before a LayerNormalization.
+
+    The same sum under a name that keeps the runtime from fusing the two into an operator that is slower.
+    """
+
+    name = "lasting-sum"
+
+    def pattern(self, op: Any, a: Any, b: Any) -> Any:
+        return op.Add(a, b)
+
+    def applies(self, m: Match) -> bool:
+        uses = m.root.outputs[0].uses()
+        is_read = any(walk.is_onnx_op(use.node, "LayerNormalization") and use.idx == 0 for use in uses)
+        return is_read and m.a.dtype == ir.DataType.FLOAT and chains.opset(m) >= 8
+
+    def check(self, m: Match) -> Miss | None:
+        if len(m.root.outputs[0].uses()) > 1 or m.root.outputs[0].is_graph_output():
+            return Miss("its sum feeds other nodes, and is not fused", m.root)
+        return None
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Sum(m.a, m.b)
+
+
+class SumOfThree(Rule):
+    """Sum(a + b, c) = Sum(a, b, c).
+
+    Sums are computed from left to right.
+    """
+
+    name = "sum-of-three"
+
+    def pattern(self, op: Any, a: Any, b: Any, c: Any) -> Any:
+        return op.Sum(op.Add(a, b), c)
+
+    def applies(self, m: Match) -> bool:
+        return m.a.dtype == ir.DataType.FLOAT
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Sum(m.a, m.b, m.c)

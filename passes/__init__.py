@@ -39,10 +39,22 @@ PASSES = {
     "split-slices": "graphopt.passes.exact.split_slices:SplitSlices",
 }
 
+# From what makes most of the rest needless to what only tidies up; all of it is repeated until nothing changes.
+_SIMPLIFY = (
+    "inline-functions,control-flow,fold-shapes,fold-constants,identities,sequences,chains,split-slices,move-transposes,"
+    "repeats,reciprocals,fuse-affine,merge-affine,fuse-pad,fuse-linear,fuse-activations,fuse-reductions,hoist,"
+    "merge-initializers,common-subexpressions,dead-code"
+)
+
 PRESETS = {
     "simplify": Preset(
-        "fold-constants,identities,fuse-affine,common-subexpressions,dead-code",
-        help="canonical form: constants folded, no-ops, duplicates and dead code gone, BatchNorm in its Conv",
+        _SIMPLIFY,
+        help="canonical form in operators of the ONNX standard: constants and shapes folded, no-ops, duplicates and dead "
+        "code gone, layers and what surrounds them merged",
+    ),
+    "O2": Preset(
+        _SIMPLIFY.replace("repeats,", "raise-operators,runtime-operators,repeats,"),
+        help="simplify, and decomposed operators raised to single ones, the target's own where these are faster",
     ),
 }
 

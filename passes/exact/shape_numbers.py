@@ -78,7 +78,10 @@ class Scope:
         self.shapes.add(dims)
         for start in range(len(dims)):
             for end in range(start + 1, len(dims) + 1):
-                self.slices.setdefault(dims[start:end], (value, start, len(dims)))
+                whole = end - start == len(dims)
+                known = self.slices.get(dims[start:end])
+                if known is None or (whole and known[2] > end):
+                    self.slices[dims[start:end]] = (value, start, len(dims))
 
 
 def _own_names(graph: ir.Graph) -> frozenset[str]:
@@ -137,7 +140,7 @@ class Numbering:
         dtype, shape, entries = key
         if dtype is not INT64 or len(shape) != 1 or walk.is_onnx_op(node, "Shape"):
             return
-        if self._can_be_read(entries, scope):
+        if self._can_be_read(entries, scope) and _count_of_chain(node, set()) > 1:
             with self.ctx.rewriter.edit("part-of-shape", node):
                 self._replace("part-of-shape", node, value, self._read(entries, scope, node))
         elif walk.is_onnx_op(node, "Concat"):

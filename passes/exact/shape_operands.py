@@ -23,6 +23,9 @@ def as_constant(node: ir.Node, ctx: Context) -> None:
     operand = node.inputs[place] if len(node.inputs) > place else None
     if operand is None or walk.constant_tensor(operand) is not None or operand.dtype is None:
         return
+    contents = shapes.contents(operand)
+    if contents is None or contents.known is not None:
+        return
     entries = {"Reshape": _reshape, "Expand": _expand, "Slice": _slice_end}[node.op_type](node)
     if entries is None:
         return

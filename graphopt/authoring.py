@@ -74,6 +74,7 @@ class Context:
         threads: Threads for the backend; 0 leaves it to the runtime.
         data: Calibration samples, or None.
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
+        guarantee: What the pass promises, which decides how its rewrites are compared.
         notes: Remarks so far.
         checked: How many rewrites were checked by themselves.
         unchecked: (Rule, reason) to number of rewrites that could not be.
@@ -88,6 +89,7 @@ class Context:
     threads: int = 0
     data: Dataset | None = None
     check_rewrite: RewriteCheck | None = None
+    guarantee: Guarantee = Guarantee.EQUIVALENT
     notes: list[Note] = field(default_factory=list)
     analyses: AnalysisCache = field(default_factory=AnalysisCache)
     checked: int = 0
@@ -132,7 +134,14 @@ class Context:
         if self.check_rewrite is None:
             return True
         proposal = Proposal(
-            self.model, self.rewriter.pass_name, rule, tuple(nodes), tuple(before), tuple(after), tuple(made)
+            self.model,
+            self.rewriter.pass_name,
+            rule,
+            tuple(nodes),
+            tuple(before),
+            tuple(after),
+            tuple(made),
+            exact=self.guarantee is Guarantee.EXACT,
         )
         verdict = self.check_rewrite(proposal)
         if verdict.refusal is not None:

@@ -291,8 +291,10 @@ def divide_exactly(a: Size, b: Size) -> Size | None:
         return _polynomial({monomial: factor // b for monomial, factor in _terms(a)})
     if a == b:
         return 1
+    if a == 0:
+        return 0
     if len(b.terms) != 1:
-        return 0 if a == 0 else None
+        return None
     divisor, by = b.terms[0]
     quotient: dict[Monomial, int] = {}
     for monomial, factor in _terms(a):
@@ -465,7 +467,9 @@ _MEANINGS: Mapping[str, Callable[..., int]] = {
 
 
 def evaluate(size: Size, sizes: Mapping[str, int]) -> int | None:
-    """Return what a size is for given named sizes, or None where it hangs on an unknown one.
+    """Return what a size is for given named sizes, or None where it hangs on one that is not given.
+
+    Unknown sizes may be given too, under the text of their atoms.
 
     Raises:
         ZeroDivisionError: A divisor in it becomes zero: no run of the model gets there.
@@ -484,6 +488,8 @@ def evaluate(size: Size, sizes: Mapping[str, int]) -> int | None:
 def _atom_value(atom: Atom, sizes: Mapping[str, int]) -> int | None:
     if atom.kind == "name":
         return sizes.get(str(atom.args[0]))
+    if atom.kind == "unknown":
+        return sizes.get(str(atom))
     values = [evaluate(arg, sizes) for arg in atom.args if not isinstance(arg, str)]
     if atom.kind not in _MEANINGS or None in values:
         return None

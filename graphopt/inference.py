@@ -17,10 +17,11 @@ from graphopt.shape_facts import Call, Contradiction, Dims, Fact, LooseDims, Rul
 from graphopt.shape_rules_contrib import CONTRIB_RULES
 from graphopt.shape_rules_layout import LAYOUT_RULES
 from graphopt.shape_rules_math import MATH_RULES
+from graphopt.shape_rules_reshape import RESHAPE_RULES
 from graphopt.shape_rules_windows import WINDOW_RULES
 from graphopt.value_records import fact_of, kept_fact, type_and_shape_of_file
 
-_STANDARD: Mapping[str, Rule] = {**MATH_RULES, **WINDOW_RULES, **LAYOUT_RULES}
+_STANDARD: Mapping[str, Rule] = {**MATH_RULES, **WINDOW_RULES, **LAYOUT_RULES, **RESHAPE_RULES}
 # ONNX Runtime has it in ONNX's own domain.
 _STANDARD = MappingProxyType(
     {**_STANDARD, "SimplifiedLayerNormalization": CONTRIB_RULES["SimplifiedLayerNormalization"]}

@@ -149,6 +149,7 @@ class PassManager:
             threads=self.setting.threads,
             data=self.setting.data,
             check_rewrite=self.setting.check_rewrite,
+            guarantee=one.guarantee,
             analyses=self._analyses,
         )
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,17 +11,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import provenance, walk
+from graphopt import provenance, shapes, walk
 from graphopt.backend import Array, Backend, Session
 from graphopt.comparison import Comparison
+from graphopt.dims import Size, evaluate
 from graphopt.errors import BackendError, VerificationError
 from graphopt.fragment import constant_content, fragment, nodes_between, values_read
 
 # Sizes every dynamic dimension is bound to in turn; the extreme values are tried at the first of them.
 SIZES = (2, 1, 3, 0)
-LARGEST_INTEGER, LARGEST_SIZE = 9, 99
-# The least integer divided by -1 ends the process of ONNX Runtime.
+LARGEST_INTEGER, LARGEST_SIZE, LARGEST_VOLUME = 9, 99, 1e6
+# The least integer divided by -1 ends the process of ONNX Runtime; others make tensors as large as they are told.
 _DIVIDING = frozenset({"Div", "Mod"})
+_SIZING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile"})
 Feed = dict[str, Array]
 
 
@@ -35,6 +39,7 @@ class Proposal:
         before: The values.
         after: What is to take their places, in the same order.
         made: What computes those, where it is new or outside ``nodes``.
+        exact: Whether every bit must be the same, or may be rounded.
     """
 
     model: ir.Model
@@ -44,6 +49,7 @@ class Proposal:
     before: tuple[ir.Value, ...]
     after: tuple[ir.Value, ...]
     made: tuple[ir.Node, ...] = ()
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class RewriteChecker:
         """Compare both sides of a rewrite.
 
         Raises:
-            WrongRewrite: They differ beyond rounding, and the checker is strict.
+            WrongRewrite: They differ, beyond rounding or at all where it is exact, and the checker is strict.
         """
         sides = _Sides.of(proposal)
         if sides.untestable is not None:
@@ -126,7 +132,8 @@ class RewriteChecker:
                 self.backend.open(before, threads=1, optimize=False) as a,
                 self.backend.open(after, threads=1, optimize=False) as b,
             ):
-                found = _compare(a, b, feeds(sides.inputs, self.seed, careful=sides.divide))
+                tried = feeds(sides.inputs, self.seed, careful=sides.take_no_ends)
+                found = _compare(a, b, tried, exact=proposal.exact)
         except BackendError as error:
             return Verdict(unchecked=error.message)
         if isinstance(found, _Difference):
@@ -187,10 +194,10 @@ class _Sides:
         return None
 
     @property
-    def divide(self) -> bool:
-        """Whether anything is divided."""
+    def take_no_ends(self) -> bool:
+        """Whether a node does harm if it is given the least or the largest integer there is."""
         both = [*self.before, *self.after]
-        return any(n.op_type in _DIVIDING for node in both for n in (node, *walk.nodes_within(node)))
+        return any(n.op_type in _DIVIDING | _SIZING for node in both for n in (node, *walk.nodes_within(node)))
 
     def models(self) -> tuple[ir.Model, ir.Model]:
         """Return each side as a model of its own."""
@@ -207,7 +214,7 @@ class _Difference:
     feed: Feed
 
 
-def _compare(a: Session, b: Session, tried: Iterable[Feed]) -> _Difference | str | None:
+def _compare(a: Session, b: Session, tried: Iterable[Feed], *, exact: bool) -> _Difference | str | None:
     """Run both sides until they differ; feeds the one side refuses, such as indices out of range, say nothing."""
     refusal, ran = "no inputs fit", False
     for feed in tried:
@@ -223,69 +230,112 @@ def _compare(a: Session, b: Session, tried: Iterable[Feed]) -> _Difference | str
             return _Difference(f"makes the model fail: {error.message}", feed)
         # Each feed by itself: next to the outputs of large inputs any error of small ones is rounding.
         comparison = Comparison()
-        comparison.update(expected, found)
-        if not comparison.within():
+        comparison.update(expected, found if exact else _overflowing_alike(expected, found))
+        if not (comparison.equal if exact else comparison.within()):
             return _Difference(f"changes the outputs by {comparison.max_abs_error:.3g}", feed)
     return None if ran else refusal
 
 
+def _overflowing_alike(expected: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return results with those of the other side where neither is a number: sums in another order get there apart.
+
+    Infinities of both signs make NaN where they meet, and where they meet is a matter of order. A number in the place
+    of NaN or infinity, or the other way round, is none.
+    """
+    alike = dict(found)
+    for name, array in expected.items():
+        other = found[name]
+        if isinstance(array, np.ndarray) and array.dtype.kind == "f" and getattr(other, "shape", None) == array.shape:
+            alike[name] = np.where(_overflows(array) & _overflows(other), array, other)
+    return alike
+
+
+def _overflows(array: Array) -> Array:
+    limit = np.finfo(array.dtype).max / 4 if array.dtype.kind == "f" else np.inf
+    return ~(np.abs(array) < limit)
+
+
 def _is_known(value: ir.Value) -> bool:
-    return isinstance(value.type, ir.TensorType) and value.dtype is not None and value.shape is not None
+    return isinstance(value.type, ir.TensorType) and value.dtype is not None and shapes.dims_of(value) is not None
 
 
 def feeds(inputs: Sequence[ir.Value], seed: int, *, careful: bool = False) -> Iterator[Feed]:
     """Yield inputs for a fragment: random, then zeros, ones, negatives, large values, NaN and infinities.
 
-    Dynamic dimensions of one name have one size in each feed; what a dimension says of others, as ``2*n`` does, holds.
-    Random values are tried at every one of `SIZES`, and once with sizes that differ from name to name. Careful feeds
-    leave the ends of the range of integers out.
+    What is known of the inputs together holds: dimensions of one name have one size in each feed, and a tensor of sizes
+    holds those. Random values are tried at every one of `SIZES`, and once with sizes that differ from name to name.
+    Careful feeds leave the ends of the range of integers out.
     """
     rng = np.random.default_rng(seed)
     dtypes = [np.dtype(value.dtype.numpy()) for value in inputs if value.dtype is not None]
-    for index, shapes in enumerate(_shapes(inputs)):
-        ports = [(f"in{i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))]
+    for index, (sizes, contents) in enumerate(_scenes(inputs)):
+        ports = [(f"in{i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(sizes, dtypes, strict=True))]
+        held = dict(zip([name for name, _, _ in ports], contents, strict=True))
         for spread in (LARGEST_INTEGER, 1):
-            yield {name: _random(rng, shape, dtype, spread) for name, shape, dtype in ports}
+            yield {name: _filled(_random(rng, shape, dtype, spread), held[name]) for name, shape, dtype in ports}
         for extreme in (0, 1, -1, 1e4, np.nan, np.inf) if index == 0 else ():
-            yield {name: _full(shape, dtype, extreme, careful) for name, shape, dtype in ports}
+            yield {name: _filled(_full(shape, dtype, extreme, careful), held[name]) for name, shape, dtype in ports}
 
 
-def _shapes(inputs: Sequence[ir.Value]) -> Iterator[list[list[int]]]:
-    """Yield the shapes of all inputs, dynamic dimensions bound; the same ones never twice."""
-    names = sorted({name for value in inputs for dim in value.shape or () for name in _names_in(dim)})
-    schemes: list[tuple[dict[str, int], int]] = [({}, size) for size in SIZES] + [
-        ({name: 2 + i for i, name in enumerate(names)}, SIZES[0])
-    ]
-    seen: list[list[list[int]]] = []
-    for bound, size in schemes:
-        shapes = [[_size(dim, bound, size) for dim in value.shape or ()] for value in inputs]
-        if shapes not in seen and all(dim >= 0 for shape in shapes for dim in shape):
-            seen.append(shapes)
-            yield shapes
+_Contents = Sequence[int | None] | None
 
 
-def _names_in(dim: int | ir.SymbolicDim) -> frozenset[str]:
-    """Return the names a dimension is made of; a text that is no expression is a name as a whole."""
-    if isinstance(dim, int) or dim.value is None:
-        return frozenset()
-    if dim.value.isidentifier():
-        return frozenset({dim.value})
-    try:
-        return frozenset(map(str, dim.free_symbols()))
-    except ValueError:
-        return frozenset({dim.value})
+def _scenes(inputs: Sequence[ir.Value]) -> Iterator[tuple[list[list[int]], list[_Contents]]]:
+    """Yield shapes of all inputs, and what is known to be in them then, with the sizes they hang on bound in turn."""
+    dims = [shapes.dims_of(value) or () for value in inputs]
+    known = [shapes.contents(value) for value in inputs]
+    leaves = sorted({leaf for shape in dims for dim in shape for leaf in _leaves(dim)})
+    named = {leaf for one in known if one is not None for entry in one.entries for leaf in _leaves(entry)}
+    # Numbers that are no size of anything stay free: all values of them are to be tried.
+    leaves += sorted(leaf for leaf in named if leaf not in leaves and not leaf.startswith("?"))
+    schemes = [dict.fromkeys(leaves, size) for size in SIZES]
+    schemes.append({leaf: SIZES[0] + index for index, leaf in enumerate(leaves)})
+    seen: list[tuple[list[list[int]], list[_Contents]]] = []
+    for sizes in map(_consistent, schemes):
+        try:
+            bound = [[evaluate(dim, sizes) for dim in shape] for shape in dims]
+            held = [[evaluate(entry, sizes) for entry in one.entries] if one is not None else None for one in known]
+        except ZeroDivisionError:
+            continue
+        fitting = [[dim for dim in shape if dim is not None and dim >= 0] for shape in bound]
+        if (fitting, held) not in seen and fitting == bound:
+            seen.append((fitting, list(held)))
+            yield fitting, list(held)
 
 
-def _size(dim: int | ir.SymbolicDim, bound: Mapping[str, int], otherwise: int) -> int:
-    if isinstance(dim, int):
-        return dim
-    if dim.value is None or dim.value.isidentifier():
-        return bound.get(dim.value or "", otherwise)
-    try:
-        size = dim.evaluate({name: bound.get(name, otherwise) for name in _names_in(dim)})
-    except (ArithmeticError, TypeError, ValueError):
-        size = None
-    return size if isinstance(size, int) else bound.get(dim.value, otherwise)
+def _leaves(size: Size) -> Iterator[str]:
+    """Yield the names of sizes that a size hangs on; those that have none begin with a question mark."""
+    if isinstance(size, int):
+        return
+    for monomial, _ in size.terms:
+        for atom in monomial:
+            if atom.kind in ("name", "unknown"):
+                yield str(atom.args[0]) if atom.kind == "name" else str(atom)
+            else:
+                yield from (leaf for arg in atom.args if not isinstance(arg, str) for leaf in _leaves(arg))
+
+
+def _consistent(sizes: dict[str, int]) -> dict[str, int]:
+    """Return sizes in which a name that says what it is, as ``2*n`` does, is that."""
+    found = dict(sizes)
+    for name in sizes:
+        if not name.isidentifier() and not name.startswith("?"):
+            with contextlib.suppress(ArithmeticError, TypeError, ValueError):
+                dim = ir.SymbolicDim(name)
+                value = dim.evaluate({str(leaf): sizes.get(str(leaf), SIZES[0]) for leaf in dim.free_symbols()})
+                found[name] = value if isinstance(value, int) else sizes[name]
+    return found
+
+
+def _filled(array: Array, held: _Contents) -> Array:
+    """Return an array with those elements in their places that are known."""
+    if held is None or len(held) != array.size:
+        return array
+    flat = array.reshape(-1)
+    for index, element in enumerate(held):
+        if element is not None:
+            flat[index] = element
+    return array
 
 
 def _random(rng: np.random.Generator, shape: list[int], dtype: np.dtype[Any], spread: int) -> Array:
@@ -303,8 +353,9 @@ def _full(shape: list[int], dtype: np.dtype[Any], value: float, careful: bool) -
         return np.full(shape, value == 1)
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        # Large numbers stay small enough to be the sizes of something.
-        ends = (-LARGEST_SIZE, LARGEST_SIZE) if careful else (limits.min, limits.max)
-        whole = ends[1] if np.isinf(value) else ends[0] if np.isnan(value) else int(min(value, LARGEST_SIZE))
+        # Large numbers stay small enough to be the sizes of something, all of them together.
+        large = int(min(LARGEST_SIZE, LARGEST_VOLUME ** (1 / max(1, math.prod(shape)))))
+        ends = (-large, large) if careful else (limits.min, limits.max)
+        whole = ends[1] if np.isinf(value) else ends[0] if np.isnan(value) else int(min(value, large))
         return np.full(shape, min(max(whole, limits.min), limits.max), dtype)
     return np.full(shape, value, dtype)

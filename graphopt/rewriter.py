@@ -281,7 +281,7 @@ class Rewriter:
 
     def make_const(self, content: ir.TensorProtocol | Array, name: str) -> ir.Value:
         """Make a constant that is in no graph yet; `adopt` puts it in."""
-        if not isinstance(content, ir.TensorProtocol):
+        if isinstance(content, np.ndarray | np.generic):
             content = _as_tensor(content)
         name = self.fresh_name(name)
         # A tensor that has a name may be shared with a clone of the model.
@@ -316,7 +316,7 @@ class Rewriter:
             ValueError: ``value`` is no constant, or the new content has another dtype or shape.
         """
         old = walk.constant_tensor(value)
-        if not isinstance(tensor, ir.TensorProtocol):
+        if isinstance(tensor, np.ndarray | np.generic):
             tensor = _as_tensor(tensor, value.name)
         if old is None or tensor.dtype != old.dtype or tuple(tensor.shape) != tuple(old.shape):
             raise ValueError(f"`{value.name}` cannot hold a {tensor.dtype} of shape {tuple(tensor.shape)}")

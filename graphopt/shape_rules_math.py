@@ -385,107 +385,32 @@ def einsum(call: Call) -> None:
     return call.give([*(sizes[c] for c in head), *middle, *(sizes[c] for c in tail)])
 
 
-_SAME = [
-    "Acos",
-    "Acosh",
-    "Asin",
-    "Asinh",
-    "Atan",
-    "Atanh",
-    "BitwiseNot",
-    "Ceil",
-    "Celu",
-    "Cos",
-    "Cosh",
-    "Elu",
-    "Erf",
-    "Exp",
-    "Floor",
-    "Gelu",
-    "HardSigmoid",
-    "HardSwish",
-    "Hardmax",
-    "Identity",
-    "IsInf",
-    "IsNaN",
-    "LeakyRelu",
-    "Log",
-    "LogSoftmax",
-    "LpNormalization",
-    "LRN",
-    "MeanVarianceNormalization",
-    "Mish",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "ScaledTanh",
-    "Selu",
-    "Shrink",
-    "Sigmoid",
-    "Sin",
-    "Sinh",
-    "Softmax",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Swish",
-    "Tan",
-    "Tanh",
-    "ThresholdedRelu",
-    "InstanceNormalization",
-    "GroupNormalization",
-    "Scatter",
-    "ScatterElements",
-    "ScatterND",
-    "TensorScatter",
-    "ReverseSequence",
-    "Trilu",
-    "ParametricSoftplus",
-    "Affine",
-    "ImageScaler",
-]
-_BROADCASTING = [
-    "Add",
-    "And",
-    "BitShift",
-    "BitwiseAnd",
-    "BitwiseOr",
-    "BitwiseXor",
-    "Div",
-    "Equal",
-    "Greater",
-    "GreaterOrEqual",
-    "Less",
-    "LessOrEqual",
-    "Max",
-    "Mean",
-    "Min",
-    "Mod",
-    "Mul",
-    "Or",
-    "Pow",
-    "Sub",
-    "Sum",
-    "Xor",
-]
-_REDUCING = [
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "ReduceSumSquare",
-]
+_SAME = (
+    "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid "
+    "HardSwish Hardmax Identity IsInf IsNaN LeakyRelu Log LogSoftmax LpNormalization LRN "
+    "MeanVarianceNormalization Mish Reciprocal Relu Round ScaledTanh Selu Shrink Sigmoid Sin Sinh Softmax "
+    "Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu InstanceNormalization GroupNormalization "
+    "Scatter ScatterElements ScatterND TensorScatter ReverseSequence Trilu ParametricSoftplus Affine "
+    "ImageScaler"
+)
+_BROADCASTING = (
+    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual "
+    "Max Mean Min Mod Mul Or Pow Sub Sum Xor"
+)
+_REDUCING = (
+    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare"
+)
+
+
+def _each(operators: str, rule: Rule) -> dict[str, Rule]:
+    return dict.fromkeys(operators.split(), rule)
+
 
 MATH_RULES: Mapping[str, Rule] = MappingProxyType(
     {
-        **dict.fromkeys(_SAME, unary),
-        **dict.fromkeys(_BROADCASTING, elementwise),
-        **dict.fromkeys(_REDUCING, reduction),
+        **_each(_SAME, unary),
+        **_each(_BROADCASTING, elementwise),
+        **_each(_REDUCING, reduction),
         **dict.fromkeys(("Neg", "Abs", "Sign", "Not"), unary_with_contents),
         "PRelu": unary,
         "Where": where,

@@ -10,6 +10,29 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from .chain_motifs import (
+    bounds_chain,
+    branches_alike,
+    cast_around,
+    cast_integers,
+    cuts_and_joins,
+    index_chain,
+    loop_invariant,
+    split_and_join,
+)
+from .shape_motifs import (
+    shape_branch,
+    shape_expand,
+    shape_flatten,
+    shape_halves,
+    shape_heads,
+    shape_mask,
+    shape_numbers,
+    shape_range,
+    shape_resize,
+    shape_slice,
+    shape_tile,
+)
 from .transformer_motifs import heads_attention, residual_norm, written_activation, written_norm
 
 if TYPE_CHECKING:
@@ -884,6 +907,9 @@ _COMMON = (
     dead_branch, unused_initializer, duplicate_expression, duplicate_initializers, weight_shared, default_input,
     input_as_output, inner_output, odd_attributes, constant_expression, constant_range, constant_forms, if_dynamic,
     if_constant, if_nested, loop, scan, affine_chain, linear_affine, padded, linear_pair, reduction_dropped,
+    bounds_chain, branches_alike, cast_around, cast_integers, cuts_and_joins, index_chain, loop_invariant,
+    split_and_join, shape_branch, shape_expand, shape_flatten, shape_halves, shape_heads, shape_mask, shape_numbers,
+    shape_tile,
 )  # fmt: skip
 
 MOTIFS: Mapping[str, Motif] = {
@@ -897,6 +923,9 @@ MOTIFS: Mapping[str, Motif] = {
     "written_norm": Motif(written_norm),
     "residual_norm": Motif(residual_norm, opsets=range(17, 1000)),
     "heads_attention": Motif(heads_attention),
+    "shape_range": Motif(shape_range, opsets=range(11, 1000)),
+    "shape_resize": Motif(shape_resize, opsets=range(11, 1000)),
+    "shape_slice": Motif(shape_slice),
     "default_input": Motif(default_input, since_ir_version=4),
     # In opset 10 inference knows the shape of nothing that a Slice feeds.
     "layout_detour": Motif(layout_detour, opsets=range(11, 1000)),

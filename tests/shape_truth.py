@@ -95,10 +95,8 @@ def _check_value(
     producer = value.producer()
     where = f"{producer.op_type if producer else ''} `{value.name}` {array.dtype}{array.shape}"
     tally.values += 1
-    if value.dtype is not None and value.dtype != ir.DataType.STRING and array.dtype.kind != "O":
-        # ONNX Runtime hands out 8-bit floats as their bits.
-        if value.dtype.numpy() != array.dtype and not (value.dtype.is_floating_point() and array.dtype == np.uint8):
-            tally.wrong.append(f"{where}: {value.dtype}")
+    if not _is_dtype(value.dtype, array):
+        tally.wrong.append(f"{where}: {value.dtype}")
     dims = shapes.dims_of(value)
     if dims is None:
         return
@@ -119,6 +117,13 @@ def _check_value(
     tally.contents += all(isinstance(entry, int) or not entry.unknowns for entry in known.entries)
     for entry, number in zip(known.entries, array.reshape(-1).tolist(), strict=True):
         _check_size(entry, int(number), sizes, unknown, f"{where}: {number} for {entry}", tally)
+
+
+def _is_dtype(dtype: ir.DataType | None, array: np.ndarray) -> bool:
+    if dtype is None or dtype == ir.DataType.STRING or array.dtype.kind == "O":
+        return True
+    # ONNX Runtime hands out 8-bit floats as their bits.
+    return dtype.numpy() == array.dtype or (dtype.is_floating_point() and array.dtype == np.uint8)
 
 
 def _check_size(

@@ -50,6 +50,7 @@ ROOMS = {
         "shape_rules_contrib",
         "shape_rules_layout",
         "shape_rules_math",
+        "shape_rules_reshape",
         "shape_rules_windows",
         "shapes",
         "value_records",

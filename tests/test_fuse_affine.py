@@ -15,7 +15,7 @@ from graphopt.comparison import Comparison
 
 from .pass_runs import loaded, outputs_of, run_passes
 
-CASES = 600
+CASES = 400
 SIZES = (1, 2, 4, 6)
 
 
@@ -148,4 +148,4 @@ def test_what_is_folded_computes_the_same() -> None:
         comparison.update(before, outputs_of(run.model, feed))
         assert comparison.within(), f"seed {seed}: {comparison.worst} {[e.rule for e in run.edits]}"
         fired.update(edit.rule for edit in run.edits)
-    assert len(fired) == 18, fired
+    assert len(fired) == 20, fired

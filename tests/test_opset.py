@@ -125,7 +125,7 @@ def some_axes(rng: Rng, rank: int) -> list[int]:
 def softmax(op_type: str) -> Callable[[Rng], Draw]:
     def draw(rng: Rng) -> Draw:
         rank = int(rng.integers(1, 5))
-        x = floats(rng, *sizes(rng, rank))
+        x = floats(rng, *(pick(rng, 1, size) for size in sizes(rng, rank)))
         axis = pick(rng, *range(rank), *([None] if rank > 1 else []), -1, -rank)
         opset = 11 if axis is not None and axis < 0 else pick(rng, 7, 11, 12)
         return Draw(op_type, opset, {"x": x}, {"axis": axis}, dynamic=pick(rng, True, False))

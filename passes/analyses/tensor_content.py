@@ -20,6 +20,8 @@ T = TypeVar("T")
 PREFIX_BYTES = 1024
 # Tensors that must be made before they can be read are not, beyond this size.
 LARGEST_MADE = 1 << 20
+# The system maps more than the page it is asked for, up to one of its huge pages, before and behind.
+MAPPED_AROUND = 2 << 20
 _PREFIX, _DIGEST = "graphopt.prefix", "graphopt.digest"
 _BYTE_BITS = 8
 
@@ -70,8 +72,6 @@ def _prefix(tensor: ir.TensorProtocol) -> bytes:
     known: bytes | None = tensor.meta.get(_PREFIX)
     if known is None:
         known = tensor.meta[_PREFIX] = next(_pieces(tensor, PREFIX_BYTES), b"")
-        if isinstance(tensor, MappedTensor):
-            tensor.release()  # the system reads more pages than it is asked for
     return known
 
 
@@ -99,7 +99,7 @@ def _pieces(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
         for start in range(tensor.offset, tensor.offset + tensor.length, size):
             length = min(size, tensor.offset + tensor.length - start)
             piece = mapping[start : start + length]
-            tensor.file.release(start, length)
+            tensor.file.release(max(start - MAPPED_AROUND, 0), length + 2 * MAPPED_AROUND)
             yield piece
         return
     whole = memoryview(_flat(tensor))

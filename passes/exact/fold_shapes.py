@@ -30,7 +30,7 @@ class FoldShapes(Pass):
         "constant-operand": "a shape operand that copies or completes the shape of the data is a constant",
         "same-integers": "integer tensors with equal symbolic elements are one",
         "part-of-shape": "integers that are neighbouring dimensions of a tensor x are Shape(x, start, end)",
-        "fewer-pieces": "Concat of integers = Concat of longer pieces, where that takes fewer nodes",
+        "fewer-pieces": "integers are the Concat of numbers and neighbouring dimensions, where that takes fewer nodes",
     }
 
     def run(self, model: ir.Model, ctx: Context) -> None:

@@ -16,10 +16,10 @@ from graphopt.pattern import Match, Miss, Rule
 from graphopt.target import Target
 
 from ..analyses.channels import ChannelView, per_channel, rounded, view_of
-from .fuse_affine_inputs import ScaleBefore, ShiftBefore
+from .batch_norm import scale_and_shift, training
+from .fuse_affine_inputs import BatchNormBefore, ScaleBefore, ShiftBefore
 
 _ONE = np.ones(())
-_FIRST_OPSET_WITH_TRAINING_MODE = 14
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class FuseAffine(RewritePass):
             *(BatchNormAfter(layer) for layer in (*layers, biased)),
             *(ScaleAfter(layer, op_type) for layer in (*layers, biased) for op_type in ("Mul", "Div", "Neg")),
             *(ShiftAfter(layer, op_type) for layer in layers[:3] for op_type in ("Add", "Sub", "-Sub")),
+            *(BatchNormBefore(op_type) for op_type in ("Conv", "Gemm")),
             *(ScaleBefore(layer.op_type, op_type) for layer in layers for op_type in ("Mul", "Div")),
             *(ShiftBefore(op_type, step) for op_type in ("Conv", "Gemm", "MatMul") for step in ("Add", "Sub")),
         )
@@ -75,15 +76,9 @@ class BatchNormAfter(Rule):
         return op.BatchNormalization(self._layer.pattern(op, x, w, b), gamma, beta, mean, var, _id="bn")
 
     def check(self, m: Match) -> Miss | None:
-        if m.bn.attributes.get_int("training_mode", 0):
-            return Miss("is in training mode", m.bn)
-        if any(value.uses() or value.is_graph_output() for value in m.bn.outputs[1:]):
-            return Miss("its running statistics are read", m.bn)
-        # Before there was an attribute for it, more outputs than one meant training.
-        if m.opset < _FIRST_OPSET_WITH_TRAINING_MODE and any(value.name for value in m.bn.outputs[1:]):
-            return Miss("is in training mode", m.bn)
-        if not m.all_constant("gamma", "beta", "mean", "var"):
-            return Miss("needs constant statistics", m.bn)
+        trains = training(m)
+        if trains is not None:
+            return trains
         if self._layer.op_type == "MatMul" and not _has_rank_2(m.x, m.w):
             return Miss("its channels may be another axis than those of the product", m.bn)
         return _refusal(m)
@@ -91,12 +86,8 @@ class BatchNormAfter(Rule):
     def rewrite(self, op: Any, m: Match) -> Any:
         view = view_of(m.layer)
         assert view is not None, "checked"
-        gamma, beta, mean, var = (m.array(name).astype(np.float64) for name in ("gamma", "beta", "mean", "var"))
-        if any(statistic.shape != (view.outputs,) for statistic in (gamma, beta, mean, var)):
-            return Miss("its statistics are not one number for each channel", m.bn)
-        with np.errstate(all="ignore"):
-            scale = gamma / np.sqrt(var + m.bn.attributes.get_float("epsilon", 1e-5))
-        return _fold(op, m, view, scale, beta - mean * scale)
+        found = scale_and_shift(m, view.outputs)
+        return found if isinstance(found, Miss) else _fold(op, m, view, *found)
 
 
 class ScaleAfter(Rule):

@@ -13,6 +13,7 @@ from graphopt.pattern import Match, Miss, Rule
 
 from ..analyses.channels import ChannelView, per_channel, rounded, view_of
 from ..analyses.composites import comes_from_a_normalization
+from .batch_norm import scale_and_shift, training
 
 
 class ScaleBefore(Rule):
@@ -83,13 +84,7 @@ class ShiftBefore(Rule):
             return Miss("needs a constant floating-point weight", m.layer)
         if self._layer == "MatMul" and len(view.dims) > 2:
             return Miss("its weight is a batch of matrices", m.layer)
-        if self._layer == "Conv" and _may_pad(m.layer):
-            return Miss("its input is padded", m.layer)
-        if m.layer.attributes.get_float("alpha", 1.0) != 1.0 or m.layer.attributes.get_float("beta", 1.0) != 1.0:
-            return Miss("has factors of its own", m.layer)
-        if m.b is not None and view.bias_vector(m.b) is None:
-            return Miss("its bias varies, or is not one number for each channel", m.layer)
-        return _refusal(m, view, m.c)
+        return _bias_refusal(m, view) or _refusal(m, view, m.c)
 
     def rewrite(self, op: Any, m: Match) -> Any:
         view = view_of(m.layer)
@@ -98,14 +93,48 @@ class ShiftBefore(Rule):
         if shift is None:
             return Miss("what it adds varies along other axes than the channels, or may add some", m.step)
         carried = _carried(view, shift)
-        old = view.bias_vector(m.b) if m.b is not None else np.zeros(())
-        vector = rounded(old + (carried if self._op_type == "Add" else -carried), view.dtype)
-        if vector is None:
-            return Miss("its bias would leave the range of its dtype", m.layer)
-        constant = op.const(vector, m.b.name if m.b is not None else f"{m.layer.name or view.weight.name}.bias")
+        constant = _moved_bias(op, m, view, carried if self._op_type == "Add" else -carried)
+        if isinstance(constant, Miss):
+            return constant
         if self._layer == "MatMul":
             return op.like(m.root, op.like(m.layer, m.x, m.w), constant)
         return op.like(m.layer, m.x, m.w, constant)
+
+
+class BatchNormBefore(Rule):
+    """BN(x)·W + b = x·(s·W) + (t·W + b), with s = gamma / sqrt(var + epsilon) and t = beta − mean·s.
+
+    It holds at inference, where the statistics are constants, and where nothing pads what is normalized.
+    """
+
+    def __init__(self, layer: str) -> None:
+        self.name = f"bn-{layer.lower()}"
+        self._layer = layer
+
+    def pattern(self, op: Any, x: Any, gamma: Any, beta: Any, mean: Any, var: Any, w: Any, b: Any = None) -> Any:
+        normalized = op.BatchNormalization(x, gamma, beta, mean, var, _id="bn")
+        return getattr(op, self._layer)(normalized, w, b, _id="layer")
+
+    def check(self, m: Match) -> Miss | None:
+        view = view_of(m.layer)
+        if view is None:
+            return Miss("needs a constant floating-point weight", m.layer)
+        if view.weight_is_shared:
+            return Miss("its weight is shared", m.layer)
+        return training(m) or _bias_refusal(m, view)
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        view = view_of(m.layer)
+        assert view is not None, "checked"
+        found = scale_and_shift(m, view.inputs)
+        if isinstance(found, Miss):
+            return found
+        scale, shift = found
+        scaled = view.scaled(view.over_inputs(scale)) if np.isfinite(scale).all() else None
+        if scaled is None:
+            return Miss("its weight would leave the range of its dtype", m.layer)
+        bias = _moved_bias(op, m, view, _carried(view, shift))
+        return bias if isinstance(bias, Miss) else op.like(m.layer, m.x, op.const(scaled, view.weight.name), bias)
 
 
 def _layer(op: Any, op_type: str, x: Any, w: Any, b: Any) -> Any:
@@ -120,6 +149,30 @@ def _refusal(m: Match, view: ChannelView, constant: ir.Value) -> Miss | None:
     if comes_from_a_normalization(m.x):
         return Miss("may be part of a normalization", m.step)
     return None
+
+
+def _bias_refusal(m: Match, view: ChannelView) -> Miss | None:
+    """Return why a shift of the input cannot go into the bias."""
+    if view.node.op_type == "Conv" and _may_pad(view.node):
+        return Miss("its input is padded", view.node)
+    attributes = view.node.attributes
+    if attributes.get_int("transA", 0):
+        return Miss("its input is transposed", view.node)
+    if any(attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return Miss("has factors of its own", view.node)
+    if m.b is not None and view.bias_vector(m.b) is None:
+        return Miss("its bias varies, or is not one number for each channel", view.node)
+    return None
+
+
+def _moved_bias(op: Any, m: Match, view: ChannelView, carried: Array) -> ir.Value | Miss:
+    """Return the bias with what a shift of the input comes to behind the weight."""
+    old = view.bias_vector(m.b) if m.b is not None else None
+    vector = rounded(carried if old is None else old + carried, view.dtype)
+    if vector is None:
+        return Miss("its bias would leave the range of its dtype", view.node)
+    bias: ir.Value = op.const(vector, m.b.name if m.b is not None else f"{view.node.name or view.weight.name}.bias")
+    return bias
 
 
 def _per_input(constant: ir.Value, x: ir.Value, view: ChannelView) -> Array | None:

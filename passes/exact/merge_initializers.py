@@ -63,7 +63,7 @@ def _merge(values: Sequence[ir.Value], model: ir.Model, ctx: Context) -> None:
         if kept is None:
             kept = value  # the first that may leave its graph for the main one
             continue
-        with ctx.rewriter.edit("merge", *kept.consumers()[:1]):
+        with ctx.rewriter.edit("merge", *value.consumers()):
             if kept.graph is not model.graph and kept.graph is not value.graph:
                 ctx.rewriter.lift(kept, near=kept.consumers()[0])
             ctx.rewriter.replace(value, kept)

@@ -151,13 +151,22 @@ def softmax_13(form: Form) -> Form:
     """The axis became the one normalized over; before, all axes from it on were, flattened into one."""
     axis = form.get("axis", 1)
     data = form.node.inputs[0]
-    rank = len(data.shape) if data is not None and data.shape is not None else None
-    if axis == -1 or (rank is not None and axis % max(rank, 1) == rank - 1 and axis < rank):
-        return form.with_attributes(axis=-1)
+    only = axis if axis == -1 else _only_axis_from(axis, data)
+    if only is not None:
+        return form.with_attributes(axis=only)
     flat = Made("Flatten", (data,), {"axis": axis})
     # A dimension of 0 is one to copy, unless that is said.
     back = Made("Reshape", (form.itself, Made("Shape", (data,))), {"allowzero": 1 if form.to >= 14 else None})
     return replace(form.with_attributes(axis=-1).with_inputs(flat), result=back)
+
+
+def _only_axis_from(axis: int, data: ir.Value | None) -> int | None:
+    """Return the one axis, from one on, that is longer than 1, counted from the back; None if there may be more."""
+    if data is None or data.shape is None or not -len(data.shape) <= axis < len(data.shape):
+        return None
+    rank = len(data.shape)
+    longer = [index - rank for index in range(axis % rank, rank) if data.shape[index] != 1]
+    return (longer or [-1])[0] if len(longer) <= 1 else None
 
 
 def roi_align_16(form: Form) -> Form:

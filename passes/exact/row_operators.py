@@ -16,8 +16,7 @@ from graphopt.shape_facts import Dims
 from .arguments import axes_of, counted, has_axes, integers, optional_input, rank_of
 from .renamed_axes import ALONG_AN_AXIS, BROADCASTING, REDUCTIONS, SOFTMAX_ALONG_ONE_AXIS_SINCE, UNARY
 
-# Before the last axis, a value has at least so many others: with fewer its rows are a matrix already.
-FEWEST_LEADING_AXES = 2
+_MATRIX = 2
 _NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")
 
 
@@ -39,7 +38,7 @@ class RowWise:
 def leading(value: ir.Value | None) -> Dims | None:
     """Return all sizes but the last, if a constant can tell these as well as the last; None otherwise."""
     dims = shapes.dims_of(value)
-    if dims is None or len(dims) <= FEWEST_LEADING_AXES or not told(dims) or not isinstance(dims[-1], int):
+    if dims is None or len(dims) <= _MATRIX or not told(dims) or not isinstance(dims[-1], int):
         return None
     return dims[:-1]
 
@@ -65,7 +64,7 @@ def row_wise(node: ir.Node, opset: int) -> RowWise | None:
         return RowWise([0])
     last = len(lead)
     if node.op_type == "MatMul":
-        return RowWise([0]) if rank_of(node.inputs[1]) == FEWEST_LEADING_AXES else None
+        return RowWise([0]) if rank_of(node.inputs[1]) == _MATRIX else None
     if node.op_type in _NORMALIZATIONS:
         return _normalization(node, last)
     if node.op_type in ALONG_AN_AXIS:

@@ -15,16 +15,18 @@ from graphopt.rewriter import let_go
 from graphopt.shape_facts import Dims
 
 from .arguments import rank_of
-from .row_operators import RowWise, leading, row_wise, told
+from .row_operators import RowWise, row_wise, told
 
 _VIEWS = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 # Trimming from both ends settles in two rounds or three.
 TRIMMING_ROUNDS = 4
+# A region at the edge of another may be better off once that is flat.
+ROUNDS_LIMIT = 10
 
 
 @dataclass(frozen=True)
 class FlattenRows(Pass):
-    """Compute on one matrix of rows what is done row by row, where this saves Reshapes, or makes MatMul and Add a Gemm."""
+    """Compute on one matrix what is done row by row, where this saves Reshapes or lets MatMul and Add be a Gemm."""
 
     name = "flatten-rows"
     # Products and sums may be taken in another order.
@@ -35,10 +37,14 @@ class FlattenRows(Pass):
     }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Look at each graph once; what is flat afterwards has no more rows to flatten."""
+        """Flatten region by region, until no region is better off with matrices."""
         has_gemm = "Gemm" in ctx.target.fast_ops
         for graph in list(walk.every_graph(model)):
-            _Graph(graph, walk.opset(model), has_gemm).flatten(ctx)
+            for _ in range(ROUNDS_LIMIT):
+                edits = ctx.rewriter.edits
+                _Graph(graph, walk.opset(model), has_gemm).flatten(ctx)
+                if ctx.rewriter.edits == edits:
+                    break
 
 
 class _Graph:
@@ -53,6 +59,7 @@ class _Graph:
     def __init__(self, graph: ir.Graph | ir.Function, opset: int, has_gemm: bool) -> None:
         plans = ((node, row_wise(node, opset)) for node in graph)
         self.plans = {node: plan for node, plan in plans if plan is not None}
+        self.inside = set(self.plans)
         self.has_gemm = has_gemm
         self._trim()
 
@@ -64,24 +71,25 @@ class _Graph:
     def _trim(self) -> None:
         """Let go of operators at either end that have no use for matrices."""
         for _ in range(TRIMMING_ROUNDS):
-            before = len(self.plans)
-            for node in list(self.plans):
-                if not any(value.producer() in self.plans for value in self._rows(node)):
+            before = len(self.inside)
+            for node in self.plans:
+                if node in self.inside and not any(value.producer() in self.inside for value in self._rows(node)):
                     self._let_go_if_useless(node)
             for node in reversed(list(self.plans)):
-                if not any(use.node in self.plans for value in node.outputs for use in value.uses()):
+                if node in self.inside and not any(
+                    use.node in self.inside for value in node.outputs for use in value.uses()
+                ):
                     self._let_go_if_useless(node)
-            if len(self.plans) == before:
+            if len(self.inside) == before:
                 return
 
     def _let_go_if_useless(self, node: ir.Node) -> None:
         around = [*self._rows(node), *node.outputs]
         products = [node, *(value.producer() for value in self._rows(node))]
         kept = self._cost(around, products)
-        plan = self.plans.pop(node)
+        self.inside.discard(node)
         if self._cost(around, products) > kept:
-            self.plans[node] = plan
-            # Operators are looked at in order; this one keeps its place by being looked at from either end.
+            self.inside.add(node)
 
     def _cost(self, values: Iterable[ir.Value], products: Iterable[ir.Node | None]) -> int:
         """Return how many operators come, less those that go, at some values and some matrix products."""
@@ -90,11 +98,11 @@ class _Graph:
 
     def _cost_at(self, value: ir.Value) -> int:
         readers = list(dict.fromkeys(use.node for use in value.uses()))
-        views = [node for node in readers if node not in self.plans and _is_told_view(node)]
-        rows = [node for node in readers if node in self.plans and value in self._rows(node)]
+        views = [node for node in readers if node not in self.inside and _is_told_view(node)]
+        rows = [node for node in readers if node in self.inside and value in self._rows(node)]
         others = value.is_graph_output() or len(views) + len(rows) < len(readers)
         producer = value.producer()
-        if producer in self.plans:
+        if producer in self.inside:
             return int(others) - sum(shapes.dims_of(view.outputs[0]) == _flat(value) for view in views)
         if not rows:
             return 0
@@ -105,13 +113,13 @@ class _Graph:
 
     def _becomes_gemm(self, node: ir.Node) -> bool:
         """Return whether a MatMul is one that an Add of a bias follows, and nothing else does."""
-        if not self.has_gemm or node.op_type != "MatMul" or node not in self.plans:
+        if not self.has_gemm or node.op_type != "MatMul" or node not in self.inside:
             return False
         uses = list(node.outputs[0].uses())
         if len(uses) != 1 or node.outputs[0].is_graph_output():
             return False
         add = uses[0].node
-        return add.op_type == "Add" and add in self.plans and any(rank_of(value) == 1 for value in add.inputs)
+        return add.op_type == "Add" and add in self.inside and any(rank_of(value) == 1 for value in add.inputs)
 
     def flatten(self, ctx: Context) -> None:
         """Compute every region on matrices that is better off."""
@@ -123,7 +131,8 @@ class _Graph:
     def _regions(self) -> Iterator[list[ir.Node]]:
         """Yield operators that hang together by their values, in the order of the graph."""
         region_of: dict[ir.Value, list[ir.Node]] = {}
-        for node in self.plans:
+        order = {node: place for place, node in enumerate(self.plans) if node in self.inside}
+        for node in order:
             region = [node]
             for value in (*self._rows(node), *node.outputs):
                 other = region_of.get(value, region)
@@ -135,22 +144,11 @@ class _Graph:
                 region_of[value] = region
         found = {id(region): region for region in region_of.values()}
         for region in found.values():
-            assert region[0].graph is not None, "it is in this one"
-            yield sorted(region, key=_Place(region[0].graph))
+            yield sorted(region, key=order.__getitem__)
 
     def _flatten(self, region: Sequence[ir.Node], ctx: Context) -> None:
         with ctx.rewriter.edit("flatten-rows", *region):
             _Flattening(region, self.plans, ctx).run()
-
-
-class _Place:
-    """Tells where a node of a graph is."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._order = {node: place for place, node in enumerate(graph)}
-
-    def __call__(self, node: ir.Node) -> int:
-        return self._order[node]
 
 
 def _flat(value: ir.Value) -> Dims | None:
@@ -185,6 +183,7 @@ class _Flattening:
 
     def __init__(self, region: Sequence[ir.Node], plans: Mapping[ir.Node, RowWise], ctx: Context) -> None:
         self.region, self.plans, self.ctx = region, plans, ctx
+        self.inside = set(region)
         self.now: dict[ir.Value, ir.Value] = {}
         self.made: list[tuple[ir.Node, ir.Node]] = []  # (new operator, the one to put it before)
         self.constants: dict[tuple[int, ...], ir.Value] = {}
@@ -201,9 +200,9 @@ class _Flattening:
         views = [
             producer
             for value in self.now
-            if (producer := value.producer()) is not None and producer not in self.plans and _is_view(producer)
+            if (producer := value.producer()) is not None and producer not in self.inside and _is_view(producer)
         ]
-        for value in [value for node in self.region for value in node.outputs[:1]]:
+        for value in [value for node in self.region for value in node.outputs]:
             self._hand_over(value, self.now[value])
         for node in [*reversed(self.region), *views]:
             if node.graph is not None and not walk.is_read(node):
@@ -261,12 +260,11 @@ class _Flattening:
         """Return whether the region computes what it did, if that is checked."""
         if self.ctx.check_rewrite is None:
             return True
-        inside = set(self.region)
-        values = [value for node in self.region for value in node.outputs[:1]]
-        before = [v for v in values if v.is_graph_output() or any(use.node not in inside for use in v.uses())]
+        values = [value for node in self.region for value in node.outputs]
+        before = [v for v in values if v.is_graph_output() or any(use.node not in self.inside for use in v.uses())]
         kept = list(self.made)
         after = [self._reshaped(self.now[v], shapes.dims_of(v) or (), self.region[0], self.region[0]) for v in before]
-        entering = [value.producer() for value in self.now if value.producer() not in inside]
+        entering = [value.producer() for value in self.now if value.producer() not in self.inside]
         nodes = [*(node for node in dict.fromkeys(entering) if node is not None and _is_view(node)), *self.region]
         if not self.ctx.agrees("flatten-rows", nodes, before, after, [made for made, _ in self.made]):
             return False
@@ -278,9 +276,9 @@ class _Flattening:
     def _hand_over(self, old: ir.Value, new: ir.Value) -> None:
         """Let the readers of a value outside the region read the matrix, as they need it."""
         for view in dict.fromkeys(use.node for use in old.uses()):
-            if view not in self.plans and _is_told_view(view):
+            if view not in self.inside and _is_told_view(view):
                 self._redirect(view, new)
-        if not (old.is_graph_output() or any(use.node not in self.plans for use in old.uses())):
+        if not (old.is_graph_output() or any(use.node not in self.inside for use in old.uses())):
             return
         producer, dims = new.producer(), shapes.dims_of(old)
         assert producer is not None, "an operator made it"
@@ -291,8 +289,7 @@ class _Flattening:
         """Let a view look at the matrix."""
         dims = shapes.dims_of(view.outputs[0])
         assert dims is not None, "it is told"
-        producer = view
-        result = new if dims == shapes.dims_of(new) else self._insert_reshaped(new, dims, producer)
+        result = new if dims == shapes.dims_of(new) else self._insert_reshaped(new, dims, view)
         self.ctx.rewriter.replace(view.outputs[0], result)
         self.ctx.rewriter.erase(view)
 

@@ -143,7 +143,7 @@ class Numbering:
         if self._can_be_read(entries, scope) and _count_of_chain(node, set()) > 1:
             with self.ctx.rewriter.edit("part-of-shape", node):
                 self._replace("part-of-shape", node, value, self._read(entries, scope, node))
-        elif walk.is_onnx_op(node, "Concat"):
+        else:
             self._shorten(node, value, entries, scope)
 
     def _replace(self, kind: str, node: ir.Node, value: ir.Value, new: ir.Value) -> None:
@@ -172,16 +172,16 @@ class Numbering:
     # Pieces
 
     def _shorten(self, node: ir.Node, value: ir.Value, entries: Entries, scope: Scope) -> None:
-        """Put a Concat together from longer pieces, if fewer nodes are left then."""
+        """Put integers together from longer pieces, if fewer nodes are left then."""
         pieces = self._pieces(entries, scope)
-        if pieces is None or len(pieces) >= len(node.inputs):
+        if pieces is None or len(pieces) < 2:
             return
         kept = {producer for piece in pieces if isinstance(piece, ir.Value) and (producer := piece.producer())}
         new = 1 + sum(isinstance(piece, tuple) and not _is_known(piece) for piece in pieces)
         if new >= _count_of_chain(node, kept):
             return
         with self.ctx.rewriter.edit("fewer-pieces", node):
-            inputs = [self._made(piece, scope, node) for piece in pieces]
+            inputs = [self._made(piece, scope, node, value) for piece in pieces]
             made = self.ctx.rewriter.make("Concat", inputs, {"axis": 0}, sources=[node])
             self.ctx.rewriter.insert(made, before=node)
             self._replace("fewer-pieces", node, value, made.outputs[0])
@@ -212,11 +212,11 @@ class Numbering:
                 return length, part
         return 0, None
 
-    def _made(self, piece: ir.Value | Entries, scope: Scope, node: ir.Node) -> ir.Value:
+    def _made(self, piece: ir.Value | Entries, scope: Scope, node: ir.Node, value: ir.Value) -> ir.Value:
         if isinstance(piece, ir.Value):
             return piece
         if _is_known(piece):
-            return self.ctx.rewriter.const(np.array(piece, np.int64), f"{node.name}_piece", near=node)
+            return self.ctx.rewriter.const(np.array(piece, np.int64), f"{value.name}_piece", near=node)
         return self._read(piece, scope, node)
 
 

@@ -252,10 +252,11 @@ class HardSwishDivided(Activation):
     By definition, from opset 14; the division may stand at the product, or before it (`hard-sigmoid`).
     """
 
+    name = "hard-swish-divided"
     first_opset = 14
 
     def __init__(self, last: str) -> None:
-        self.last, self.name = last, f"hard-swish-{last.lower()}"
+        self.last = last
 
     def find(self, root: ir.Node) -> Found | None:
         whole = chains.product(root.outputs[0], whole=root)
@@ -309,8 +310,10 @@ class HardSigmoid(Rule):
     By definition; c = 1 needs no division.
     """
 
+    name = "hard-sigmoid"
+
     def __init__(self, last: str) -> None:
-        self.last, self.name = last, f"hard-sigmoid-{last.lower()}"
+        self.last = last
 
     def pattern(self, op: Any, a: Any, b: Any = None, c: Any = None) -> Any:
         return op.Clip(a, b, c) if self.last == "Clip" else getattr(op, self.last)(a, b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
@@ -120,7 +121,8 @@ class AttentionCore(Rule):
     def applies(self, m: Match) -> bool:
         core = find(m.root, chains.opset(m)) if chains.opset(m) >= 23 else None
         if core is not None:
-            m.include((*core.nodes, *heads.unrepeated(core.k)[1], *heads.unrepeated(core.v)[1]))
+            repeats = [few.nodes for few in (heads.unrepeated(core.k), heads.unrepeated(core.v)) if few is not None]
+            m.include((*core.nodes, *(node for nodes in repeats for node in nodes)))
         return core is not None
 
     def check(self, m: Match) -> Miss | None:
@@ -134,11 +136,25 @@ class AttentionCore(Rule):
         assert core is not None, "applies"
         k = op.Transpose(core.k, perm=heads.SWAP) if core.k_swapped else core.k
         v = core.v
-        few_k, few_v = heads.unrepeated(core.k)[0], heads.unrepeated(v)[0]
-        if few_k is not core.k and few_v is not v and heads.same_dim(heads.dim(few_k, 1), heads.dim(few_v, 1)):
-            k, v = few_k, few_v
+        few_k, few_v = heads.unrepeated(core.k), heads.unrepeated(core.v)
+        if few_k is not None and few_v is not None and _count_of(few_k) == _count_of(few_v):
+            k, v = _with_heads(op, few_k), _with_heads(op, few_v)
         mask = () if core.mask is None else (core.mask,)
         return op.Attention(core.q, k, v, *mask, scale=core.scale)
+
+
+def _count_of(few: heads.Few) -> object:
+    return heads.dim(few.value, 1) if chains.rank_of(few.value) == 4 else 1
+
+
+def _with_heads(op: Any, few: heads.Few) -> ir.Value:
+    """Return heads of rank 4."""
+    if chains.rank_of(few.value) == 4:
+        return few.value
+    value: ir.Value = op.Unsqueeze(few.value, op.const(np.array([1]), "axis_of_heads"))
+    dims = list(few.value.shape) if few.value.shape is not None else []
+    value.type, value.shape = few.value.type, ir.Shape([dims[0], 1, *dims[1:]])
+    return value
 
 
 def in_the_way(core: Core) -> str | None:
@@ -197,7 +213,8 @@ def _count(value: ir.Value, *, swapped: bool = False) -> int | None:
 class HeadsInAttention(Rule):
     """Attention of split heads, joined again = Attention(x, ...) with the number of heads as attributes.
 
-    Given rank 3, the operator itself splits [batch, length, heads · size] and joins what comes out.
+    Given rank 3, the operator itself splits [batch, length, heads · size] and joins what comes out. A Reshape that does
+    more than join stays behind it.
     """
 
     name = "heads-in-attention"
@@ -217,7 +234,7 @@ class HeadsInAttention(Rule):
         return True
 
     def check(self, m: Match) -> Miss | None:
-        if heads.joined(m.root) is None:
+        if not heads.is_joined(m.root) and not heads.is_free(m.root):
             return Miss("is not known to join the heads only", m.root)
         if any(heads.split(value) is None for value in (m.q, m.k, m.v)):
             return Miss("its inputs are not known to be split heads", m.root)
@@ -234,4 +251,5 @@ class HeadsInAttention(Rule):
         assert v is not None, "checked"
         attributes = {**dict(m.attention.attributes), "q_num_heads": q.count, "kv_num_heads": k.count}
         mask = () if m.mask is None else (m.mask,)
-        return op.Attention(q.whole, k.whole, v.whole, *mask, _name=m.attention.name, **attributes)
+        whole = op.Attention(q.whole, k.whole, v.whole, *mask, _name=m.attention.name, **attributes)
+        return whole if heads.is_joined(m.root) else op.like(m.root, whole, m.shape)

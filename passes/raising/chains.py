@@ -14,7 +14,7 @@ from graphopt.backend import Array
 from graphopt.pattern import Match
 
 # No constant that is looked into for a number, axes or a shape is larger.
-SMALL = 64
+SMALL = 256
 # Nodes a product is followed through: enough for every known spelling, and little to walk.
 PRODUCT_LIMIT = 8
 

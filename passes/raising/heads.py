@@ -19,7 +19,7 @@ class Heads:
     Attributes:
         whole: The value of rank 3.
         count: Number of heads.
-        nodes: Transpose and Reshape, in this order.
+        nodes: The Transpose, if there is one, and the Reshape.
     """
 
     whole: ir.Value
@@ -67,9 +67,19 @@ def swapped(value: ir.Value | None) -> ir.Node | None:
 
 
 def split(value: ir.Value | None) -> Heads | None:
-    """Recognise Transpose(Reshape(x, [batch, length, heads, size]))."""
+    """Recognise Transpose(Reshape(x, [batch, length, heads, size])); of one head, a Reshape says the same."""
     node = swapped(value)
-    return split_before(node.inputs[0], (node,)) if node is not None else None
+    return split_before(node.inputs[0], (node,)) if node is not None else _single(value)
+
+
+def _single(value: ir.Value | None) -> Heads | None:
+    """Recognise Reshape(x, [batch, 1, length, size]), an Unsqueeze included."""
+    reshape = chains.made_by(value, "Reshape", "Unsqueeze")
+    whole = reshape.inputs[0] if reshape is not None else None
+    if reshape is None or whole is None or chains.rank_of(whole) != 3 or chains.rank_of(value) != 4:
+        return None
+    kept = all(same_dim(dim(whole, a), dim(value, b)) for a, b in ((0, 0), (1, 2), (2, 3)))
+    return Heads(whole, 1, (reshape,)) if kept and dim(value, 1) == 1 else None
 
 
 def split_before(value: ir.Value | None, after: tuple[ir.Node, ...] = ()) -> Heads | None:
@@ -86,34 +96,69 @@ def split_before(value: ir.Value | None, after: tuple[ir.Node, ...] = ()) -> Hea
     return Heads(whole, width // size, (*after, reshape))
 
 
-def joined(reshape: ir.Node) -> ir.Node | None:
-    """Return the Transpose of Reshape(Transpose(y), [batch, length, heads · size]), the root given, if it is that."""
-    transpose = swapped(reshape.inputs[0])
-    if transpose is None or chains.rank_of(reshape.outputs[0]) != 3:
-        return None
+def is_joined(reshape: ir.Node) -> bool:
+    """Return whether Reshape(Transpose(y)) joins heads and nothing else: [batch, length, heads · size]."""
     before, after = reshape.inputs[0], reshape.outputs[0]
-    return transpose if all(same_dim(dim(before, axis), dim(after, axis)) for axis in (0, 1)) else None
+    return chains.rank_of(after) == 3 and all(same_dim(dim(before, axis), dim(after, axis)) for axis in (0, 1))
 
 
-def unrepeated(value: ir.Value) -> tuple[ir.Value, tuple[ir.Node, ...]]:
-    """Return k and the nodes, where a value is each head of k repeated: grouped-query attention; else the value."""
+def is_free(reshape: ir.Node) -> bool:
+    """Return whether a Reshape gives the same whatever shape its input has: it copies no dimension."""
+    if reshape.attributes.get_int("allowzero", 0) == 1:
+        return True
+    sizes = chains.integers(reshape.inputs[1])
+    return sizes is not None and 0 not in sizes
+
+
+@dataclass(frozen=True)
+class Few:
+    """Heads before each was repeated for a group of queries.
+
+    Attributes:
+        value: [batch, heads, length, size]; of a single head perhaps [batch, length, size].
+        nodes: What repeated them.
+    """
+
+    value: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+
+def unrepeated(value: ir.Value) -> Few | None:
+    """Recognise heads of which each is repeated as often as any other: grouped-query attention."""
+    gather = chains.made_by(value, "Gather")
+    if gather is not None and gather.inputs[0] is not None:
+        return Few(gather.inputs[0], (gather,)) if _repeats(gather) else None
     reshape = chains.made_by(value, "Reshape")
     expand = chains.made_by(reshape.inputs[0], "Expand") if reshape is not None else None
     unsqueeze = chains.made_by(expand.inputs[0], "Unsqueeze", "Reshape") if expand is not None else None
     if reshape is None or expand is None or unsqueeze is None or unsqueeze.inputs[0] is None:
-        return value, ()
+        return None
     few, one, many = unsqueeze.inputs[0], unsqueeze.outputs[0], expand.outputs[0]
-    if (chains.rank_of(few), chains.rank_of(one), chains.rank_of(many), chains.rank_of(value)) != (4, 5, 5, 4):
-        return value, ()
-    kept = [(few, 0, one, 0), (few, 1, one, 1), (few, 2, one, 3), (few, 3, one, 4)]
+    ranks = [chains.rank_of(each) for each in (few, one, many, value)]
+    if ranks not in ([4, 5, 5, 4], [3, 5, 5, 4]):
+        return None
+    own = (0, 1, 3, 4) if ranks[0] == 4 else (0, 3, 4)
+    kept = [(few, axis, one, place) for axis, place in enumerate(own)]
     kept += [(one, axis, many, axis) for axis in (0, 1, 3, 4)]
     kept += [(many, 0, value, 0), (many, 3, value, 2), (many, 4, value, 3)]
-    counts = dim(many, 1), dim(many, 2), dim(value, 1)
-    if dim(one, 2) != 1 or not all(same_dim(dim(a, i), dim(b, j)) for a, i, b, j in kept):
-        return value, ()
-    if not all(isinstance(count, int) for count in counts) or counts[0] * counts[1] != counts[2]:  # type: ignore[operator]
-        return value, ()
-    return few, (reshape, expand, unsqueeze)
+    if dim(one, 2) != 1 or (ranks[0] == 3 and dim(one, 1) != 1):
+        return None
+    if not all(same_dim(dim(a, i), dim(b, j)) for a, i, b, j in kept) or not _multiplies(many, value):
+        return None
+    return Few(few, (reshape, expand, unsqueeze))
+
+
+def _multiplies(many: ir.Value, value: ir.Value) -> bool:
+    heads, times, count = dim(many, 1), dim(many, 2), dim(value, 1)
+    return isinstance(heads, int) and isinstance(times, int) and isinstance(count, int) and heads * times == count
+
+
+def _repeats(gather: ir.Node) -> bool:
+    """Return whether a Gather takes each head as often as any other, one after the other."""
+    indices, count = chains.integers(gather.inputs[1]), dim(gather.inputs[0], 1)
+    if indices is None or not isinstance(count, int) or count <= 0 or gather.attributes.get_int("axis", 0) != 1:
+        return False
+    return chains.rank_of(gather.outputs[0]) == 4 and indices == sorted([*range(count)] * (len(indices) // count))
 
 
 def broadcasts_to_scores(mask: ir.Value, q: ir.Value, length: int | ir.SymbolicDim | None) -> bool:
@@ -127,8 +172,8 @@ def broadcasts_to_scores(mask: ir.Value, q: ir.Value, length: int | ir.SymbolicD
 
 def split_again(op: Any, whole: ir.Value, like: Heads) -> Any:
     """Return the heads of a value split as those of another of the same shape are."""
-    transpose, reshape = like.nodes
+    *transposes, reshape = like.nodes
     whole.type, whole.shape = like.whole.type, like.whole.shape
-    parts = op.Reshape(whole, reshape.inputs[1], **dict(reshape.attributes))
+    parts = op.like(reshape, whole, *reshape.inputs[1:])
     parts.type, parts.shape = reshape.outputs[0].type, reshape.outputs[0].shape
-    return op.Transpose(parts, **dict(transpose.attributes))
+    return op.Transpose(parts, **dict(transposes[0].attributes)) if transposes else parts

@@ -1,4 +1,4 @@
-"""LayerNormalization and RMSNormalization from their parts."""
+"""LayerNormalization, RMSNormalization and GroupNormalization from their parts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import shapes, walk
+from graphopt.backend import Array
 from graphopt.pattern import Match, Miss, Rule
 
-from . import chains
+from . import chains, heads
 
 _FIRST_OPSET = {"LayerNormalization": 17, "RMSNormalization": 23}
 _NAMES = {"LayerNormalization": "layer-norm", "RMSNormalization": "rms-norm"}
@@ -109,7 +110,7 @@ class _Normalize(Rule):
     op_type = ""
 
     def __init__(self, last: str) -> None:
-        self.name = f"{_NAMES[self.op_type]}-by-{last.lower()}"
+        self.name = _NAMES[self.op_type]
         self._last = last
 
     def pattern(self, op: Any, a: Any, b: Any) -> Any:
@@ -182,31 +183,6 @@ class RootMeanSquareNorm(_Normalize):
     def _parts(self, root: ir.Node) -> tuple[Standardized, ir.Value] | None:
         found = standardized(root)
         return (found, found.x) if found is not None else None
-
-
-class RootDivides(Rule):
-    """x · (1 / sqrt(v)) = x / sqrt(v), for v = mean(x²) + ε.
-
-    One operator less, and the spelling in which runtimes look for a normalization where the opset has none.
-    """
-
-    name = "root-divides"
-
-    def pattern(self, op: Any, a: Any, b: Any) -> Any:
-        return op.Mul(a, b)
-
-    def applies(self, m: Match) -> bool:
-        found = standardized(m.root)
-        inverse = found.nodes[1] if found is not None else None
-        if inverse is None or inverse.op_type == "Pow":
-            return False
-        m.include([inverse])
-        return True
-
-    def rewrite(self, op: Any, m: Match) -> Any:
-        found = standardized(m.root)
-        assert found is not None, "applies"
-        return op.Div(found.x, found.nodes[1].inputs[-1])
 
 
 class NormScale(Rule):
@@ -310,3 +286,64 @@ class NormInFloat(Rule):
     def rewrite(self, op: Any, m: Match) -> Any:
         size = walk.dims(walk.constant_tensor(m.s))  # type: ignore[arg-type]
         return op.like(m.norm, m.x, op.const(chains.ones(size, m.x.dtype), m.s.name))
+
+
+class GroupNorm(Rule):
+    """γ · Reshape(InstanceNormalization(groups of x)) + β = GroupNormalization(x, γ, β).
+
+    By definition, from opset 21, where each group is a row of the inner Reshape and all is given its shape back.
+    """
+
+    name = "group-norm"
+
+    def pattern(self, op: Any, x: Any, groups: Any, s: Any, b: Any, shape: Any, gamma: Any, beta: Any) -> Any:
+        inner = op.InstanceNormalization(op.Reshape(x, groups, _id="split"), s, b, _id="norm")
+        return op.Add(op.Mul(op.Reshape(inner, shape, _id="whole"), gamma), beta)
+
+    def applies(self, m: Match) -> bool:
+        is_plain = chains.holds_only(m.s, 1.0) and chains.holds_only(m.b, 0.0)
+        return is_plain and chains.opset(m) >= 21 and chains.rank_of(m.split.outputs[0]) == 3
+
+    def check(self, m: Match) -> Miss | None:
+        if m.x.dtype != ir.DataType.FLOAT:
+            return Miss("is not known to be in float32", m.root)
+        if not _same_shape(m.x, m.whole.outputs[0]):
+            return Miss("is not known to be given its shape back", m.root)
+        batch, channels = heads.dim(m.x, 0), heads.dim(m.x, 1)
+        if not heads.same_dim(batch, heads.dim(m.split.outputs[0], 0)) or not isinstance(channels, int):
+            return Miss("its groups are not known to be of channels", m.root)
+        if any(_per_channel(value, channels, chains.rank_of(m.x) or 0) is None for value in (m.gamma, m.beta)):
+            return Miss("its scale or bias is not one constant for each channel", m.root)
+        return None
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        channels, rank = heads.dim(m.x, 1), chains.rank_of(m.x)
+        assert isinstance(channels, int), "checked"
+        gamma, beta = (_per_channel(value, channels, rank or 0) for value in (m.gamma, m.beta))
+        assert gamma is not None, "checked"
+        assert beta is not None, "checked"
+        return op.GroupNormalization(
+            m.x,
+            op.const(gamma, m.gamma.name),
+            op.const(beta, m.beta.name),
+            num_groups=walk.dims(walk.constant_tensor(m.s))[0],  # type: ignore[arg-type]
+            epsilon=m.norm.attributes.get_float("epsilon", 1e-5),
+        )
+
+
+def _same_shape(a: ir.Value, b: ir.Value) -> bool:
+    rank = chains.rank_of(a)
+    return (
+        rank is not None
+        and rank == chains.rank_of(b)
+        and all(heads.same_dim(heads.dim(a, axis), heads.dim(b, axis)) for axis in range(rank))
+    )
+
+
+def _per_channel(value: ir.Value, channels: int, rank: int) -> Array | None:
+    """Return a constant of one number for each channel, the second axis of as many as ``rank``, as a vector."""
+    tensor = walk.constant_tensor(value)
+    if tensor is None or tensor.size != channels:
+        return None
+    padded = (1,) * (rank - len(tensor.shape)) + walk.dims(tensor)
+    return tensor.numpy().reshape(-1) if padded == (1, channels, *(1,) * (rank - 2)) else None

@@ -33,8 +33,8 @@ class RaiseOperators(RewritePass):
                 normalization.RootMeanSquareNorm("Mul"),
                 normalization.NormInFloat("RMSNormalization"),
                 normalization.NormScale("RMSNormalization"),
-                normalization.RootDivides(),
             ),
+            "GroupNormalization": (normalization.GroupNorm(),),
             "Gelu": (activations.Gelu(), activations.TanhGelu()),
             "HardSigmoid": tuple(activations.HardSigmoid(last) for last in ("Clip", "Div", "Mul")),
             "HardSwish": (

@@ -124,8 +124,9 @@ class BiasGelu(_BiasInto):
     By definition, for a bias of the last axis, in float32.
     """
 
+    name = "bias-gelu"
+
     def __init__(self, domain: str) -> None:
-        self.name = "bias-runtime-gelu" if domain else "bias-gelu"
         self._gelu_domain = domain
 
     def pattern(self, op: Any, x: Any, b: Any) -> Any:
@@ -180,7 +181,7 @@ class MultiHeadAttention(Rule):
         core = attention.find(m.product, chains.opset(m))
         assert core is not None, "applies"
         why = attention.obstacle(core) or attention.in_the_way(core)
-        if why is None and heads.joined(m.root) is None:
+        if why is None and not heads.is_joined(m.root) and not heads.is_free(m.root):
             why = "is not known to join the heads only"
         if why is None and _inputs(core) is None:
             why = "its inputs are not known to be split heads"
@@ -201,9 +202,10 @@ class MultiHeadAttention(Rule):
         bias = op.const(biased.content, f"{m.root.name or 'attention'}.bias") if biased is not None else None
         inputs = biased.inputs if biased is not None else inputs
         mask = (None, _whole(op, core.mask, core, inputs.q)) if core.mask is not None else ()
-        return op.MultiHeadAttention(
+        whole = op.MultiHeadAttention(
             inputs.q, inputs.k, inputs.v, bias, *mask, num_heads=inputs.count, scale=core.scale, _domain=_DOMAIN
         )
+        return whole if heads.is_joined(m.root) else op.like(m.root, whole, m.shape)
 
 
 def _inputs(core: attention.Core) -> heads.Inputs | None:

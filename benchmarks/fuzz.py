@@ -45,7 +45,7 @@ from graphopt.comparison import Comparison  # noqa: E402
 from graphopt.errors import GraphoptError, PassCrash, VerificationError  # noqa: E402
 from graphopt.manager import PassManager, Setting  # noqa: E402
 from graphopt.pipeline import Pipeline, schedule, weakest  # noqa: E402
-from graphopt.shapes import forget_inferred  # noqa: E402
+from graphopt.shapes import forget_inferred, infer_shapes  # noqa: E402
 from graphopt.verify import Signature, verify  # noqa: E402
 from tests.graph_generator import Recipe, build, feeds, random_recipe  # noqa: E402
 from tests.pass_runs import BACKEND, TARGET, loaded, outputs_of  # noqa: E402
@@ -136,6 +136,7 @@ def check(original: Original, spec: str, edit_limit: int | None = None) -> Verdi
     pipeline = Pipeline.parse(spec)
     manager = PassManager(schedule(pipeline, has_data=False), setting, edit_limit=edit_limit)
     try:
+        infer_shapes(model)
         manager.run(model)
         forget_inferred(model)
         edits = len(manager.journal.edits)
@@ -203,7 +204,9 @@ def blamed(original: Original, spec: str, found: Verdict) -> Verdict:
         low, high = (low, middle) if check(original, spec, middle).kind == found.kind else (middle, high)
     setting = Setting(target=registry.find("TARGETS", TARGET), backend=registry.backend(BACKEND), threads=1)
     manager = PassManager(schedule(Pipeline.parse(spec), has_data=False), setting, edit_limit=high)
-    manager.run(original.model.clone())
+    model = original.model.clone()
+    infer_shapes(model)
+    manager.run(model)
     edit = manager.journal.edits[high - 1]
     return replace(found, rule=f"{edit.pass_name}/{edit.rule}")
 

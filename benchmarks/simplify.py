@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import shutil
 import statistics
 import subprocess
@@ -247,11 +246,17 @@ def judge(made: dict[str, Path], rows: dict[str, Row], options: argparse.Namespa
 
 def grouped(tools: Sequence[str], made: dict[str, Path]) -> Iterator[list[str]]:
     """Yield groups of results whose sessions fit into memory together, the original first in each."""
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * SHARE_OF_MEMORY
     original, *others = tools
-    step = max(1, int(memory / COPIES_OF_WEIGHTS / made[original].stat().st_size) - 1)
+    sessions = SHARE_OF_MEMORY * available_memory() / COPIES_OF_WEIGHTS / made[original].stat().st_size
+    step = max(1, int(sessions) - 1)
     for at in range(0, len(others), step):
         yield [original, *others[at : at + step]]
+
+
+def available_memory() -> int:
+    """Return the bytes that processes may still take, the page cache counted as free."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def open_session(path: Path, level: str) -> Any:

@@ -163,7 +163,7 @@ def optimize(
             keep_failed=keep_failed,
             strict=strict,
             stop_after_edits=stop_after_edits,
-            reproducers=None if no_reproducers else reproducers or out.parent,
+            reproducers=None if no_reproducers else reproducers or (out.parent if out.parent.is_dir() else None),
             detailed=report is not None,
             progress=not quiet,
         )

@@ -341,8 +341,10 @@ class Run:
         )
 
     def _leave_reproducer(self, error: GraphoptError) -> None:
-        """Leave a folder to see a failure again, unless it is nobody's mistake or has left one already."""
+        """Leave a folder to see a failure again, unless it is no pass's mistake or has left one already."""
         if self.reproducers is None or isinstance(error, (OverBudget, WrongRewrite)):
+            return
+        if isinstance(error.__cause__, (MemoryError, OSError)):  # of the machine, as it was then
             return
         folder = self.reproducers.of_failure(error)
         if folder is not None:

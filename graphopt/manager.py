@@ -180,15 +180,20 @@ def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> Non
         record.passes.append(known)
     known.edits += edits
     known.rounds += 1
-    known.notes = [note for note in known.notes if not note.left] + context.notes + _notes_on_checks(context)
+    known.notes = [note for note in known.notes if not note.left] + context.notes
+    if context.check_rewrite is not None and one.guarantee is not Guarantee.LOSSY:
+        known.notes += _notes_on_checks(context, edits)
     record.refused += [refusal for refusal in context.refused if refusal not in record.refused]
 
 
-def _notes_on_checks(context: Context) -> list[Note]:
+def _notes_on_checks(context: Context, edits: int) -> list[Note]:
     """Say how many rewrites were checked by themselves, and why the others could not be."""
     unchecked = context.unchecked.total()
-    if not context.checked and not unchecked:
-        return []
-    texts = [f"{context.checked} rewrites checked by themselves, {unchecked} not"]
+    unasked = edits - context.checked - unchecked
+    texts = []
+    if context.checked or unchecked:
+        texts.append(f"{context.checked} rewrites checked by themselves, {unchecked} not")
+    if unasked > 0:
+        texts.append(f"{unasked} edits of a kind that is not checked by itself")
     texts += [f"{rule} not checked by itself {n}×: {why}" for (rule, why), n in sorted(context.unchecked.items())]
     return [Note(context.rewriter.pass_name, text) for text in texts]

@@ -230,10 +230,17 @@ def _compare(a: Session, b: Session, tried: Iterable[Feed], *, exact: bool) -> _
             return _Difference(f"makes the model fail: {error.message}", feed)
         # Each feed by itself: next to the outputs of large inputs any error of small ones is rounding.
         comparison = Comparison()
+        found = {name: _empty_alike(expected[name], result) for name, result in found.items()}
         comparison.update(expected, found if exact else _overflowing_alike(expected, found))
         if not (comparison.equal if exact else comparison.within()):
             return _Difference(f"changes the outputs by {comparison.max_abs_error:.3g}", feed)
     return None if ran else refusal
+
+
+def _empty_alike(expected: Any, found: Any) -> Any:
+    """Return a result, or the other side's where both are empty: kernels get the shapes of such wrong by themselves."""
+    both = isinstance(expected, np.ndarray) and isinstance(found, np.ndarray)
+    return expected if both and expected.size == 0 == found.size and expected.dtype == found.dtype else found
 
 
 def _overflowing_alike(expected: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Draft:
 
 
 def fired(spec: str, model: onnx.ModelProto, feeds: Sequence[np.ndarray]) -> Counter[str]:
-    """Return the rules that fire on a model, having compared what comes out; none where the runtime refuses the model."""
+    """Return the rules that fire on a model, having compared what comes out; none where the runtime refuses it."""
     try:
         expected = [outputs_of(model, {"x": feed}) for feed in feeds]
     except (Fail, InvalidArgument, InvalidGraph, NotImplemented, RuntimeException):

@@ -20,7 +20,7 @@ PACKAGES = {"graphopt": ROOT / "graphopt", "graphopt.passes": ROOT / "passes", "
 
 # The rooms of core from the ground up. A module imports from its own room and from those above it in this list.
 ROOMS = {
-    "words": ("errors", "lazy_imports", "progress"),
+    "words": ("errors", "lazy_imports", "progress", "versions"),
     "ground": ("backend", "options", "provenance", "target", "walk"),
     "files": (
         "data_files",

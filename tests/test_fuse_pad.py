@@ -50,5 +50,4 @@ def test_padding_taken_over_computes_the_same() -> None:
             y = draft.node("AveragePool", padded, kernel_shape=[draft.rng.choice((2, 3))] * spatial, **own, **more)
         declared = draft.rng.choice((shape, ("batch", *shape[1:]), ("batch", 2, *(f"d{i}" for i in range(spatial)))))
         rules += fired("fuse-pad", draft.model(y, declared), feeds_of(shape, np.float32)[:1])
-    assert rules["pad-conv"] > CASES / 8, rules
-    assert rules["pad-averagepool"] > CASES / 16, rules
+    assert min(rules["pad-conv"], rules["pad-averagepool"]) > CASES / 25, rules

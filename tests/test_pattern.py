@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx.parser
 import onnx_ir as ir
 import pytest
@@ -249,3 +250,26 @@ def test_a_pattern_must_return_what_an_operator_built() -> None:
 
     with pytest.raises(TypeError, match="wrong"):
         compile_rule(Wrong())
+
+
+def test_an_ellipsis_stands_for_any_further_inputs() -> None:
+    class Any2(Rule):
+        name = "any"
+
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Sum(x, ...)
+
+    root = compile_rule(Any2()).root
+    for inputs in ("x", "x, x", "x, x, x"):
+        found = match_at(root, parse(f"{{ y = Sum({inputs}) }}").graph[0])
+        assert found is not None
+        assert found.x.name == "x"
+
+
+def test_a_large_constant_may_be_neutral_too() -> None:
+    root = compile_rule(AddZero()).root
+    model = parse("{ y = Add(x, x) }")
+    for content, matches in ((np.zeros((100, 100)), True), (np.eye(100), False), (1 - np.eye(100), False)):
+        rewriter = Rewriter(model)
+        rewriter.set_input(model.graph[0], 1, rewriter.const(content.astype(np.float32), "z"))
+        assert (match_at(root, model.graph[0]) is not None) == matches

@@ -214,6 +214,15 @@ def test_what_is_nobodys_mistake_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("graphopt-reproducer-*"))
 
 
+def test_a_machine_at_its_end_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Crash, "run", full)
+    assert run("optimize", model, "--passes", "crash").code == 2
+    assert not list(tmp_path.glob("graphopt-reproducer-*"))
+
+
 def test_folders_are_numbered(model: Path, tmp_path: Path) -> None:
     for _ in range(3):
         with pytest.raises(PassCrash):

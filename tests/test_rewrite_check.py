@@ -326,3 +326,73 @@ def test_division_does_not_end_the_process() -> None:
     run = checked(text, rewriting(DivToNeg()))
     assert not run.records[0].refused
     assert len(run.edits) == 1
+
+
+# What counts as a difference
+
+
+class Factored(Rule):
+    """(x + w)·w = x·w + w·w, for a constant w: the same but for rounding, and for what infinities make on the way."""
+
+    name = "factored"
+
+    def pattern(self, op: Any, x: Any, w: Any) -> Any:
+        return op.Mul(op.Add(x, w, _id="sum"), w)
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return op.Add(op.Mul(m.x, m.w), op.const(m.array("w") * m.array("w"), "square"))
+
+
+FACTORS = "g (float[4] x) => (float[4] y) <float[4] w = {0.1, -0.3, 3, 1e6}> { s = Add(x, w) [product] y = Mul(s, w) }"
+
+
+def test_rounding_is_a_difference_for_exact_passes_only() -> None:
+    @dataclass(frozen=True)
+    class Exact(RewritePass):
+        name = "exact"
+        guarantee = Guarantee.EXACT
+
+        def rules(self, target: Target) -> Sequence[Rule]:
+            return [Factored()]
+
+    assert [edit.rule for edit in checked(FACTORS, rewriting(Factored())).edits] == ["factored"]
+    assert [one.rule for one in checked(FACTORS, Exact()).records[0].refused] == ["factored"]
+
+
+def test_sums_in_another_order_may_overflow_to_another_kind_of_infinity() -> None:
+    """x·W₁·W₂ of an infinite x meets infinities of both signs, x·(W₁·W₂) does not."""
+    text = """
+        g (float[2,2] x) => (float[2,1] y) <float[2,2] v = {1, -1, 1, -1}, float[2,1] w = {1, 2}> {
+          h = MatMul(x, v) [product] y = MatMul(h, w)
+        }
+    """
+
+    class Products(Rule):
+        name = "products"
+
+        def pattern(self, op: Any, x: Any, v: Any, w: Any) -> Any:
+            return op.MatMul(op.MatMul(x, v), w)
+
+        def rewrite(self, op: Any, m: Match) -> Any:
+            return op.MatMul(m.x, op.const(m.array("v") @ m.array("w"), "product"))
+
+    assert [edit.rule for edit in checked(text, rewriting(Products())).edits] == ["products"]
+
+
+def test_a_replacement_that_fails_where_the_original_runs_is_wrong() -> None:
+    text = "g (float[n,4] x) => (float[k,4] y) <int64[2] to = {-1, 4}> { [view] y = Reshape(x, to) }"
+
+    class Fixed(Rule):
+        name = "fixed"
+
+        def pattern(self, op: Any, x: Any, to: Any) -> Any:
+            return op.Reshape(x, to)
+
+        def applies(self, m: Match) -> bool:
+            return bool((m.array("to") == -1).any())
+
+        def rewrite(self, op: Any, m: Match) -> Any:
+            return op.Reshape(m.x, op.const(np.array([2, 4]), "to"))
+
+    (refused,) = checked(text, rewriting(Fixed())).records[0].refused
+    assert refused.why.startswith("makes the model fail: ")

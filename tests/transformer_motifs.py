@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from .graph_generator import Builder, Value
 
-HEADS, SIZE = 2, 4
+HEADS, SIZE = 2, 8
 
 
 def written_activation(b: Builder) -> Value:
@@ -49,7 +49,7 @@ def residual_norm(b: Builder) -> Value:
 def heads_attention(b: Builder) -> Value:
     """Attention of several heads: rotated or not, masked or not, grouped or not."""
     x = b.pick(rank=3, where=lambda s: isinstance(s[2], int), fresh=(2, 3, 4))
-    grouped = b.chance(0.2) and isinstance(x.shape[0], int) and isinstance(x.shape[1], int)
+    grouped = b.chance(0.3) and isinstance(x.shape[0], int) and isinstance(x.shape[1], int)
     q, k, v = (_heads(b, x, 1 if grouped and i else HEADS) for i in range(3))
     if isinstance(x.shape[1], int) and b.chance(0.4):
         q, k = _rotated(b, q, x.shape[1]), _rotated(b, k, x.shape[1])
@@ -125,7 +125,7 @@ def _repeated(b: Builder, x: Value) -> Value:
 
 
 def _rotated(b: Builder, x: Value, length: int) -> Value:
-    angles = np.outer(np.arange(length), [1.0, 0.1]).astype(np.float32)
+    angles = np.outer(np.arange(length), 10.0 ** -np.arange(SIZE // 2)).astype(np.float32)
     both = np.concatenate([angles, angles], axis=-1)[None, None]
     # One table in four has halves that differ.
     both[..., 0] += b.chance(0.25)

@@ -119,7 +119,15 @@ class ChannelView:
         with np.errstate(all="ignore"):
             # Computed in float64 in small pieces: no copy of the weight in that dtype is ever there.
             np.multiply(weight, factor, out=result, casting="unsafe", dtype=np.float64)
-        return result if _keeps_range(weight, result, factor) else None
+        kept = _keeps_range(weight, result, factor)
+        self.release()
+        return result if kept else None
+
+    def release(self) -> None:
+        """Let the system take back the memory of the weight's pages, if they are those of a file."""
+        release = getattr(self.tensor, "release", None)
+        if release is not None:
+            release()
 
     def bias_vector(self, bias: ir.Value | None) -> Array | None:
         """Return a bias, the operator's own or one added behind it, as float64 if it is one number for each channel."""

@@ -14,9 +14,6 @@ from graphopt import shapes, walk
 LARGEST_ARGUMENT = 4096
 # Slices end here, or beyond, to say "at the end".
 AT_THE_END = 2**31 - 1
-# Squeeze and Unsqueeze take their axes as an input since opset 13, as ReduceSum does; the other reductions since 18.
-AXES_INPUT_SINCE = {"Squeeze": 13, "Unsqueeze": 13, "ReduceSum": 13}
-_OTHER_AXES_INPUT_SINCE = 18
 
 
 def integers(value: ir.Value | None) -> tuple[int, ...] | None:
@@ -75,23 +72,19 @@ def size_of(value: ir.Value | None, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def over_axes(
-    op: Any, op_type: str, x: ir.Value, axes: Sequence[int], opset: int, name: str, **attributes: Any
-) -> ir.Value:
-    """Return an operator over axes, these given as the opset wants them.
+def over_axes(op: Any, op_type: str, x: ir.Value, axes: Sequence[int], like: ir.Node) -> ir.Value:
+    """Return a Squeeze or Unsqueeze, its axes given as another of these gives them.
 
     Args:
         op: The builder of a replacement.
-        op_type: Squeeze, Unsqueeze or a reduction.
+        op_type: Squeeze or Unsqueeze.
         x: Its input.
         axes: The axes.
-        opset: The opset of the model.
-        name: Base of the name of the constant that holds them, if there is one.
-        attributes: Further attributes.
+        like: One whose axes are an attribute (before opset 13) or an input.
     """
     build = getattr(op, op_type)
-    if opset < AXES_INPUT_SINCE.get(op_type, _OTHER_AXES_INPUT_SINCE):
-        value: ir.Value = build(x, axes=list(axes), **attributes)
+    if "axes" in like.attributes:
+        value: ir.Value = build(x, axes=list(axes))
     else:
-        value = build(x, op.const(np.array(axes, np.int64), f"{name}_axes"), **attributes)
+        value = build(x, op.const(np.array(axes, np.int64), f"{like.name or op_type.lower()}_axes"))
     return value

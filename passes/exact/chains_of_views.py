@@ -39,6 +39,7 @@ def view_rules() -> Sequence[Rule]:
         SqueezedUnsqueeze(),
         UnsqueezedSqueeze(),
         *(UnsqueezedReduction(op_type) for op_type in (*REDUCTIONS, *PICKS)),
+        *(ReshapedReduction(op_type) for op_type in (*REDUCTIONS, *PICKS)),
         *(InverseViews(op_type) for op_type in VIEWS),
         *(Views(op_type) for op_type in VIEWS),
     )
@@ -58,7 +59,7 @@ class Unsqueezes(Rule):
     def rewrite(self, op: Any, m: Match) -> Any:
         axes = self._axes(m)
         assert axes is not None, "it applies"
-        return over_axes(op, "Unsqueeze", m.x, axes, m.opset, m.root.name or "unsqueeze")
+        return over_axes(op, "Unsqueeze", m.x, axes, m.root)
 
     def _axes(self, m: Match) -> list[int] | None:
         first, second = _new_axes(m.first, m.x), _new_axes(m.root, m.first.outputs[0])
@@ -90,7 +91,7 @@ class Squeezes(Rule):
     def rewrite(self, op: Any, m: Match) -> Any:
         axes = self._axes(m)
         assert axes is not None, "it applies"
-        return over_axes(op, "Squeeze", m.x, axes, m.opset, m.root.name or "squeeze")
+        return over_axes(op, "Squeeze", m.x, axes, m.root)
 
     def _axes(self, m: Match) -> list[int] | None:
         rank = rank_of(m.x)
@@ -118,15 +119,14 @@ class SqueezedUnsqueeze(Rule):
         axes = self._axes(m)
         assert axes is not None, "it applies"
         added, removed = axes
-        name = m.root.name or "view"
         if added == removed:
             return bypass(m)
         if added < removed:
             # Counted over x, which does not have the axes that came and go.
             left = [axis - sum(other < axis for other in added) for axis in sorted(removed - added)]
-            return over_axes(op, "Squeeze", m.x, left, m.opset, name)
+            return over_axes(op, "Squeeze", m.x, left, m.root)
         left = [axis - sum(other < axis for other in removed) for axis in sorted(added - removed)]
-        return over_axes(op, "Unsqueeze", m.x, left, m.opset, name)
+        return over_axes(op, "Unsqueeze", m.x, left, m.root)
 
     def _axes(self, m: Match) -> tuple[set[int], set[int]] | None:
         added = _new_axes(m.first, m.x)
@@ -182,6 +182,30 @@ def _reduced(reduction: ir.Node, rank: int | None) -> tuple[int, ...] | None:
         axis = reduction.attributes.get_int("axis", 0)
         return (axis % rank,) if rank else (axis,) if axis >= 0 else None
     return axes_of(reduction, rank) if has_axes(reduction) else None
+
+
+class ReshapedReduction(Rule):
+    """Reshape(Reduce(x, axes), shape of x with 1 along the axes) = Reduce(x, axes, keepdims=1)."""
+
+    name = "reshaped-reduction"
+
+    def __init__(self, op_type: str) -> None:
+        self._op_type = op_type
+
+    def pattern(self, op: Any, x: Any, shape: Any, axes: Any = None) -> Any:
+        return op.Reshape(getattr(op, self._op_type)(x, axes, _id="reduce", keepdims=0), shape)
+
+    def applies(self, m: Match) -> bool:
+        dims = shapes.dims_of(m.x)
+        reduced = _reduced(m.reduce, len(dims)) if dims is not None else None
+        if dims is None or not reduced:
+            return False
+        kept = tuple(1 if axis in reduced else size for axis, size in enumerate(dims))
+        return shapes.dims_of(m.root.outputs[0]) == kept
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        attributes = {**m.reduce.attributes, "keepdims": 1}
+        return getattr(op, self._op_type)(*m.reduce.inputs, _name=m.reduce.name, **attributes)
 
 
 class InverseViews(Rule):

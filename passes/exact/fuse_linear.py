@@ -136,6 +136,7 @@ def _oddity(view: ChannelView, bias: ir.Value | None) -> Miss | None:
 def _matrix(view: ChannelView) -> Array:
     """Return the weight as [inputs, outputs] in float64."""
     matrix = view.tensor.numpy().astype(np.float64)
+    view.release()
     return matrix.T if view.node.attributes.get_int("transB", 0) else matrix
 
 

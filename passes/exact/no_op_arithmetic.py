@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class NoOpCastLike(Rule):
 class Neutral(Rule):
     """x ∘ e = x for the neutral element e of an operator, where broadcasting e adds no axes.
 
-    x − 0.0, x · 1, x / 1 and x¹ keep every bit; x + 0.0 turns −0.0 into 0.0.
+    x − 0.0, x · 1, x / 1, x¹, and the larger of x and −∞ keep every bit, NaN included; x + 0.0 turns −0.0 into 0.0.
     """
 
     ELEMENTS = (
@@ -83,6 +84,8 @@ class Neutral(Rule):
         ("And", 1.0),
         ("Or", 0.0),
         ("Xor", 0.0),
+        ("Max", -math.inf),
+        ("Min", math.inf),
     )
 
     def __init__(self, op_type: str, element: float) -> None:

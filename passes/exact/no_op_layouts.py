@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from graphopt.pattern import Match, Rule
 from .arguments import AT_THE_END, LARGEST_ARGUMENT, axes_of, counted, integers, rank_of, size_of
 from .bypass import bypass
 
+# No tensor has as many elements: what a slice of so many rows leaves over is nothing.
+MOST_ELEMENTS = 1 << 42
 # Resize modes that read the input exactly where it is when no size changes.
 _EXACT_RESIZES = frozenset({"align_corners", "asymmetric", "half_pixel", "half_pixel_symmetric", "pytorch_half_pixel"})
 
@@ -162,7 +165,8 @@ class NoOpSlice(Rule):
         sizes = _sizes(m.x, axes)
         if sizes is None or not len(starts) == len(ends) == len(sizes):
             return False
-        return all(_is_all(*bounds) for bounds in zip(starts, ends, sizes, strict=True))
+        known = math.prod(size for size in shapes.dims_of(m.x) or () if isinstance(size, int))
+        return all(_is_all(*bounds, known) for bounds in zip(starts, ends, sizes, strict=True))
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return bypass(m)
@@ -179,9 +183,10 @@ def _sizes(x: ir.Value, axes: Sequence[int] | None) -> list[int | None] | None:
     return None if axes is None else [size_of(x, axis) for axis in axes]
 
 
-def _is_all(start: int, end: int, size: int | None) -> bool:
+def _is_all(start: int, end: int, size: int | None, known: int) -> bool:
+    """Return whether bounds take all of an axis; ``known`` is the product of the sizes of the other axes, if known."""
     if size is None:
-        return start == 0 and end >= AT_THE_END
+        return start == 0 and (end >= AT_THE_END or end * known >= MOST_ELEMENTS)
     return (start == 0 or start <= -size) and end >= size
 
 

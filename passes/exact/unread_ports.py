@@ -11,13 +11,13 @@ from graphopt import provenance, walk
 from graphopt.authoring import Context
 
 # Outputs that may be left out, where that changes no other output. Not so those of BatchNormalization, whose number
-# says in old opsets whether it trains, and of Attention, where keys and values come and go together.
+# says in old opsets whether it trains, of Attention, where keys and values come and go together, and of MaxPool: ONNX
+# Runtime has another kernel for it without indices, which takes NaN and zeros of either sign in another order.
 _OPTIONAL_OUTPUTS = {
     ("", "Dropout"): (1,),
     ("", "GRU"): (0, 1),
     ("", "LSTM"): (0, 1, 2),
     ("", "LayerNormalization"): (1, 2),
-    ("", "MaxPool"): (1,),
     ("", "RNN"): (0, 1),
     ("", "SoftmaxCrossEntropyLoss"): (1,),
     ("", "Unique"): (1, 2, 3),

@@ -11,11 +11,10 @@ import onnx_ir as ir
 
 from graphopt import shapes, walk
 from graphopt.authoring import RewritePass
-from graphopt.backend import Array
 from graphopt.pattern import Match, Miss, Rule
 from graphopt.target import Target
 
-from . import activations, attention, chains, heads, rotary
+from . import activations, chains, heads, rotary, runtime_attention
 
 _DOMAIN = "com.microsoft"
 
@@ -29,7 +28,8 @@ class RuntimeOperators(RewritePass):
     def rules(self, target: Target) -> Sequence[Rule]:
         """Return the rules for operators that the target runs fast, and against those it should not make."""
         rules: dict[str, tuple[Rule, ...]] = {
-            "MultiHeadAttention": (MultiHeadAttention(),),
+            "GroupQueryAttention": (runtime_attention.GroupQueryAttention(),),
+            "MultiHeadAttention": (runtime_attention.MultiHeadAttention(),),
             "RotaryEmbedding": (RotaryEmbedding(),),
             "Gelu": (Gelu(),),
             "FastGelu": (FastGelu(), FastGeluBias()),
@@ -151,132 +151,6 @@ class FastGeluBias(_BiasInto):
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return op.FastGelu(m.x, m.b, _domain=_DOMAIN)
-
-
-class MultiHeadAttention(Rule):
-    """Joined heads of softmax(q · kᵀ · s + mask) · v = MultiHeadAttention(q, k, v, mask, scale = s) of the runtime.
-
-    By definition: the operator splits the heads of q, k and v, [batch, length, heads · size] each, by itself, and adds
-    their biases.
-    """
-
-    name = "multi-head-attention"
-    inner_may_be_read = True
-
-    def pattern(self, op: Any, p: Any, v: Any, shape: Any) -> Any:
-        return op.Reshape(op.Transpose(op.MatMul(p, v, _id="product"), _id="swap", perm=[0, 2, 1, 3]), shape)
-
-    def applies(self, m: Match) -> bool:
-        core = attention.find(m.product, chains.opset(m))
-        if core is None:
-            return False
-        m.include(core.nodes)
-        inputs = _inputs(core)
-        if inputs is not None:
-            biased = _biased(inputs)
-            m.include((*inputs.nodes, *(biased.nodes if biased is not None else ())))
-        return True
-
-    def check(self, m: Match) -> Miss | None:
-        core = attention.find(m.product, chains.opset(m))
-        assert core is not None, "applies"
-        why = attention.obstacle(core) or attention.in_the_way(core)
-        if why is None and not heads.is_joined(m.root) and not heads.is_free(m.root):
-            why = "is not known to join the heads only"
-        if why is None and _inputs(core) is None:
-            why = "its inputs are not known to be split heads"
-        if why is None and any(
-            len(n.outputs[0].uses()) > 1 or n.outputs[0].is_graph_output() for n in (m.product, m.swap)
-        ):
-            why = "its heads feed other nodes"
-        if why is None and core.mask is not None and not _can_be_whole(core.mask, chains.opset(m)):
-            why = "its mask has too few axes"
-        return Miss(why, m.root) if why is not None else None
-
-    def rewrite(self, op: Any, m: Match) -> Any:
-        core = attention.find(m.product, chains.opset(m))
-        inputs = _inputs(core) if core is not None else None
-        assert core is not None, "applies"
-        assert inputs is not None, "checked"
-        biased = _biased(inputs)
-        bias = op.const(biased.content, f"{m.root.name or 'attention'}.bias") if biased is not None else None
-        inputs = biased.inputs if biased is not None else inputs
-        mask = (None, _whole(op, core.mask, core, inputs.q)) if core.mask is not None else ()
-        whole = op.MultiHeadAttention(
-            inputs.q, inputs.k, inputs.v, bias, *mask, num_heads=inputs.count, scale=core.scale, _domain=_DOMAIN
-        )
-        return whole if heads.is_joined(m.root) else op.like(m.root, whole, m.shape)
-
-
-def _inputs(core: attention.Core) -> heads.Inputs | None:
-    """Return q, k and v as the operator takes them: of rank 3, k and v also as heads that are split already."""
-    q, v = heads.split(core.q), heads.split(core.v)
-    k = heads.split_before(core.k) if core.k_swapped else heads.split(core.k)
-    if q is None:
-        return None
-    if k is not None and v is not None:
-        return heads.Inputs(q.whole, k.whole, v.whole, q.count, (*q.nodes, *k.nodes, *v.nodes))
-    return None if core.k_swapped else heads.Inputs(q.whole, core.k, core.v, q.count, q.nodes)
-
-
-@dataclass(frozen=True)
-class Biased:
-    """What attention reads before biases are added to q, k and v.
-
-    Attributes:
-        inputs: q, k and v without them.
-        content: The three biases, one after the other.
-        nodes: What added them.
-    """
-
-    inputs: heads.Inputs
-    content: Array
-    nodes: tuple[ir.Node, ...]
-
-
-def _biased(inputs: heads.Inputs) -> Biased | None:
-    """Return q, k and v without the biases added to them, where each has one that nothing else needs."""
-    values, biases, nodes = [], [], []
-    for value in (inputs.q, inputs.k, inputs.v):
-        add = chains.made_by(value, "Add")
-        found = _bias_of(add) if add is not None and chains.rank_of(value) == 3 else None
-        if add is None or found is None or len(value.uses()) > 1 or value.is_graph_output():
-            return None
-        values.append(found[0])
-        biases.append(found[1])
-        nodes.append(add)
-    q, k, v = values
-    return Biased(heads.Inputs(q, k, v, inputs.count, inputs.nodes), np.concatenate(biases), tuple(nodes))
-
-
-def _bias_of(add: ir.Node) -> tuple[ir.Value, Array] | None:
-    """Return x and a bias as long as its last axis, where an Add adds these."""
-    for x, bias in chains.sides(add):
-        tensor = walk.constant_tensor(bias)
-        if tensor is not None and chains.rank_of(x) == 3 and walk.dims(tensor) == (heads.dim(x, 2),):
-            return x, tensor.numpy()
-    return None
-
-
-def _can_be_whole(mask: ir.Value, opset: int) -> bool:
-    # Unsqueeze takes its axes as an input from opset 13.
-    return chains.rank_of(mask) == 4 or opset >= 13
-
-
-def _whole(op: Any, mask: ir.Value, core: attention.Core, q: ir.Value) -> ir.Value:
-    """Return a mask of rank 4 and of the length of the queries, which the operator does not broadcast."""
-    rank, length = chains.rank_of(mask), heads.dim(core.q, 2)
-    assert rank is not None, "checked"
-    known, whole = heads.same_dim(heads.dim(mask, -2), length), mask
-    if rank < 4:
-        whole = op.Unsqueeze(mask, op.const(np.arange(4 - rank), "axes"))
-    if known:
-        return whole
-    if isinstance(length, int):
-        return op.Expand(whole, op.const(np.array([1, 1, length, 1]), "mask_shape"))  # type: ignore[no-any-return]
-    count = op.Gather(op.Shape(q), op.const(np.array([1]), "length_axis"), axis=0)
-    one = op.const(np.array([1]), "one")
-    return op.Expand(whole, op.Concat(one, one, count, one, axis=0))  # type: ignore[no-any-return]
 
 
 class RotaryEmbedding(Rule):

@@ -17,11 +17,12 @@ from graphopt.backend import Array, Backend
 from graphopt.data import Dataset
 from graphopt.errors import BackendError
 from graphopt.fragment import fragment
-from graphopt.pattern import Rule, apply_rules
+from graphopt.pattern import Rule
 from graphopt.rewrite_check import Proposal, Refusal, RewriteCheck
 from graphopt.rewriter import Rewriter, let_go
 from graphopt.statistics import Range, RangeMethod, collect_ranges
 from graphopt.target import Target
+from graphopt.worklist import apply_rules
 
 T = TypeVar("T")
 

@@ -54,8 +54,8 @@ def _reshaped(dims: Dims | None, target: Sequence[Size], allow_zero: bool, call:
         if d.differ(total, taken):
             raise Contradiction(f"{total} elements do not fill a shape of {taken}")
         return result
-    # Runtimes refuse a -1 beside a zero: what is taken is no zero in any run.
-    if taken == 0:
+    # Runtimes refuse a -1 beside a zero, so that what is taken is no zero in any run; under allowzero they do not.
+    if taken == 0 or (allow_zero and not d.at_least(taken, 1)):
         return result
     if isinstance(total, int) and isinstance(taken, int) and total % taken:
         raise Contradiction(f"{total} elements do not fill rows of {taken}")

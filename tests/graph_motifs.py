@@ -20,6 +20,7 @@ from .chain_motifs import (
     loop_invariant,
     split_and_join,
 )
+from .norm_motifs import group_norm, norm_of_any_type, written_softmax
 from .shape_motifs import (
     shape_branch,
     shape_expand,
@@ -923,6 +924,9 @@ MOTIFS: Mapping[str, Motif] = {
     "written_norm": Motif(written_norm),
     "residual_norm": Motif(residual_norm, opsets=range(17, 1000)),
     "heads_attention": Motif(heads_attention),
+    "group_norm": Motif(group_norm),
+    "norm_of_any_type": Motif(norm_of_any_type),
+    "written_softmax": Motif(written_softmax),
     "shape_range": Motif(shape_range, opsets=range(11, 1000)),
     "shape_resize": Motif(shape_resize, opsets=range(11, 1000)),
     "shape_slice": Motif(shape_slice),

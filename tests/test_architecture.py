@@ -58,7 +58,7 @@ ROOMS = {
         "summary",
         "verify",
     ),
-    "editing": ("pattern", "rewrite_check", "rewriter"),
+    "editing": ("pattern", "worklist", "rewrite_check", "rewriter"),
     "authoring": ("authoring",),
     "finding": ("metrics", "registry", "report"),
     "planning": ("choices", "evaluation", "measurement", "pipeline", "request", "rulebook", "specialise"),

@@ -6,6 +6,7 @@ of graphopt that cares.
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 from collections.abc import Iterator
@@ -441,3 +442,10 @@ def test_shape_inference_skips_function_bodies() -> None:
     ShapeInferencePass()(loaded)
     inner = loaded.functions["d", "F", ""][0].outputs[0]
     assert inner.shape is None
+
+
+def test_attributes_are_a_plain_dict_inside() -> None:
+    """`walk` and `verify` look into that dict: the way around it takes several times as long."""
+    node = ir.Node("", "Transpose", [None], [ir.AttrInt64s("perm", [1, 0])])
+    assert type(node.attributes.data) in (dict, collections.OrderedDict)
+    assert list(node.attributes.data.values()) == [node.attributes["perm"]]

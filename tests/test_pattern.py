@@ -11,9 +11,10 @@ import pytest
 
 from graphopt import provenance
 from graphopt.errors import PassError
-from graphopt.pattern import Match, Miss, Outcome, PatternNode, Rule, apply_rules, compile_rule, matches_at
+from graphopt.pattern import Match, Miss, PatternNode, Rule, compile_rule, matches_at
 from graphopt.rewriter import Rewriter
 from graphopt.verify import verify
+from graphopt.worklist import Outcome, apply_rules
 
 
 def parse(body: str, inputs: str = "float[2] x", outputs: str = "float[2] y") -> ir.Model:

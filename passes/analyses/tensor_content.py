@@ -102,7 +102,7 @@ def _pieces(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
             tensor.file.release(max(start - MAPPED_AROUND, 0), length + 2 * MAPPED_AROUND)
             yield piece
         return
-    whole = memoryview(_flat(tensor))
+    whole = _flat(tensor).data
     for start in range(0, len(whole), size):
         yield bytes(whole[start : start + size])
 

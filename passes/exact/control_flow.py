@@ -40,12 +40,12 @@ class ControlFlow(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Visit inner graphs before outer ones, again and again while anything changes."""
-        roots = [(model.graph, model.opset_imports), *((f, f.opset_imports) for f in model.functions.values())]
+        roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
         while True:
             edits, kept = ctx.rewriter.edits, dict[ir.Node, str]()
             keys = Keys.of(model)
-            for graph, imports in roots:
-                _Dissolver(ctx, keys, walk.imported(imports), kept).visit(graph, {})
+            for graph in roots:
+                _Dissolver(ctx, keys, walk.imported(graph.opset_imports), kept).visit(graph, {})
             if ctx.rewriter.edits == edits:
                 break
         for node, why in kept.items():
@@ -196,7 +196,7 @@ def _is_whole(node: ir.Node) -> bool:
 
 def _truth(value: ir.Value | None, truths: Truths) -> bool | None:
     """Return whether a condition holds, where that is known."""
-    if value in truths:
+    if value is not None and value in truths:
         return truths[value]
     tensor = walk.constant_tensor(value)
     return bool(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size == 1 else None

@@ -173,6 +173,7 @@ def _version(imports: Mapping[str, int], domain: str) -> int | None:
 def _since(domain: str, op_type: str, version: int) -> int:
     """Return the version an operator dates from; of one that onnx does not know, the version it is asked about."""
     try:
-        return onnx.defs.get_schema(op_type, version, "" if domain in walk.ONNX_DOMAINS else domain).since_version
+        schema = onnx.defs.get_schema(op_type, version, "" if domain in walk.ONNX_DOMAINS else domain)
     except onnx.defs.SchemaError:
         return version
+    return int(schema.since_version)

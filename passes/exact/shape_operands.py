@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
@@ -32,6 +30,8 @@ def as_constant(node: ir.Node, ctx: Context) -> None:
     with ctx.rewriter.edit("constant-operand", node):
         content = np.array(entries, operand.dtype.numpy())
         ctx.rewriter.set_input(node, place, ctx.rewriter.const(content, f"{operand.name}_constant", near=node))
+        if "allowzero" in node.attributes:
+            ctx.rewriter.set_attribute(node, "allowzero", None)  # a 0 copies now
         producer = operand.producer()
         if producer is not None:
             sweep(producer, ctx)
@@ -47,12 +47,12 @@ def _reshape(node: ir.Node) -> list[int] | None:
     target, dims, result = _entries(node.inputs[1]), shapes.dims_of(node.inputs[0]), shapes.dims_of(node.outputs[0])
     if target is None or dims is None or result is None or len(result) != len(target):
         return None
-    all_zeros_count = node.attributes.get_int("allowzero", 0) != 0
+    zero_is_zero = node.attributes.get_int("allowzero", 0) != 0
     entries: list[int] = []
     for index, (wanted, found) in enumerate(zip(target, result, strict=True)):
         if isinstance(wanted, int) and wanted > 0:
             entries.append(wanted)
-        elif wanted == 0 and all_zeros_count:
+        elif wanted == 0 and zero_is_zero:
             return None  # a constant cannot say both: copy here, zero there
         elif wanted == 0:
             entries.append(0)
@@ -62,16 +62,14 @@ def _reshape(node: ir.Node) -> list[int] | None:
             entries.append(0)
         else:
             entries.append(-1)
-    if entries.count(-1) > 1 or (-1 in entries and not _may_stay_open(entries, target, dims)):
+    if entries.count(-1) > 1:
         return None
+    # Beside a dimension of zero, -1 is refused: so it is already where the target has it, except under allowzero.
+    if -1 in entries and (zero_is_zero or target[entries.index(-1)] != -1):
+        copies = [index for index, entry in enumerate(entries) if entry == 0]
+        if not all(d.at_least(dims[index], 1) for index in copies):
+            return None
     return entries
-
-
-def _may_stay_open(entries: Sequence[int], target: Sequence[Size], dims: Sequence[Size]) -> bool:
-    """Return whether -1 gives what was meant: beside a dimension of zero, runtimes refuse it."""
-    if target[entries.index(-1)] == -1:
-        return True  # refused in the same runs
-    return all(entry != 0 or d.at_least(dims[index], 1) for index, entry in enumerate(entries))
 
 
 def _expand(node: ir.Node) -> list[int] | None:

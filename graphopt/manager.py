@@ -194,6 +194,6 @@ def _notes_on_checks(context: Context, edits: int) -> list[Note]:
     if context.checked or unchecked:
         texts.append(f"{context.checked} rewrites checked by themselves, {unchecked} not")
     if unasked > 0:
-        texts.append(f"{unasked} edits of a kind that is not checked by itself")
+        texts.append(f"edits of kinds that are not checked by themselves: {unasked}")
     texts += [f"{rule} not checked by itself {n}×: {why}" for (rule, why), n in sorted(context.unchecked.items())]
     return [Note(context.rewriter.pass_name, text) for text in texts]

@@ -191,6 +191,9 @@ class _Sides:
         nested = [inner for node in both for inner in walk.nodes_within(node)]
         if any(walk.has_references(node) for node in (*both, *nested)):
             return "an attribute is what the caller of a function gives"
+        random = walk.random_functions(self.proposal.model)
+        if any(walk.is_random(node) or node.op_identifier() in random for node in (*both, *nested)):
+            return "the results differ from run to run"
         return None
 
     @property

@@ -38,7 +38,7 @@ def _dims_shown(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...] | None:
 
 def record_of(value: ir.Value) -> Record | None:
     """Return a value's record if it still holds: nobody gave the value another shape since."""
-    record: Record | None = value.meta.get(INFERRED)
+    record: Record | None = value.meta.data.get(INFERRED)
     return record if record is not None and record.stamp == _dims_shown(value) else None
 
 
@@ -82,7 +82,7 @@ def declared_fact(value: ir.Value, mint: Minter = unknown) -> Fact:
 
 def type_and_shape_of_file(value: ir.Value) -> Typed:
     """Return type and shape of a value without what was inferred."""
-    record: Record | None = value.meta.get(INFERRED)
+    record: Record | None = value.meta.data.get(INFERRED)
     if record is None:
         return value.type, value.shape
     was_type, was_shape = record.before

@@ -170,6 +170,35 @@ def test_procedural_passes_ask_too(how: str, edits: int) -> None:
     assert len(run.records[0].refused) == 1 - edits
 
 
+def test_edits_nobody_asked_about_are_told() -> None:
+    @dataclass(frozen=True)
+    class Silent(Pass):
+        name = "silent"
+        guarantee = Guarantee.EXACT
+
+        def run(self, model: ir.Model, ctx: Context) -> None:
+            ctx.rewriter.set_attribute(model.graph[0], "nothing", 1)
+
+    assert checked(PROCEDURAL, Silent()).remarks == ["edits of kinds that are not checked by themselves: 1"]
+
+
+def test_random_results_say_nothing_of_a_rewrite() -> None:
+    text = "g (float[4] x) => (float[4] y) { r = RandomUniformLike(x) [abs] a = Abs(r) y = Neg(a) }"
+
+    class Shortened(Rule):
+        name = "shortened"
+
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Abs(op.RandomUniformLike(x))
+
+        def rewrite(self, op: Any, m: Match) -> Any:
+            return op.RandomUniformLike(m.x)
+
+    run = checked(text, rewriting(Shortened()))
+    assert not run.records[0].refused
+    assert "shortened not checked by itself 1×: the results differ from run to run" in run.remarks
+
+
 def test_what_is_in_the_graph_stays_when_refused() -> None:
     run = checked(PROCEDURAL, merging("wrong"))
     assert operators(run) == ["Relu", "Abs", "Relu", "Add", "Add"]

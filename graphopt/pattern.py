@@ -95,13 +95,14 @@ class Match:
             raise ValueError(f"`{name}` is not constant")
         return tensor.numpy()
 
-    def include(self, nodes: Iterable[ir.Node]) -> None:
-        """Make more nodes part of the match, found by `Rule.applies` where no one pattern can say what fits."""
+    def include(self, nodes: Iterable[ir.Node]) -> bool:
+        """Make more nodes part of the match, as `Rule.applies` found them; False if one is in another graph."""
+        more = dict.fromkeys(nodes)
+        if any(node.graph is not self.root.graph for node in more):
+            return False
         known = set(self.nodes.values())
-        for node in nodes:
-            if node not in known:
-                known.add(node)
-                self.nodes[PatternNode(node.op_type, (), {}, None, node.domain)] = node
+        self.nodes.update((PatternNode(n.op_type, (), {}, None, n.domain), n) for n in more if n not in known)
+        return True
 
     def copy(self) -> Match:
         """Return an independent copy, for the matcher to backtrack to."""

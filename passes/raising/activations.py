@@ -141,10 +141,7 @@ class Activation(Rule):
 
     def applies(self, m: Match) -> bool:
         found = self.find(m.root) if chains.opset(m) >= self.first_opset else None
-        if found is None or found.x.dtype not in _FLOATS:
-            return False
-        m.include(found.nodes)
-        return True
+        return found is not None and found.x.dtype in _FLOATS and m.include(found.nodes)
 
     def found(self, m: Match) -> Found:
         """Return what `applies` found."""
@@ -320,10 +317,7 @@ class HardSigmoid(Rule):
 
     def applies(self, m: Match) -> bool:
         found = self._find(m.root)
-        if found is None or found[0].dtype not in _FLOATS:
-            return False
-        m.include(found[3])
-        return True
+        return found is not None and found[0].dtype in _FLOATS and m.include(found[3])
 
     def check(self, m: Match) -> Miss | None:
         found = self._find(m.root)

@@ -120,10 +120,10 @@ class AttentionCore(Rule):
 
     def applies(self, m: Match) -> bool:
         core = find(m.root, chains.opset(m)) if chains.opset(m) >= 23 else None
-        if core is not None:
-            repeats = [few.nodes for few in (heads.unrepeated(core.k), heads.unrepeated(core.v)) if few is not None]
-            m.include((*core.nodes, *(node for nodes in repeats for node in nodes)))
-        return core is not None
+        if core is None:
+            return False
+        repeats = [few.nodes for few in (heads.unrepeated(core.k), heads.unrepeated(core.v)) if few is not None]
+        return m.include((*core.nodes, *(node for nodes in repeats for node in nodes)))
 
     def check(self, m: Match) -> Miss | None:
         core = find(m.root, chains.opset(m))
@@ -228,10 +228,8 @@ class HeadsInAttention(Rule):
     def applies(self, m: Match) -> bool:
         if "q_num_heads" in m.attention.attributes:
             return False
-        for value in (m.q, m.k, m.v):
-            found = heads.split(value)
-            m.include(found.nodes if found is not None else ())
-        return True
+        parts = [found.nodes for found in map(heads.split, (m.q, m.k, m.v)) if found is not None]
+        return m.include(node for nodes in parts for node in nodes)
 
     def check(self, m: Match) -> Miss | None:
         if not heads.is_joined(m.root) and not heads.is_free(m.root):

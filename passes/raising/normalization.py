@@ -120,9 +120,7 @@ class _Normalize(Rule):
         if chains.opset(m) < _FIRST_OPSET[self.op_type]:
             return False
         parts = self._parts(m.root)
-        if parts is not None:
-            m.include(parts[0].nodes)
-        return parts is not None
+        return parts is not None and m.include(parts[0].nodes)
 
     def check(self, m: Match) -> Miss | None:
         found, x = self._found(m)

@@ -147,9 +147,7 @@ class Rotary(Rule):
 
     def applies(self, m: Match) -> bool:
         found = find(m.root) if chains.opset(m) >= 23 else None
-        if found is not None:
-            m.include(nodes_of(found))
-        return found is not None
+        return found is not None and m.include(nodes_of(found))
 
     def check(self, m: Match) -> Miss | None:
         found = find(m.root)
@@ -236,8 +234,7 @@ class RotaryOfHeads(Rule):
 
     def applies(self, m: Match) -> bool:
         found = heads.split(m.x)
-        m.include(found.nodes if found is not None else ())
-        return found is not None
+        return found is not None and m.include(found.nodes)
 
     def check(self, m: Match) -> Miss | None:
         if m.x.is_graph_output() or len(m.x.uses()) > 1:

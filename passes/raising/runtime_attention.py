@@ -40,12 +40,10 @@ class MultiHeadAttention(Rule):
         core = attention.find(m.product, chains.opset(m))
         if core is None:
             return False
-        m.include(core.nodes)
         inputs = _inputs(core)
-        if inputs is not None:
-            biased = _biased(inputs)
-            m.include((*inputs.nodes, *(biased.nodes if biased is not None else ())))
-        return True
+        biased = _biased(inputs) if inputs is not None else None
+        around = [*(inputs.nodes if inputs is not None else ()), *(biased.nodes if biased is not None else ())]
+        return m.include([*core.nodes, *around])
 
     def check(self, m: Match) -> Miss | None:
         core = attention.find(m.product, chains.opset(m))
@@ -88,10 +86,7 @@ class GroupQueryAttention(Rule):
     def applies(self, m: Match) -> bool:
         core = attention.find(m.product, chains.opset(m))
         inputs = _grouped(core) if core is not None else None
-        if core is None or inputs is None:
-            return False
-        m.include((*core.nodes, *inputs.nodes))
-        return True
+        return core is not None and inputs is not None and m.include((*core.nodes, *inputs.nodes))
 
     def check(self, m: Match) -> Miss | None:
         core = attention.find(m.product, chains.opset(m))

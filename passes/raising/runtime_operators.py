@@ -167,9 +167,7 @@ class RotaryEmbedding(Rule):
 
     def applies(self, m: Match) -> bool:
         found = rotary.find(m.root) if chains.opset(m) < 23 else None
-        if found is not None:
-            m.include(rotary.nodes_of(found))
-        return found is not None
+        return found is not None and m.include(rotary.nodes_of(found))
 
     def check(self, m: Match) -> Miss | None:
         found = rotary.find(m.root)

@@ -54,8 +54,8 @@ _ORT_X86_RUNTIME_OPS = frozenset(
         "RotaryEmbedding",
     )
 )
-# Swish takes 2.8× and GroupNormalization 1.9× the time of their parts: it has no kernels for them, and computes them from
-# parts that it then no longer fuses.
+# Swish takes 2.8× and GroupNormalization 1.9× the time of their parts: it has no kernels for them, and computes them
+# from parts that it then no longer fuses.
 _ORT_CPU_SLOW_OPS = frozenset({"GroupNormalization", "Swish"})
 # SkipLayerNormalization, which it makes of Add and LayerNormalization, takes 5× the time of these on x86.
 _ORT_X86_SLOW_OPS = _ORT_CPU_SLOW_OPS | {"com.microsoft::SkipLayerNormalization"}

@@ -40,6 +40,7 @@ class Inference:
         contradictions: Where a node cannot take what it reads, in the order found; only in graphs that run for certain.
         clashes: Where a value is declared to be something else than what is inferred.
         malformed: Nodes that are not as their operators say, with what a rule stumbled over.
+        impossible: Nested graphs in which a node cannot take what it reads: they never run.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Inference:
         self.contradictions: list[str] = []
         self.clashes: list[str] = []
         self.malformed: list[str] = []
+        self.impossible: set[ir.Graph] = set()
         self._opsets, self._functions = opsets, functions
         self._as_stamped, self._trust_declared = as_stamped, trust_declared
         self._bindings: Mapping[str, ir.Attr] | None = None
@@ -118,10 +120,13 @@ class Inference:
             return _with_dtypes(call, domain)
         except Contradiction as why:
             # A branch, or a body, may never run: then it does not matter.
-            if not self._nested:
+            if self._nested:
+                self.impossible |= {node.graph} if isinstance(node.graph, ir.Graph) else set()
+            else:
                 self.contradictions.append(f"{walk.label(node)} ({node.op_type}): {why}")
         except _MALFORMED as error:
             self.malformed.append(f"{walk.label(node)} ({node.op_type}): {error!r}")
+            self.impossible |= {node.graph} if self._nested and isinstance(node.graph, ir.Graph) else set()
         return []
 
     def _settled(self, value: ir.Value, found: Fact | None, node: ir.Node) -> Fact:

@@ -18,6 +18,7 @@ __all__ = [
     "contradiction",
     "dims_of",
     "forget_inferred",
+    "impossible_graphs",
     "infer_node",
     "infer_shapes",
     "inherit",
@@ -67,6 +68,18 @@ def contradiction(model: ir.Model) -> str | None:
     inference.run(model.graph)
     reasons = [*inference.contradictions, *inference.clashes]
     return _contradictory(reasons[0]) if reasons else None
+
+
+def impossible_graphs(model: ir.Model) -> set[ir.Graph]:
+    """Return the nested graphs that no run enters, since a node in them cannot take what it reads.
+
+    A runtime overlooks the fault for as long as it cannot infer the shapes that show it.
+    """
+    if not any(True for node in model.graph for _ in walk.subgraphs(node)):
+        return set()
+    inference = Inference(model.opset_imports, model.functions)
+    inference.run(model.graph)
+    return inference.impossible
 
 
 def infer_node(node: ir.Node, model: ir.Model | None = None) -> None:

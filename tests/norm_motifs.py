@@ -16,7 +16,8 @@ FLOAT, FLOAT16, DOUBLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOU
 
 def written_softmax(b: Builder) -> Value:
     """Exp over its sum, with or without the largest taken off before, sometimes through Log; or Softplus of parts."""
-    x = b.tame(b.pick(b.rng.choice((FLOAT, FLOAT, DOUBLE)), where=lambda s: len(s) > 0 and isinstance(s[-1], int)))
+    dtype = b.rng.choice((FLOAT, FLOAT, DOUBLE))
+    x = b.tame(b.pick(dtype, where=lambda s: len(s) > 0 and isinstance(s[-1], int), fresh=("batch", 4)))
     if b.chance(0.25):
         return b.op("Log", b.op("Add", b.op("Exp", b.op("Tanh", x), bound=3.0), _number(b, x, 1), bound=4.0))
     x = b.op("Sub", x, _over(b, "ReduceMax", x, [-1], 18)) if b.chance(0.6) else b.op("Tanh", x)

@@ -113,14 +113,32 @@ def _fold_view(node: ir.Node, smallest: int, growth: _Growth, ctx: Context) -> N
         ctx.left(f"not folded: {view.nbytes} bytes next to a weight that others read", node)
 
 
-def _substitute(node: ir.Node, contents: Sequence[Array | ir.TensorProtocol], ctx: Context, *, kind: str) -> None:
-    """Put constants in place of a node."""
+def _substitute(
+    node: ir.Node,
+    contents: Sequence[Array | ir.TensorProtocol],
+    ctx: Context,
+    *,
+    kind: str,
+    region: Iterable[ir.Node] | None = None,
+) -> None:
+    """Put constants in place of a node; ``region`` is what they were computed by, the node itself by default."""
+    read = [
+        (value, content)
+        for value, content in zip(node.outputs, contents, strict=True)
+        if value.uses() or value.is_graph_output()
+    ]
     with ctx.rewriter.edit(kind, node):
-        for value, content in zip(node.outputs, contents, strict=True):
-            if value.uses() or value.is_graph_output():
-                name = value.name if kind == "constant-to-initializer" else f"{value.name}_folded"
-                ctx.rewriter.replace(value, ctx.rewriter.const(content, name or "constant", near=node))
+        made = [ctx.rewriter.make_const(content, _name_of(value, kind)) for value, content in read]
+        if not ctx.agrees(kind, list(region or [node]), [value for value, _ in read], made):
+            return
+        for (value, _), constant in zip(read, made, strict=True):
+            ctx.rewriter.adopt(constant, near=node)
+            ctx.rewriter.replace(value, constant)
         ctx.rewriter.erase(node)
+
+
+def _name_of(value: ir.Value, kind: str) -> str:
+    return (value.name or "constant") if kind == "constant-to-initializer" else f"{value.name}_folded"
 
 
 class _Folder:
@@ -197,7 +215,9 @@ class _Folder:
         if size > self.limit or not self.growth.affords(size, freed):
             self.ctx.left(f"not folded: {size} bytes would take the place of {freed}", node)
             return
-        _substitute(node, contents, self.ctx, kind="fold")
+        wanted = set(_behind([node], self.foldable)) if self.ctx.check_rewrite is not None else {node}
+        region = [inner for inner in self.foldable if inner in wanted]
+        _substitute(node, contents, self.ctx, kind="fold", region=region)
 
     def _bytes_freed(self, node: ir.Node) -> int:
         """Return the bytes of the nodes and constants that only this node's region reads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,21 +38,21 @@ class FoldShapes(Pass):
         while True:
             edits = ctx.rewriter.edits
             contradiction = shapes.infer_shapes(model)
-            self._fold(model.graph, ctx)
+            self._fold(model.graph, ctx, _read_in_vain(model))
             Numbering(model, ctx).run()
             if ctx.rewriter.edits == edits:
                 break
         if contradiction is not None:
             ctx.left(contradiction)
 
-    def _fold(self, graph: ir.Graph, ctx: Context) -> None:
+    def _fold(self, graph: ir.Graph, ctx: Context, kept: Container[ir.Value]) -> None:
         """Fold a graph and those nested in it from its end, so that what only led to a constant is gone by then."""
         for node in reversed(list(graph)):
             if node.graph is None:
                 continue
             for inner in walk.subgraphs(node):
-                self._fold(inner, ctx)
-            if walk.has_references(node) or not walk.is_read(node):
+                self._fold(inner, ctx, kept)
+            if walk.has_references(node) or not walk.is_read(node) or any(value in kept for value in node.outputs):
                 continue
             known = self._known_outputs(node)
             if known is not None:
@@ -75,6 +75,21 @@ class FoldShapes(Pass):
                 return None
             known[value] = np.array(numbers, value.dtype.numpy()).reshape(contents.shape)
         return known
+
+
+def _read_in_vain(model: ir.Model) -> set[ir.Value]:
+    """Return what is computed or read in branches that never run.
+
+    Folding it would let a runtime see what is wrong with them, and refuse the model before it is dissolved.
+    """
+    return {
+        value
+        for graph in shapes.impossible_graphs(model)
+        for inner in walk.graphs_within(graph)
+        for node in inner
+        for value in (*node.inputs, *node.outputs)
+        if value is not None
+    }
 
 
 def _names_an_output(node: ir.Node) -> bool:

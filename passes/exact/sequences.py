@@ -12,7 +12,7 @@ from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Pass
 
 from .arguments import integers, optional_input
-from .split_slices import SIZES_INPUT_SINCE
+from .split_slices import insert_split, make_split
 
 # A Split of more pieces than this is larger than the loop it was written for.
 MOST_PIECES = 1024
@@ -52,6 +52,8 @@ def _take_element(node: ir.Node, ctx: Context) -> None:
     if element is None:
         return
     with ctx.rewriter.edit("element", node):
+        if not ctx.agrees("element", _with_sequence(node), node.outputs, [element]):
+            return
         ctx.rewriter.replace(node.outputs[0], element)
         ctx.rewriter.erase(node)
 
@@ -63,9 +65,17 @@ def _concatenate(node: ir.Node, ctx: Context) -> None:
     with ctx.rewriter.edit("concat", node):
         axis = {"axis": node.attributes["axis"].as_int()}
         concat = ctx.rewriter.make("Concat", elements, axis, sources=[node], name=node.name)
+        if not ctx.agrees("concat", _with_sequence(node), node.outputs, concat.outputs, [concat]):
+            return
         ctx.rewriter.insert(concat, before=node)
         ctx.rewriter.replace(node.outputs[0], concat.outputs[0])
         ctx.rewriter.erase(node)
+
+
+def _with_sequence(node: ir.Node) -> list[ir.Node]:
+    """Return a node and what constructs the sequence it reads."""
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return [producer, node] if producer is not None else [node]
 
 
 def _elements(value: ir.Value | None) -> tuple[ir.Value | None, ...] | None:
@@ -91,26 +101,15 @@ def _split(node: ir.Node, opset: int, ctx: Context) -> None:
         ctx.left("not split: a nested graph reads the sequence", node)
         return
     with ctx.rewriter.edit("split", node, *readers):
-        pieces = _insert_split(node, sizes, opset, ctx)
-        for reader, index in zip(readers, indices, strict=True):
-            assert index is not None, "checked"
-            ctx.rewriter.replace(reader.outputs[0], pieces[index[0]])
+        split = make_split(node.inputs[0], node.attributes.get_int("axis", 0), sizes, opset, [node], ctx)
+        pieces = [split.outputs[index[0]] for index in indices if index is not None]
+        if not ctx.agrees("split", [node, *readers], [reader.outputs[0] for reader in readers], pieces, [split]):
+            return
+        insert_split(split, node, ctx)
+        for reader, piece in zip(readers, pieces, strict=True):
+            ctx.rewriter.replace(reader.outputs[0], piece)
             ctx.rewriter.erase(reader)
         ctx.rewriter.erase(node)
-
-
-def _insert_split(node: ir.Node, sizes: list[int], opset: int, ctx: Context) -> tuple[ir.Value, ...]:
-    inputs: list[ir.Value | None] = [node.inputs[0]]
-    attributes: dict[str, object] = {"axis": node.attributes.get_int("axis", 0)}
-    if opset >= SIZES_INPUT_SINCE:
-        inputs.append(
-            ctx.rewriter.const(ir.tensor(sizes, ir.DataType.INT64), f"{node.name or 'split'}_sizes", near=node)
-        )
-    else:
-        attributes["split"] = sizes
-    split = ctx.rewriter.make("Split", inputs, attributes, sources=[node], outputs=len(sizes), name=node.name)
-    ctx.rewriter.insert(split, before=node)
-    return tuple(split.outputs)
 
 
 def _sizes(node: ir.Node) -> list[int] | None:

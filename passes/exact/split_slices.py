@@ -93,16 +93,30 @@ def _tiling(cuts: Sequence[_Cut], value: ir.Value) -> list[_Cut]:
 def _split(value: ir.Value, pieces: Sequence[_Cut], opset: int, ctx: Context) -> None:
     nodes = [piece.node for piece in pieces]
     first = min(pieces, key=lambda piece: piece.order).node
-    sizes = [piece.end - piece.start for piece in pieces]
     with ctx.rewriter.edit("split", *nodes):
-        inputs: list[ir.Value | None] = [value]
-        attributes: dict[str, object] = {"axis": pieces[0].axis}
-        if opset >= SIZES_INPUT_SINCE:
-            inputs.append(ctx.rewriter.const(ir.tensor(sizes, ir.DataType.INT64), f"{value.name}_split", near=first))
-        else:
-            attributes["split"] = sizes
-        split = ctx.rewriter.make("Split", inputs, attributes, sources=nodes, outputs=len(nodes))
-        ctx.rewriter.insert(split, before=first)
+        split = make_split(value, pieces[0].axis, [piece.end - piece.start for piece in pieces], opset, nodes, ctx)
+        if not ctx.agrees("split", nodes, [node.outputs[0] for node in nodes], split.outputs, [split]):
+            return
+        insert_split(split, first, ctx)
         for node, piece in zip(nodes, split.outputs, strict=True):
             ctx.rewriter.replace(node.outputs[0], piece)
             ctx.rewriter.erase(node)
+
+
+def make_split(
+    value: ir.Value | None, axis: int, sizes: Sequence[int], opset: int, sources: Sequence[ir.Node], ctx: Context
+) -> ir.Node:
+    """Make a Split into pieces of some sizes, which is in no graph yet; `insert_split` puts it in."""
+    if opset < SIZES_INPUT_SINCE:
+        attributes = {"axis": axis, "split": list(sizes)}
+        return ctx.rewriter.make("Split", [value], attributes, sources=sources, outputs=len(sizes))
+    constant = ctx.rewriter.make_const(ir.tensor(sizes, ir.DataType.INT64), f"{sources[0].name or 'split'}_sizes")
+    return ctx.rewriter.make("Split", [value, constant], {"axis": axis}, sources=sources, outputs=len(sizes))
+
+
+def insert_split(split: ir.Node, before: ir.Node, ctx: Context) -> None:
+    """Put a Split that `make_split` made into the graph, with the constant that holds its sizes."""
+    sizes = optional_input(split, 1)
+    if sizes is not None:
+        ctx.rewriter.adopt(sizes, near=before)
+    ctx.rewriter.insert(split, before=before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import gc
 import json
 import math
 import os
@@ -355,6 +356,8 @@ def main() -> None:
     """Run the command line; whatever goes wrong becomes one line, a hint and an exit code."""
     # The IR imports it for arithmetic on symbolic dimensions that graphopt does not use: a third of a second.
     defer("sympy", "onnx_ir._symbolic_shapes")
+    # A graph is a great many small objects that live to the end; collecting among them took a third of large runs.
+    gc.set_threshold(*GC_THRESHOLDS)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that knows no `→` gets a `?`.
         if hasattr(stream, "reconfigure"):

@@ -6,12 +6,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from operator import itemgetter
 from typing import TypeAlias
 
 import onnx_ir as ir
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 Bound: TypeAlias = int | None  # None: no bound is known
+# Sizes are products of few factors. What grows beyond this, as hashes and counters do, becomes an unknown size.
+TERMS_LIMIT, DEGREE_LIMIT, FACTOR_LIMIT, TEXT_LIMIT = 48, 16, 2**63, 4000
 
 
 class Atom(str):
@@ -150,16 +153,14 @@ def _terms(size: Size) -> Iterable[tuple[Monomial, int]]:
 
 
 def _polynomial(sums: dict[Monomial, int]) -> Size:
-    terms = sorted((term for term in sums.items() if term[1]), key=_monomial_of)
+    terms = sorted((term for term in sums.items() if term[1]), key=itemgetter(0))
     if not terms:
         return 0
     if len(terms) == 1 and not terms[0][0]:
         return terms[0][1]
+    if len(terms) > TERMS_LIMIT or any(len(one) > DEGREE_LIMIT or abs(by) >= FACTOR_LIMIT for one, by in terms):
+        return unknown(signed=True)
     return Dim(tuple(terms))
-
-
-def _monomial_of(term: tuple[Monomial, int]) -> Monomial:
-    return term[0]
 
 
 def _term_text(monomial: Monomial, factor: int) -> str:
@@ -256,8 +257,11 @@ def unknown(*, signed: bool = False) -> Dim:
 
 def operation(kind: str, args: tuple[Size, ...], low: Bound = None, high: Bound = None) -> Dim:
     """Return the result of an operation that is kept as it is; equal operands give equal results."""
+    text = f"{kind}({', '.join(map(str, args))})"
+    if len(text) > TEXT_LIMIT:
+        return unknown(signed=low is None or low < 0)
     unknowns = frozenset().union(*(arg.unknowns for arg in args if isinstance(arg, Dim)))
-    return _single(_atom(f"{kind}({', '.join(map(str, args))})", kind, args, low, high, unknowns))
+    return _single(_atom(text, kind, args, low, high, unknowns))
 
 
 def _single(atom: Atom) -> Dim:

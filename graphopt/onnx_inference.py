@@ -25,7 +25,9 @@ def infer_by_onnx(call: Call, domain: str) -> list[Fact | None]:
     """Return what ONNX infers of a node's outputs; what it refuses is not known."""
     node = call.node
     attributes = node.attributes.values()
-    if node.op_type in _MISTAKEN or any(a.is_ref() or a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in attributes):
+    if node.op_type in _MISTAKEN or any(
+        a.is_ref() or a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in attributes
+    ):
         return []
     names: dict[str, Dim] = {}
     types: dict[str, onnx.TypeProto] = {}

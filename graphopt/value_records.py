@@ -62,15 +62,28 @@ def fact_of(value: ir.Value, mint: Minter = unknown) -> Fact:
 
 
 def _constant_fact(value: ir.Value) -> Fact | None:
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Constant" and walk.is_onnx_op(producer, "Constant"):
-        attribute = next(iter(producer.attributes.values()), None)
-        if attribute is not None and attribute.name in ("value_int", "value_ints") and not attribute.is_ref():
-            # A tensor would take longer to make than most nodes to infer.
-            contents = Contents.of(attribute.value if attribute.name == "value_int" else tuple(attribute.as_ints()))
-            return Fact(ir.DataType.INT64, contents.shape, contents)
-    tensor = walk.constant_tensor(value)
+    tensor = _tensor_of_node(value) if value.producer() is not None else walk.constant_tensor(value)
+    if isinstance(tensor, Contents):
+        return Fact(ir.DataType.INT64, tensor.shape, tensor)
     return Fact(tensor.dtype, walk.dims(tensor), tensor=tensor) if tensor is not None else None
+
+
+def _tensor_of_node(value: ir.Value) -> ir.TensorProtocol | Contents | None:
+    """Return what a Constant holds, by the shortest way: to ask for a tensor takes longer than to infer most nodes."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant":
+        return None
+    attribute = next(iter(producer.attributes.values()), None)
+    if attribute is None or attribute.is_ref() or producer.domain not in walk.ONNX_DOMAINS:
+        return None
+    match attribute.name:
+        case "value":
+            tensor: ir.TensorProtocol = attribute.value
+            return tensor
+        case "value_int" | "value_ints":
+            return Contents.of(attribute.value)
+        case _:
+            return walk.constant_tensor(value)
 
 
 def declared_fact(value: ir.Value, mint: Minter = unknown) -> Fact:

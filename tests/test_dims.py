@@ -114,6 +114,13 @@ def test_unknown_sizes_equal_nothing_but_themselves() -> None:
     assert not d.at_least(unknown(signed=True), 0)
 
 
+def test_what_grows_without_end_becomes_unknown() -> None:
+    size: Size = A + B
+    for _ in range(200):
+        size = d.maximum(size * size + C, 2 * size - 1)
+    assert len(str(size)) < 3 * d.TEXT_LIMIT
+
+
 def test_what_a_shape_shows() -> None:
     assert A.symbol.value == "a"
     assert C.symbol.value == "past + 1"

@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 # What a shell reports of a process that the signal ended.
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 130, 141, 143
 
+# Allocations before a collection of the young, and how many of these before one of the older.
+GC_THRESHOLDS = (200_000, 20, 100)
+
 app = typer.Typer(
     name="graphopt",
     help="Make trained neural networks smaller and faster on a given runtime, and prove the result.",

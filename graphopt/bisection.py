@@ -23,7 +23,7 @@ from graphopt.pipeline import Pipeline, weakest
 from graphopt.reproducer import as_arguments
 from graphopt.request import Request
 from graphopt.rewriter import Edit
-from graphopt.shapes import forget_inferred, infer_shapes
+from graphopt.shapes import forget_inferred
 from graphopt.verify import Signature, problems_of, verify
 
 Verdict = Literal["good", "bad", "skip"]
@@ -223,7 +223,6 @@ class _Search:
         with self.job.display.stage("counting edits"):
             manager = self.job.manager()
             model = self.start.clone()
-            infer_shapes(model)
             manager.run(model)
         return manager.journal.edits
 
@@ -231,7 +230,6 @@ class _Search:
         """Return the model as the run has it after some of its edits."""
         model = self.start.clone()
         if edits:
-            infer_shapes(model)
             self.job.manager(limit=edits).run(model)
             forget_inferred(model)
         return model

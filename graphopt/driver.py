@@ -52,7 +52,7 @@ from graphopt.report import NOT_RUN, Check, Report
 from graphopt.reproducer import Asked, Reproducers
 from graphopt.request import QUIET, Request, Verify, check_request
 from graphopt.rewrite_check import RewriteChecker, WrongRewrite
-from graphopt.shapes import forget_inferred, infer_shapes
+from graphopt.shapes import forget_inferred
 from graphopt.specialise import specialise
 from graphopt.verify import Signature, problems_of, verify
 from graphopt.versions import installed_version
@@ -318,7 +318,6 @@ class Run:
         manager = self.manager(self._instruments(report), limit=limit)
         report.steps = manager.records
         try:
-            infer_shapes(self.model)
             manager.run(self.model)
             report.stopped_after_edits = limit if manager.stopped else None
             if self.request.verify == "final":

@@ -18,6 +18,7 @@ from graphopt.pipeline import Step
 from graphopt.report import PassRecord, StepRecord
 from graphopt.rewrite_check import RewriteCheck
 from graphopt.rewriter import EditLimitReached, Journal, Rewriter, let_go_of_loose_nodes
+from graphopt.shapes import infer_shapes
 from graphopt.summary import approximate_bytes
 from graphopt.target import Target
 
@@ -79,6 +80,8 @@ class PassManager:
         try:
             for instrument in self.instruments:
                 instrument.run_started(model, self.steps)
+            # Rules look at shapes without asking; the first pass that asks finds them inferred.
+            self._analyses.get(infer_shapes, model, self.journal.changes)
             for step in self.steps:
                 self._run_step(step, model)
                 if self.stopped:

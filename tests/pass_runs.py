@@ -22,7 +22,7 @@ from graphopt.pipeline import Pipeline, schedule
 from graphopt.report import StepRecord
 from graphopt.rewrite_check import RewriteChecker
 from graphopt.rewriter import Edit
-from graphopt.shapes import forget_inferred, infer_shapes
+from graphopt.shapes import forget_inferred
 
 # One target for every machine, so that a test does the same everywhere.
 TARGET = "ort-cpu-x86"
@@ -80,7 +80,6 @@ def run_passes(
         check_rewrite=RewriteChecker(backend) if check_rewrites else None,
     )
     manager = PassManager(schedule(Pipeline.of(passes), has_data=dataset is not None), setting, instruments)
-    infer_shapes(model)
     manager.run(model)
     forget_inferred(model)
     return PassRun(model, manager.records, manager.journal.edits)

@@ -48,7 +48,7 @@ class FoldConstants(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Fold all constant regions, those of one graph in one session of the backend."""
-        why = shapes.infer_shapes(model)
+        why = ctx.analyse(shapes.infer_shapes)
         if why is not None:
             ctx.left(why)
         growth = _Growth(int(GROWTH_SHARE * sum(tensor.nbytes for tensor in walk.stored_tensors(model))))

@@ -37,7 +37,7 @@ class FoldShapes(Pass):
         """Infer, fold, and go on until nothing changes: a constant operand may make other shapes known."""
         while True:
             edits = ctx.rewriter.edits
-            contradiction = shapes.infer_shapes(model)
+            contradiction = ctx.analyse(shapes.infer_shapes)
             self._fold(model.graph, ctx, _read_in_vain(model))
             Numbering(model, ctx).run()
             if ctx.rewriter.edits == edits:

@@ -52,7 +52,7 @@ class Opset(Pass):
         if not scopes:
             ctx.note(f"nothing is older than opset {wanted}")
             return
-        shapes.infer_shapes(model)  # some forms depend on dtypes and ranks
+        ctx.analyse(shapes.infer_shapes)  # some forms depend on dtypes and ranks
         forms = [form for scope in scopes for form in _planned(scope, wanted, model)]
         oldest = min(scope.opset for scope in scopes)
         with ctx.rewriter.edit("opset", *(form.node for form in forms)):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import walk
+from graphopt import shapes, walk
 from graphopt.pattern import Match, Miss, Rule
 
 from . import chains, heads
@@ -73,17 +73,47 @@ def _scores(
     if product is None or product.inputs[0] is None or product.inputs[1] is None:
         return None
     left, right = _scaled(product.inputs[0]), _scaled(product.inputs[1])
-    turn = chains.made_by(right.values[0], "Transpose")
-    perm = tuple(turn.attributes.get_ints("perm") or ()) if turn is not None else ()
-    if turn is None or turn.inputs[0] is None or perm not in ((0, 1, 3, 2), (0, 2, 3, 1)):
+    turned = _turned(right.values[0])
+    if turned is None:
         return None
-    inner = _scaled(turn.inputs[0])
+    inner = _scaled(turned.value)
     q, k = left.values[0], inner.values[0]
     if chains.rank_of(q) != 4 or chains.rank_of(k) != 4:
         return None
     scale = scaled.factor * left.factor * right.factor * inner.factor
-    nodes = (root, softmax, *between, *scaled.nodes, product, *left.nodes, *right.nodes, turn, *inner.nodes)
-    return Core(q, k, v, scale, mask, nodes, perm == (0, 2, 3, 1))
+    of_keys = (*right.nodes, *turned.nodes, *inner.nodes)
+    nodes = (root, softmax, *between, *scaled.nodes, product, *left.nodes, *of_keys)
+    return Core(q, k, v, scale, mask, nodes, turned.swapped)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """Keys before their two last axes were exchanged; ``swapped`` if length and heads were, too."""
+
+    value: ir.Value
+    swapped: bool
+    nodes: tuple[ir.Node, ...]
+
+
+def _turned(value: ir.Value) -> _Turned | None:
+    """Recognise kᵀ: by one Transpose, or by one of rank 3 between two Reshapes."""
+    reshape = chains.made_by(value, "Reshape")
+    turn = chains.made_by(value if reshape is None else reshape.inputs[0], "Transpose")
+    perm = tuple(turn.attributes.get_ints("perm") or ()) if turn is not None else ()
+    if turn is None or turn.inputs[0] is None:
+        return None
+    if reshape is None:
+        is_turn = perm in ((0, 1, 3, 2), (0, 2, 3, 1))
+        return _Turned(turn.inputs[0], perm == (0, 2, 3, 1), (turn,)) if is_turn else None
+    flat = chains.made_by(turn.inputs[0], "Reshape")
+    if perm != (0, 2, 1) or flat is None or flat.inputs[0] is None:
+        return None
+    sizes = shapes.dims_of(flat.inputs[0])
+    rows, whole = shapes.contents(flat.inputs[1]), shapes.contents(reshape.inputs[1])
+    if sizes is None or len(sizes) != 4 or rows is None or whole is None:
+        return None
+    fits = tuple(rows.entries) == (-1, *sizes[2:]) and tuple(whole.entries) == (*sizes[:2], sizes[3], sizes[2])
+    return _Turned(flat.inputs[0], False, (reshape, turn, flat)) if fits else None
 
 
 def _scaled(value: ir.Value) -> chains.Product:
@@ -232,7 +262,7 @@ class HeadsInAttention(Rule):
         return m.include(node for nodes in parts for node in nodes)
 
     def check(self, m: Match) -> Miss | None:
-        if not heads.is_joined(m.root) and not heads.is_free(m.root):
+        if not heads.is_joined(m.root, m.q) and not heads.is_free(m.root):
             return Miss("is not known to join the heads only", m.root)
         if any(heads.split(value) is None for value in (m.q, m.k, m.v)):
             return Miss("its inputs are not known to be split heads", m.root)
@@ -250,4 +280,4 @@ class HeadsInAttention(Rule):
         attributes = {**dict(m.attention.attributes), "q_num_heads": q.count, "kv_num_heads": k.count}
         mask = () if m.mask is None else (m.mask,)
         whole = op.Attention(q.whole, k.whole, v.whole, *mask, _name=m.attention.name, **attributes)
-        return whole if heads.is_joined(m.root) else op.like(m.root, whole, m.shape)
+        return whole if heads.is_joined(m.root, m.q) else op.like(m.root, whole, m.shape)

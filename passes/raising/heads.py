@@ -96,10 +96,17 @@ def split_before(value: ir.Value | None, after: tuple[ir.Node, ...] = ()) -> Hea
     return Heads(whole, width // size, (*after, reshape))
 
 
-def is_joined(reshape: ir.Node) -> bool:
-    """Return whether Reshape(Transpose(y)) joins heads and nothing else: [batch, length, heads · size]."""
+def is_joined(reshape: ir.Node, q: ir.Value) -> bool:
+    """Return whether Reshape(Transpose(y)) joins heads and nothing else: [batch, length, heads · size].
+
+    Args:
+        reshape: The Reshape.
+        q: A value of the batch and length of y, in heads.
+    """
     before, after = reshape.inputs[0], reshape.outputs[0]
-    return chains.rank_of(after) == 3 and all(same_dim(dim(before, axis), dim(after, axis)) for axis in (0, 1))
+    batches, lengths = (dim(before, 0), dim(q, 0)), (dim(before, 1), dim(q, 2))
+    kept = (any(same_dim(dim(after, i), one) for one in known) for i, known in enumerate((batches, lengths)))
+    return chains.rank_of(after) == 3 and all(kept)
 
 
 def is_free(reshape: ir.Node) -> bool:

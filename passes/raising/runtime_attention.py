@@ -67,7 +67,7 @@ class MultiHeadAttention(Rule):
         whole = op.MultiHeadAttention(
             inputs.q, inputs.k, inputs.v, bias, *mask, num_heads=inputs.count, scale=core.scale, _domain=_DOMAIN
         )
-        return whole if heads.is_joined(m.root) else op.like(m.root, whole, m.shape)
+        return whole if heads.is_joined(m.root, core.q) else op.like(m.root, whole, m.shape)
 
 
 class GroupQueryAttention(Rule):
@@ -118,7 +118,7 @@ class GroupQueryAttention(Rule):
         whole, *_ = op.GroupQueryAttention(
             inputs.q, inputs.k, inputs.v, None, None, last, total, _outputs=3, _domain=_DOMAIN, **attributes
         )
-        return whole if heads.is_joined(m.root) else op.like(m.root, whole, m.shape)
+        return whole if heads.is_joined(m.root, core.q) else op.like(m.root, whole, m.shape)
 
 
 def _grouped(core: attention.Core) -> heads.Inputs | None:
@@ -148,7 +148,7 @@ def _is_causal(mask: ir.Value | None) -> bool:
 def _obstacle(core: attention.Core, m: Match) -> str | None:
     """Return why attention cannot be an operator of the runtime, or None."""
     why = attention.obstacle(core) or attention.in_the_way(core)
-    if why is None and not heads.is_joined(m.root) and not heads.is_free(m.root):
+    if why is None and not heads.is_joined(m.root, core.q) and not heads.is_free(m.root):
         why = "is not known to join the heads only"
     inner = (m.product.outputs[0], m.swap.outputs[0])
     if why is None and any(len(value.uses()) > 1 or value.is_graph_output() for value in inner):

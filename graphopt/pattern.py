@@ -180,7 +180,8 @@ def compile_rule(rule: Rule) -> Compiled:
     Raises:
         TypeError: The pattern function does not return what an operator built, or a variable has a name of Match's.
     """
-    variables = [PatternValue(name=name, optional=optional) for name, optional in _variables(type(rule))]
+    named = _variables(type(rule).pattern, rule.name)
+    variables = [PatternValue(name=name, optional=optional) for name, optional in named]
     built = rule.pattern(PatternBuilder(), *variables)
     root = built[0] if isinstance(built, tuple) else built
     if not isinstance(root, PatternValue) or root.node is None:
@@ -189,15 +190,13 @@ def compile_rule(rule: Rule) -> Compiled:
 
 
 @functools.lru_cache(maxsize=4096)
-def _variables(rule: type[Rule]) -> list[tuple[str, bool]]:
+def _variables(pattern: Callable[..., Any], rule: str) -> list[tuple[str, bool]]:
     """Return the variables of a rule's pattern, each with whether it is optional."""
     # The first parameters are `self` and the builder.
-    parameters = list(inspect.signature(rule.pattern).parameters.values())[2:]
+    parameters = list(inspect.signature(pattern).parameters.values())[2:]
     for parameter in parameters:
         if hasattr(Match, parameter.name) or parameter.name in _MATCH_FIELDS:
-            raise TypeError(
-                f"rule `{rule.__name__}`: `{parameter.name}` is a name of Match's own; call the variable otherwise"
-            )
+            raise TypeError(f"rule `{rule}`: `{parameter.name}` is a name of Match's own; call the variable otherwise")
     return [(parameter.name, parameter.default is None) for parameter in parameters]
 
 

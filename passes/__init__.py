@@ -49,12 +49,12 @@ _SIMPLIFY = (
 PRESETS = {
     "simplify": Preset(
         _SIMPLIFY,
-        help="canonical form in operators of the ONNX standard: constants and shapes folded, no-ops, duplicates and dead "
-        "code gone, layers and what surrounds them merged",
+        help="canonical form in standard operators: constants and shapes folded, no-ops, duplicates, dead code gone, "
+        "layers merged with what surrounds them",
     ),
     "O2": Preset(
         _SIMPLIFY.replace("repeats,", "raise-operators,runtime-operators,repeats,"),
-        help="simplify, and decomposed operators raised to single ones, the target's own where these are faster",
+        help="simplify, and what was decomposed raised to single operators, the target's own where these are faster",
     ),
 }
 

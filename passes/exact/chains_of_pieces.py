@@ -56,7 +56,7 @@ def _cuts(node: ir.Node | None, rank: int | None) -> dict[int, Bounds] | None:
     return cuts if len(cuts) == len(numbers) else None
 
 
-def _cut(op: Any, root: ir.Node, x: ir.Value, cuts: dict[int, Bounds]) -> Any:
+def _cut(op: Any, root: ir.Node, x: ir.Value | None, cuts: dict[int, Bounds]) -> Any:
     """Return a Slice named like the root."""
     starts, ends, steps = zip(*cuts.values(), strict=True)
     name = root.name or "slice"
@@ -114,7 +114,8 @@ class Concats(Rule):
         return op.Concat(...)
 
     def applies(self, m: Match) -> bool:
-        inner = [value.producer() for value in m.root.inputs if self._is_part(value, m.root)]
+        parts = [value for value in m.root.inputs if value is not None and self._is_part(value, m.root)]
+        inner = [value.producer() for value in parts]
         m.include(node for node in inner if node is not None)
         return bool(inner)
 

@@ -56,9 +56,8 @@ class Transposes(Rule):
 
 def _perm(transpose: ir.Node, x: ir.Value) -> list[int] | None:
     """Return the permutation of a Transpose; by default it reverses the axes."""
-    given = transpose.attributes.get_ints("perm")
-    if given is not None:
-        return list(given)
+    if "perm" in transpose.attributes:
+        return list(transpose.attributes["perm"].as_ints())
     rank = rank_of(x)
     return None if rank is None else list(range(rank))[::-1]
 

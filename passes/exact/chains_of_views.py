@@ -320,6 +320,6 @@ def _never_zero(view: ir.Node) -> set[Size]:
     """Return the symbolic sizes that a Reshape refuses to be 0, as it copies them and computes another one."""
     told = integers(view.inputs[1]) if view.op_type == "Reshape" else None
     dims = shapes.dims_of(view.inputs[0])
-    if told is None or -1 not in told or dims is None or view.attributes.get_int("allowzero", 0):
+    if told is None or -1 not in told or dims is None or view.attributes.get_int("allowzero", 0) != 0:
         return set()
     return {dims[index] for index, size in enumerate(told) if size == 0 and index < len(dims)}

@@ -242,7 +242,7 @@ class ReductionOfNothing(Rule):
         given = axes_of(m.root, rank) if has_axes(m.root) else ()
         if given is None:
             return False
-        if not given and m.root.attributes.get_int("noop_with_empty_axes", 0):
+        if not given and m.root.attributes.get_int("noop_with_empty_axes", 0) != 0:
             return True
         if rank == 0:
             return True

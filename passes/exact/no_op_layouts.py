@@ -46,11 +46,11 @@ class NoOpTranspose(Rule):
         return op.Transpose(x)
 
     def applies(self, m: Match) -> bool:
-        perm = m.root.attributes.get_ints("perm")
-        if perm is None:
-            rank = rank_of(m.x)
-            return rank is not None and rank <= 1
-        return list(perm) == sorted(perm)
+        if "perm" in m.root.attributes:
+            perm = m.root.attributes["perm"].as_ints()
+            return list(perm) == sorted(perm)
+        rank = rank_of(m.x)
+        return rank is not None and rank <= 1
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return bypass(m)

@@ -242,7 +242,7 @@ def _pick(node: ir.Node, perm: Perm) -> Renamed | None:
 
 def _quantization(node: ir.Node, perm: Perm) -> Renamed | None:
     scale = shapes.static_shape(node.inputs[1])
-    if scale is None or len(scale) > 1 or node.attributes.get_int("block_size", 0):
+    if scale is None or len(scale) > 1 or node.attributes.get_int("block_size", 0) != 0:
         return None
     if len(scale) == 0:
         return Renamed([perm])
@@ -303,7 +303,7 @@ def _squeeze(node: ir.Node, perm: Perm) -> Renamed | None:
 
 def _unsqueeze(node: ir.Node, perm: Perm) -> Renamed | None:
     """The new axes stay where they are; the others keep to the places between them."""
-    count = len(integers(optional_input(node, 1)) or node.attributes.get_ints("axes", ()))
+    count = len(integers(optional_input(node, 1)) or node.attributes.get_ints("axes", ()) or ())
     axes = axes_of(node, len(perm) + count)
     if not axes:
         return None

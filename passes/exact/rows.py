@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -260,7 +260,7 @@ class _Flattening:
         self.made.append((made, place))
         return made.outputs[0]
 
-    def _constant(self, numbers: tuple[int, ...], name: str, dtype: np.dtype) -> ir.Value:  # type: ignore[type-arg]
+    def _constant(self, numbers: tuple[int, ...], name: str, dtype: np.dtype[Any]) -> ir.Value:
         key = (*numbers, -dtype.itemsize)
         if key not in self.constants:
             self.constants[key] = self.ctx.rewriter.make_const(np.array(numbers, dtype), name)

@@ -237,7 +237,8 @@ class RotaryOfHeads(Rule):
         return found is not None and m.include(found.nodes)
 
     def check(self, m: Match) -> Miss | None:
-        if m.x.is_graph_output() or len(m.x.uses()) > 1:
+        others = {use.node for use in m.x.uses()} - {m.root}
+        if m.x.is_graph_output() or any(not walk.is_onnx_op(node, "Shape") for node in others):
             return Miss("its split heads feed other nodes", m.root)
         return None
 

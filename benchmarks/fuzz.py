@@ -7,7 +7,8 @@ itself) runs over a copy of it; the result must be well-formed, keep its signatu
 on ONNX Runtime without its optimizations, to the bit or within rounding as its guarantee says, on inputs of usual sizes
 and on some whose dynamic sizes are 0 and 1. What differs is shrunk, first by steps of the recipe and then by nodes of
 the graph, and written as the beginning of a golden file, with the model beside it. A process that dies or hangs is a
-finding too. Nothing is random but the seed: `--seed N --graphs 1` shows seed N again, and a run that was stopped goes
+finding too. Nothing is random but the seed: `--seed N --graphs 1`, with the same `--size` and while the motifs are the
+same, shows seed N again, and a run that was stopped goes
 on at the seed it names last.
 """
 
@@ -468,7 +469,7 @@ def note(
 ) -> None:
     """Count what became of a graph, and print a finding."""
     if verdict is None or spec is None:
-        totals["graphs"] += 1
+        totals["graphs"] += verdict is None or verdict.kind == "original died"
         totals[verdict.kind if verdict else "run"] += 1
         return
     counts[spec]["edited"] += bool(verdict.edits)

@@ -78,10 +78,10 @@ class PassManager:
             PassError: A pass cannot do what was asked, or failed.
         """
         try:
-            for instrument in self.instruments:
-                instrument.run_started(model, self.steps)
             # Rules look at shapes without asking; the first pass that asks finds them inferred.
             self._analyses.get(infer_shapes, model, self.journal.changes)
+            for instrument in self.instruments:
+                instrument.run_started(model, self.steps)
             for step in self.steps:
                 self._run_step(step, model)
                 if self.stopped:

@@ -356,6 +356,14 @@ class Rewriter:
             value.graph.initializers.pop(value.name or "")
             self._note()
 
+    def remove_if_unread(self, value: ir.Value) -> bool:
+        """Remove an initializer if nothing reads it, and return whether it is gone."""
+        used = value.uses() or value.is_graph_output() or value.is_graph_input()
+        if used or not value.is_initializer():
+            return False
+        self.remove_initializer(value)
+        return True
+
     def remove_function(self, key: ir.OperatorIdentifier) -> None:
         """Remove a function no node calls."""
         with self.edit("remove-function"):

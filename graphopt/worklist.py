@@ -28,6 +28,7 @@ class ReplacementBuilder:
         self.nodes: list[ir.Node] = []
         self.heirs: dict[ir.Node, ir.Node] = {}  # matched node -> the one made like it
         self.constants: list[ir.Value] = []
+        self.bases: dict[str, ir.Value] = {}  # the name asked for -> the constant
 
     def __getattr__(self, op_type: str) -> Callable[..., Any]:
         def build(
@@ -59,6 +60,7 @@ class ReplacementBuilder:
         """Return a new constant."""
         value = self._rewriter.make_const(content, name)
         self.constants.append(value)
+        self.bases[name] = value
         return value
 
 
@@ -210,6 +212,11 @@ class _Driver:
         for before, after in zip(match.root.outputs, values, strict=False):
             if match.root.graph is None and after.producer() in built.nodes and not after.is_graph_output():
                 after.name = before.name
+        for bound in match.values.values():
+            heir = built.bases.get(bound.name or "") if bound is not None else None
+            # A name may be taken in another graph.
+            if bound and heir and heir.graph is bound.graph and self.rewriter.remove_if_unread(bound):
+                heir.name = bound.name
 
 
 def _read_elsewhere(match: Match) -> ir.Node | None:

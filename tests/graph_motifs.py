@@ -346,6 +346,19 @@ def reduction_dropped(b: Builder) -> Result:
     return b.op("Flatten", y) if dropping == "Flatten" else b.op("Reshape", y, b.ints([0, -1]))
 
 
+def repeated_elements(b: Builder) -> Result:
+    """Elements of an axis repeated by way of an axis of their own, as heads of keys are for the queries that share them."""
+    x = b.weight(*(b.rng.randint(1, 4) for _ in range(b.rng.randint(2, 3))))
+    sizes, times = [int(size) for size in x.shape], b.rng.randint(1, 3)
+    x = b.op("Add", x, b.pick(where=lambda shape: shape == (), fresh=()))
+    axis = b.rng.randint(0, len(sizes))
+    y = _over_axes(b, "Unsqueeze", x, [axis], 13)
+    y = b.op("Expand", y, b.ints([*sizes[:axis], times, *sizes[axis:]]))
+    joined = b.rng.choice((max(axis, 1), max(axis, 1), min(axis + 1, len(sizes))))
+    wide = [*sizes[:axis], times, *sizes[axis:]]
+    return b.op("Reshape", y, b.ints([*wide[: joined - 1], wide[joined - 1] * wide[joined], *wide[joined + 1 :]]))
+
+
 def layout_detour(b: Builder) -> Result:
     """Operators between a Transpose and its inverse, as converters between layouts leave them."""
     x = b.pick(where=lambda shape: len(shape) >= 3, fresh=("batch", 3, 4))
@@ -918,6 +931,7 @@ MOTIFS: Mapping[str, Motif] = {
     "conv_bn": Motif(conv_bn, weight=18),
     "activation_chain": Motif(activation_chain, weight=9),
     "padded": Motif(padded, weight=9),
+    "repeated_elements": Motif(repeated_elements, weight=9),
     "linear_pair": Motif(linear_pair, weight=9),
     "reduction_dropped": Motif(reduction_dropped, weight=9),
     "written_activation": Motif(written_activation, weight=9),

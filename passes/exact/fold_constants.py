@@ -128,17 +128,18 @@ def _substitute(
         if value.uses() or value.is_graph_output()
     ]
     with ctx.rewriter.edit(kind, node):
-        made = [ctx.rewriter.make_const(content, _name_of(value, kind)) for value, content in read]
+        made = [ctx.rewriter.make_const(content, f"{value.name}_folded") for value, content in read]
         if not ctx.agrees(kind, list(region or [node]), [value for value, _ in read], made):
             return
+        home, inner = node.graph, [not value.is_graph_output() for value, _ in read]
         for (value, _), constant in zip(read, made, strict=True):
             ctx.rewriter.adopt(constant, near=node)
             ctx.rewriter.replace(value, constant)
         ctx.rewriter.erase(node)
-
-
-def _name_of(value: ir.Value, kind: str) -> str:
-    return (value.name or "constant") if kind == "constant-to-initializer" else f"{value.name}_folded"
+        for (value, _), constant, is_free in zip(read, made, inner, strict=True):
+            # The name of an output stays with the node that now gives it; one of a nested graph may be taken outside.
+            if is_free and constant.graph is home:
+                constant.name = value.name
 
 
 class _Folder:

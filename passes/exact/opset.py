@@ -59,8 +59,9 @@ class Opset(Pass):
             for scope in scopes:
                 if scope.domain in scope.holder.opset_imports:
                     ctx.rewriter.import_opset(scope.holder, wanted, scope.domain)
+            replaced: dict[ir.Value, ir.Value] = {}
             for form in forms:
-                _Writer(ctx.rewriter, form).write()
+                _Writer(ctx.rewriter, form, replaced).write()
             model.ir_version = max(model.ir_version, _least_ir_version(wanted))
         ctx.note(f"opset {oldest} → {wanted}, nodes in another form: {len(forms)}", nodes=len(forms))
 
@@ -186,11 +187,13 @@ class _Writer:
     Args:
         rewriter: The edit surface.
         form: The form.
+        replaced: Values of forms written before to what took their places: this one was planned to read the former.
     """
 
-    def __init__(self, rewriter: Rewriter, form: Form) -> None:
+    def __init__(self, rewriter: Rewriter, form: Form, replaced: dict[ir.Value, ir.Value]) -> None:
         self._rewriter = rewriter
         self._form = form
+        self._replaced = replaced
         self._written: dict[Operand, ir.Value] = {}
 
     def write(self) -> None:
@@ -224,6 +227,7 @@ class _Writer:
         results = [first, *new.outputs[1:]]
         for before, after in zip(old.outputs, results, strict=False):
             self._rewriter.replace(before, after)
+            self._replaced[before] = after
         self._rewriter.erase(old)
         new.name = old.name
         for name, after in zip(names, results, strict=False):
@@ -231,8 +235,10 @@ class _Writer:
 
     def _value(self, operand: Operand) -> ir.Value | None:
         """Return the value of an operand, made before the node where it is not there yet."""
-        if operand is None or isinstance(operand, ir.Value):
-            return operand
+        if operand is None:
+            return None
+        if isinstance(operand, ir.Value):
+            return self._replaced.get(operand, operand)
         if operand not in self._written:
             self._written[operand] = self._made(operand)
         return self._written[operand]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, MutableSequence, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -24,6 +24,8 @@ _OPTIONAL_OUTPUTS = {
     ("com.microsoft", "SkipLayerNormalization"): (1, 2, 3),
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): (1, 2, 3),
 }
+# Before opset 11 a Loop had to carry something.
+_FIRST_OPSET_WITH_STATELESS_LOOP = 11
 # Before opset 9 a Scan had a batch axis, and an input for the lengths of its sequences.
 _FIRST_OPSET_WITH_PLAIN_SCAN = 9
 _LOOP_INPUTS_BEFORE_STATE = 2
@@ -54,7 +56,7 @@ def narrow(node: ir.Node, ctx: Context, opset: int, sweep: Sweep) -> ir.Node:
     """
     if walk.is_onnx_op(node, "If"):
         return _narrow_if(node, ctx)
-    frame = _loop_frame(node) if walk.is_onnx_op(node, "Loop") else None
+    frame = _loop_frame(node, opset) if walk.is_onnx_op(node, "Loop") else None
     if walk.is_onnx_op(node, "Scan") and opset >= _FIRST_OPSET_WITH_PLAIN_SCAN:
         frame = _scan_frame(node)
     return _narrow_iteration(node, frame, ctx, sweep) if frame is not None else node
@@ -83,6 +85,7 @@ class _Frame:
         body_lead: Inputs of the body before the carried values.
         out_lead: Outputs of the body before the carried values; the node has none there.
         elements: How many inputs are taken apart, one element for each iteration.
+        carries_one: Whether it has to carry something, read or not.
     """
 
     body: ir.Graph
@@ -91,6 +94,7 @@ class _Frame:
     body_lead: int = 0
     out_lead: int = 0
     elements: int = 0
+    carries_one: bool = False
 
     def fits(self, node: ir.Node) -> bool:
         """Return whether node and body agree on the numbers."""
@@ -102,12 +106,13 @@ class _Frame:
         )
 
 
-def _loop_frame(node: ir.Node) -> _Frame | None:
+def _loop_frame(node: ir.Node, opset: int) -> _Frame | None:
     body = node.attributes["body"]
     if body.is_ref():
         return None
     states = max(len(node.inputs) - _LOOP_INPUTS_BEFORE_STATE, 0)
     frame = _Frame(body.as_graph(), states, _LOOP_INPUTS_BEFORE_STATE, _LOOP_INPUTS_BEFORE_STATE, 1)
+    frame = replace(frame, carries_one=states > 0 and opset < _FIRST_OPSET_WITH_STATELESS_LOOP)
     return frame if frame.fits(node) else None
 
 
@@ -149,6 +154,8 @@ def _live_states(node: ir.Node, frame: _Frame) -> set[int]:
     body = frame.body
     state_of = {body.inputs[frame.body_lead + index]: index for index in range(frame.states)}
     live = {index for index in range(frame.states) if _is_read(node.outputs[index])}
+    if frame.carries_one:
+        live.add(0)
     wanted = [*body.outputs[: frame.out_lead], *(body.outputs[frame.out_lead + index] for index in live)]
     collected = range(frame.states, len(node.outputs))
     wanted.extend(body.outputs[frame.out_lead + index] for index in collected if _is_read(node.outputs[index]))

@@ -136,7 +136,8 @@ def product(value: ir.Value, *, whole: ir.Node | None = None) -> Product:
         value: The product.
         whole: The node of it that others may read, its last.
     """
-    factor, values, nodes = 1.0, [], []
+    factor, values = 1.0, list[ir.Value]()
+    nodes: list[ir.Node] = []
     open_ends = [value]
     while open_ends:
         end = open_ends.pop(0)

@@ -228,7 +228,7 @@ class SumOfThree(Rule):
         return op.Sum(op.Add(a, b), c)
 
     def applies(self, m: Match) -> bool:
-        return m.a.dtype == ir.DataType.FLOAT
+        return bool(m.a.dtype == ir.DataType.FLOAT)
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return op.Sum(m.a, m.b, m.c)

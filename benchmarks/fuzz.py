@@ -8,8 +8,7 @@ on ONNX Runtime without its optimizations, to the bit or within rounding as its 
 and on some whose dynamic sizes are 0 and 1. What differs is shrunk, first by steps of the recipe and then by nodes of
 the graph, and written as the beginning of a golden file, with the model beside it. A process that dies or hangs is a
 finding too. Nothing is random but the seed: `--seed N --graphs 1`, with the same `--size` and while the motifs are the
-same, shows seed N again, and a run that was stopped goes
-on at the seed it names last.
+same, shows seed N again, and a run that was stopped goes on at the seed it names last.
 """
 
 from __future__ import annotations

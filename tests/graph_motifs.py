@@ -347,7 +347,7 @@ def reduction_dropped(b: Builder) -> Result:
 
 
 def repeated_elements(b: Builder) -> Result:
-    """Elements of an axis repeated by way of an axis of their own, as heads of keys are for the queries that share them."""
+    """Elements of an axis repeated by way of an axis of their own, as heads of keys are for queries that share them."""
     x = b.weight(*(b.rng.randint(1, 4) for _ in range(b.rng.randint(2, 3))))
     sizes, times = [int(size) for size in x.shape], b.rng.randint(1, 3)
     x = b.op("Add", x, b.pick(where=lambda shape: shape == (), fresh=()))

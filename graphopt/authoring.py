@@ -206,6 +206,7 @@ class Pass:
         guarantee: What it promises of the outputs.
         needs: What it must have before it runs; a property where that depends on the options.
         preserves: Analyses that stay valid although it edits.
+        keeps_canonical: Whether what it leaves is still in canonical form, if it was before.
         edits: Kinds of edits it makes, each with the equation it rests on; a `RewritePass` has rules instead.
     """
 
@@ -213,6 +214,7 @@ class Pass:
     name: str = ""
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
     preserves: ClassVar[Sequence[Callable[[ir.Model], Any]]] = ()
+    keeps_canonical: ClassVar[bool] = True
     edits: ClassVar[Mapping[str, str]] = {}
 
     @property

@@ -171,16 +171,24 @@ def schedule(pipeline: Pipeline, *, has_data: bool) -> tuple[Step, ...]:
     """Return the steps to run: what passes need is put before them, and what is missing is an error now.
 
     Raises:
-        UsageError: A pass needs calibration data and there is none.
+        UsageError: A pass needs calibration data and there is none, or comes behind one that leaves another form
+            than it needs.
     """
     steps: list[Step] = []
-    canonical = False
+    canonical, spoiler = False, None
     for position, step in enumerate(pipeline.steps, 1):
         if Need.CALIBRATION in step.needs and not has_data:
             raise UsageError(
                 f"pass `{step.spec}` ({position} of {len(pipeline.steps)}) needs calibration data and none was given",
                 hint="add `--data samples.npz` (in Python: data=...)",
             )
+        if Need.CANONICAL in step.needs and spoiler is not None:
+            raise UsageError(
+                f"pass `{step.spec}` needs canonical form, which `{spoiler.spec}` before it does not leave",
+                hint=f"put `{spoiler.spec}` last",
+            )
+        if not all(one.keeps_canonical for one in step.passes):
+            spoiler = step
         canonical = canonical or step.name == CANONICALIZER
         if Need.CANONICAL in step.needs and not canonical:
             added = _make_step(CANONICALIZER, {})

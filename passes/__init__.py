@@ -41,7 +41,7 @@ PASSES = {
 
 # From what makes most of the rest needless to what only tidies up; all of it is repeated until nothing changes.
 _SIMPLIFY = (
-    "inline-functions,control-flow,fold-shapes,fold-constants,identities,sequences,chains,split-slices,move-transposes,"
+    "inline-functions,control-flow,fold-shapes,identities,fold-constants,sequences,chains,split-slices,move-transposes,"
     "repeats,reciprocals,fuse-affine,merge-affine,fuse-pad,flatten-rows,fuse-linear,fuse-activations,fuse-reductions,hoist,"
     "merge-initializers,common-subexpressions,dead-code"
 )

@@ -141,3 +141,10 @@ def test_the_weakest_guarantee_decides() -> None:
     assert weakest([Guarantee.EXACT, Guarantee.EQUIVALENT]) is Guarantee.EQUIVALENT
     assert weakest([]) is Guarantee.EXACT
     assert Pipeline.parse("simplify").steps[0].guarantee is Guarantee.EQUIVALENT
+
+
+def test_a_pass_that_needs_canonical_form_comes_before_one_that_leaves_another() -> None:
+    with pytest.raises(UsageError, match="`O2` before it does not leave") as caught:
+        schedule(Pipeline.parse("O2,prune"), has_data=False)
+    assert caught.value.hint == "put `O2` last"
+    assert [step.name for step in schedule(Pipeline.parse("prune,O2"), has_data=False)] == ["simplify", "prune", "O2"]

@@ -17,6 +17,8 @@ class RaiseOperators(RewritePass):
     """Put back LayerNormalization, Gelu, Attention, ... where an exporter wrote their parts, as the opset allows."""
 
     name = "raise-operators"
+    # What quantizes or prunes looks for the layers themselves.
+    keeps_canonical = False
 
     def rules(self, target: Target) -> Sequence[Rule]:
         """Return the rules for operators that do not lose to their parts on the target."""

@@ -24,6 +24,8 @@ class RuntimeOperators(RewritePass):
     """Put in the operators of its own that the target's runtime has for what standard ones take several for."""
 
     name = "runtime-operators"
+    # What quantizes or prunes looks for the layers themselves.
+    keeps_canonical = False
 
     def rules(self, target: Target) -> Sequence[Rule]:
         """Return the rules for operators that the target runs fast, and against those it should not make."""

@@ -100,6 +100,10 @@ def _names_an_output(node: ir.Node) -> bool:
 def _substitute(
     node: ir.Node, known: Mapping[ir.Value, np.ndarray[tuple[int, ...], np.dtype[np.int64]]], ctx: Context
 ) -> None:
-    for value, numbers in known.items():
-        ctx.rewriter.replace(value, ctx.rewriter.const(numbers, f"{value.name}_folded", near=node))
+    made = [ctx.rewriter.make_const(numbers, f"{value.name}_folded") for value, numbers in known.items()]
+    if not ctx.agrees("known-integers", [node], list(known), made):
+        return
+    for value, constant in zip(known, made, strict=True):
+        ctx.rewriter.adopt(constant, near=node)
+        ctx.rewriter.replace(value, constant)
     sweep(node, ctx)

@@ -147,7 +147,10 @@ class Numbering:
             self._shorten(node, value, entries, scope)
 
     def _replace(self, kind: str, node: ir.Node, value: ir.Value, new: ir.Value) -> None:
+        producer = new.producer()
         with self.ctx.rewriter.edit(kind, node):
+            if not self.ctx.agrees(kind, [node], [value], [new], [producer] if producer is not None else []):
+                return
             self.ctx.rewriter.replace(value, new)
             sweep(node, self.ctx)
 

@@ -9,6 +9,7 @@ from graphopt import dims as d
 from graphopt import shapes, walk
 from graphopt.authoring import Context
 from graphopt.dims import Size
+from graphopt.rewriter import let_go
 
 from .shape_numbers import sweep
 
@@ -28,13 +29,28 @@ def as_constant(node: ir.Node, ctx: Context) -> None:
     if entries is None:
         return
     with ctx.rewriter.edit("constant-operand", node):
-        content = np.array(entries, operand.dtype.numpy())
-        ctx.rewriter.set_input(node, place, ctx.rewriter.const(content, f"{operand.name}_constant", near=node))
+        constant = ctx.rewriter.make_const(np.array(entries, operand.dtype.numpy()), f"{operand.name}_constant")
+        if not _agrees(node, place, constant, ctx):
+            return
+        ctx.rewriter.adopt(constant, near=node)
+        ctx.rewriter.set_input(node, place, constant)
         if "allowzero" in node.attributes:
             ctx.rewriter.set_attribute(node, "allowzero", None)  # a 0 copies now
         producer = operand.producer()
         if producer is not None:
             sweep(producer, ctx)
+
+
+def _agrees(node: ir.Node, place: int, constant: ir.Value, ctx: Context) -> bool:
+    """Return whether a copy of a node that reads the constant computes the same."""
+    if ctx.check_rewrite is None:
+        return True
+    inputs = [constant if index == place else value for index, value in enumerate(node.inputs)]
+    attributes = {name: attribute for name, attribute in node.attributes.items() if name != "allowzero"}
+    copy = ctx.rewriter.make(node.op_type, inputs, attributes, sources=[node])
+    agrees = ctx.agrees("constant-operand", [node], node.outputs, copy.outputs, [copy])
+    let_go(copy)
+    return agrees
 
 
 def _entries(value: ir.Value | None) -> tuple[Size, ...] | None:

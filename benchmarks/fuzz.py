@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,11 +33,11 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from runtime_faults import hangs_on_rounding, opened, runtime_is_wrong  # noqa: E402
 from shrink import smaller_model, smaller_recipe  # noqa: E402
 
 from graphopt import registry  # noqa: E402
@@ -56,7 +56,6 @@ FEED_SEED = 0
 # Dynamic sizes in turn: the generator's, and two that break what assumes a size: the first is 0, the next 1, and so on.
 SIZES = (None, (0, 1), (1, 0))
 SECONDS_PER_GRAPH = 60
-NUDGES, NUDGE = 4, 1e-6
 # Of findings that look the same, so many are shrunk and written; the others are counted.
 WRITTEN_ALIKE = 2
 SHRINK_SECONDS = 90.0
@@ -113,18 +112,6 @@ class Original:
                         if feed is not None:
                             self._runs.append((feed, run(feed)))
         return self._runs
-
-
-def opened(model: onnx.ModelProto | ir.Model) -> Callable[[Feed], dict[str, Any]]:
-    """Return a model as a function, run by ONNX Runtime without its optimizations."""
-    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return lambda feed: dict(zip(names, session.run(None, feed), strict=True))
 
 
 def feeds_of(proto: onnx.ModelProto, sizes: tuple[int, ...] | None) -> Feed | None:
@@ -201,41 +188,6 @@ def apart(comparison: Comparison, guarantee: Guarantee) -> str:
     wrong = [one for one in comparison.outputs.values() if not (one.equal if exact else one.within())]
     worst = max(wrong, key=lambda one: (one.mismatch is not None, one.max_rel))
     return f"`{worst.name}` {worst.dtype}: {worst.mismatch or f'{worst.max_abs:.3g} apart, peak {worst.peak:.3g}'}"
-
-
-def runtime_is_wrong(proto: onnx.ModelProto, feed: Feed) -> bool:
-    """Tell whether some value of the original graph has another shape at run time than the standard says.
-
-    ONNX Runtime 1.31 reduces an empty tensor to itself: ReduceMean of [0, 4, 3, 3] over the last two axes is
-    [0, 4, 3, 3]. What depends on that is nothing to keep.
-    """
-    model = onnx.shape_inference.infer_shapes(proto)
-    made = {name for node in model.graph.node for name in node.output}
-    known = [info for info in model.graph.value_info if info.name in made and info.type.HasField("tensor_type")]
-    model.graph.output.extend(known)
-    try:
-        outputs = opened(model)(feed)
-    except Exception:  # any: types of inner values may be such that they cannot be outputs
-        return False
-    return any(
-        len(dims) != outputs[info.name].ndim
-        or any(dim.dim_value != size for dim, size in zip(dims, outputs[info.name].shape, strict=True) if dim.dim_value)
-        for info in model.graph.output
-        if info.type.tensor_type.HasField("shape")
-        for dims in [info.type.tensor_type.shape.dim]
-    )
-
-
-def hangs_on_rounding(model: ir.Model, feed: Feed, outputs: dict[str, Any]) -> bool:
-    """Tell whether inputs nudged by less than rounding already move the outputs beyond it."""
-    rng, comparison, run = np.random.default_rng(FEED_SEED), Comparison(), opened(model)
-    for _ in range(NUDGES):
-        nudged = {
-            name: np.asarray(a * (1 + NUDGE * rng.uniform(-1, 1, a.shape)), a.dtype) if a.dtype.kind == "f" else a
-            for name, a in feed.items()
-        }
-        comparison.update(outputs, run(nudged))
-    return not comparison.within()
 
 
 def blamed(original: Original, spec: str, found: Verdict) -> Verdict:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphopt import shapes, walk
 from graphopt.authoring import Context, Guarantee, Pass
+from graphopt.dims import Size, at_least
 
 # Elementwise operators of one input that give a result whatever they are given.
 _NEVER_FAIL = frozenset(
@@ -133,8 +134,14 @@ def _cannot_fail(node: ir.Node, opset: int) -> bool:
     if node.op_type in _BROADCAST or node.op_type in _BROADCAST_FLOATS:
         return opset >= _FIRST_OPSET_WITH_BROADCASTING and _broadcast(known)
     if node.op_type == "MatMul":
-        return min(map(len, known)) > 1 and known[0][-1] == known[1][-2] and _broadcast([one[:-2] for one in known])
+        return min(map(len, known)) > 1 and known[0][-1] == known[1][-2] and _can_multiply(known)
     return False
+
+
+def _can_multiply(known: Sequence[Sequence[Size]]) -> bool:
+    """Return whether a runtime surely multiplies matrices that fit: ONNX Runtime refuses some stacks of none."""
+    sizes = [size for one in known for size in one]
+    return all(at_least(size, 1) for size in sizes) and _broadcast([one[:-2] for one in known])
 
 
 def _broadcast(dims: Sequence[Sequence[object]]) -> bool:

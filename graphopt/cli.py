@@ -39,6 +39,7 @@ from graphopt.cli_options import (
 )
 from graphopt.errors import (
     EXIT_CHECK_FAILED,
+    EXIT_FAULT,
     EXIT_USAGE,
     GraphoptError,
     UsageError,
@@ -129,7 +130,10 @@ def optimize(
         bool, typer.Option("--keep-failed", help="Write the model even if a check or the budget failed.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at a wrong rewrite, instead of leaving it out and going on.")
+        bool,
+        typer.Option(
+            "--strict", help="Stop at a wrong rewrite instead of leaving it out, and at a step that cannot be checked."
+        ),
     ] = False,
     stop_after_edits: Annotated[
         int | None, typer.Option(min=0, help="End the run after this many edits.", metavar="N")
@@ -396,7 +400,7 @@ def _run() -> int:
         return EXIT_USAGE
     except Exception as error:
         _explain(*_mistake(error), error)
-        return EXIT_USAGE
+        return EXIT_USAGE if hasattr(error, "format_message") else EXIT_FAULT
     return code if isinstance(code, int) else 0
 
 

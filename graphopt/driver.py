@@ -117,7 +117,8 @@ def optimize(
         seed: Seed of everything random.
         threads: Threads for the backend; 0 leaves it to the runtime.
         keep_failed: Write the result even if a check or the budget failed.
-        strict: Stop at a rewrite that is wrong by itself, instead of leaving it out and going on.
+        strict: Stop at a rewrite that is wrong by itself, instead of leaving it out and going on, and at a step whose
+            numbers could not be checked.
         stop_after_edits: End the run after this many edits, whatever is left to do.
         reproducers: Folder in which each failure leaves a folder to see it again; None for none.
         detailed: Measure what weights hold and take after gzip also where no step is lossy.
@@ -385,7 +386,7 @@ class Run:
         if self.judge is None:
             return instruments
         if self.request.verify in ("each", "rewrites"):
-            instruments.append(VerifyNumerics(self.judge))
+            instruments.append(VerifyNumerics(self.judge, strict=self.request.strict))
         if self.budgets:
             instruments.append(Gate(self.judge, self.budgets, self._baseline(report), self.metric_types))
         return instruments

@@ -9,6 +9,7 @@ from typing import Any
 EXIT_CHECK_FAILED = 1
 LONGEST_CAUSE = 300  # characters of another library's error that are shown
 EXIT_USAGE = 2
+EXIT_FAULT = 3
 
 
 class GraphoptError(Exception):
@@ -52,6 +53,8 @@ class PassError(GraphoptError):
 
 class PassCrash(PassError):
     """A pass that failed by a mistake of its own."""
+
+    exit_code = EXIT_FAULT
 
 
 class VerificationError(GraphoptError):

@@ -24,6 +24,7 @@ from graphopt.cli_options import (
     SetShapeOption,
     TargetOption,
     ThreadsOption,
+    VerboseOption,
     open_pipeline,
 )
 from graphopt.errors import EXIT_CHECK_FAILED
@@ -41,7 +42,7 @@ def bisect(
     check: Annotated[
         str | None,
         typer.Option(
-            help="Command that exits with 0 for a good model, 125 to skip it [default: compare outputs].",
+            help="Command (no shell) that exits with 0 for a good model, 125 to skip it [default: compare outputs].",
             metavar="'CMD {model}'",
         ),
     ] = None,
@@ -58,6 +59,7 @@ def bisect(
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Find the one edit of a run that breaks a model, by binary search.
 

@@ -94,6 +94,7 @@ class PassManager:
     def _run_step(self, step: Step, model: ir.Model) -> None:
         nodes, size = self._measure(model)
         record = StepRecord(step.name, step.spec, step.guarantee.value, nodes, size)
+        record.nodes_after, record.bytes_after = nodes, size  # until the step is done
         self.records.append(record)
         for instrument in self.instruments:
             instrument.step_started(step, model)

@@ -79,7 +79,10 @@ def _differ(backend: Backend, before: ir.Model, after: ir.Model, feed: dict[str,
             comparison = compare_outputs([expected], [session.run(feed)])
     except BackendError as error:
         return f"does not run: {error.message}"
-    return None if comparison.within() else f"is off by {comparison.max_abs_error:.3g}"
+    worst = comparison.worst
+    if comparison.within() or worst is None:
+        return None
+    return f"is off by {comparison.max_abs_error:.3g}" + (f" ({worst.mismatch})" if worst.mismatch else "")
 
 
 def _feed(file: Path, model: ir.Model) -> dict[str, Array]:

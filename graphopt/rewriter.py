@@ -228,7 +228,7 @@ class Rewriter:
                 for index in range(len(inner.inputs)):
                     inner.replace_input_with(index, None)
             assert node.graph is not None, "the node was erased before"
-            node.graph.remove(node, safe=True)
+            _take_out(node)
             self._note(*(producer for producer in producers if producer.graph is not None))
 
     def move(self, node: ir.Node, *, before: ir.Node) -> None:
@@ -402,9 +402,9 @@ class Rewriter:
         if old.shape is not None or graph is self.model.graph:  # a scalar's shape is falsy
             new.shape = old.shape
         new.meta[shapes.INFERRED] = old.meta.get(shapes.INFERRED)
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
+        while old.is_graph_output():
+            # A slice is a plain list: onnx_ir's own container is slow to search where there are many outputs.
+            graph.outputs[graph.outputs[:].index(old)] = new
 
     def _all_names(self) -> Counter[str]:
         """Return every name of the model, with the number of things that bear it."""
@@ -438,6 +438,16 @@ class Rewriter:
     def _write(self, rule: str, origins: provenance.Origins, nodes: tuple[str, ...]) -> None:
         self.edits += 1
         self.journal.edits.append(Edit(len(self.journal.edits) + 1, self.pass_name, rule, origins, nodes))
+
+
+def _take_out(node: ir.Node) -> None:
+    """Remove a node nothing reads, and its uses of what it reads, as `ir.Graph.remove(node, safe=True)` does."""
+    # That looks through every output of the graph each time.
+    graph, node.graph = node.graph, None
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
+    assert isinstance(graph, ir.Graph), "a node is in no graph or in one"
+    graph._nodes.remove(node)
 
 
 def let_go(node: ir.Node) -> None:

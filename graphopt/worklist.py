@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from graphopt.rewriter import Rewriter, let_go
 
 # A rewrite that fires this often per node of the graph is taken for rules undoing each other.
 REWRITES_PER_NODE_LIMIT = 50
+# Readers of a node with more of them are queued once for all edits near it, not again at each.
+FEW_READERS = 8
 
 
 class ReplacementBuilder:
@@ -109,6 +111,7 @@ class _Driver:
         self.reach = max((rule.depth for group in self.by_root.values() for rule in group), default=1)
         self.queue: deque[ir.Node] = deque()
         self.queued: set[ir.Node] = set()
+        self.widely_read: dict[ir.Node, int] = {}  # disturbed -> how many steps downstream are still to be queued
         self.fired: Counter[str] = Counter()
         self.recent: deque[str] = deque(maxlen=16)
         self.missed: dict[tuple[str, ir.Node], str] = {}
@@ -119,7 +122,7 @@ class _Driver:
         for node in nodes:
             self._push(node)
         with self.rewriter.observed_by(self._disturbed):
-            while self.queue:
+            while self._refill():
                 node = self.queue.popleft()
                 self.queued.discard(node)
                 if node.graph is not None:
@@ -135,13 +138,37 @@ class _Driver:
             self.queue.append(node)
             self.queued.add(node)
 
+    def _refill(self) -> bool:
+        """Return whether a node is queued; the readers of widely read nodes are when all others have been visited."""
+        if not self.queue and self.widely_read:
+            waiting, self.widely_read = self.widely_read, {}
+            for steps in range(self.reach - 1, 0, -1):
+                for node in [node for node, left in waiting.items() if left == steps and node.graph is not None]:
+                    self._queue_downstream(_readers(node), steps, waiting)
+        return bool(self.queue)
+
     def _disturbed(self, node: ir.Node) -> None:
         """Queue a changed node and every node downstream within a pattern's reach."""
-        frontier = {node}
-        for _ in range(self.reach):
-            for near in frontier:
-                self._push(near)
-            frontier = {use.node for near in frontier for value in near.outputs for use in value.uses()}
+        self._queue_downstream([node], self.reach, {})
+
+    def _queue_downstream(self, nodes: Iterable[ir.Node], steps: int, expanded: Mapping[ir.Node, int]) -> None:
+        """Queue nodes and what is less than so many steps downstream; readers of widely read nodes have to wait.
+
+        Without the wait, each of N edits near a node that N others read would walk all N of them.
+        """
+        frontier = dict.fromkeys(nodes)
+        for left in range(steps - 1, -1, -1):
+            following: dict[ir.Node, None] = {}
+            for node in frontier:
+                self._push(node)
+                if left <= max(self.widely_read.get(node, 0), expanded.get(node, 0)):
+                    continue  # its readers wait, or have just been queued, as far as asked for here
+                readers = _readers(node)
+                if len(readers) > FEW_READERS:
+                    self.widely_read[node] = left
+                else:
+                    following.update(readers)
+            frontier = following
 
     def _visit(self, node: ir.Node) -> None:
         for compiled in self.by_root[(normal_domain(node.domain), node.op_type)]:
@@ -179,17 +206,17 @@ class _Driver:
         return None
 
     def _splice(self, match: Match, built: ReplacementBuilder, values: Sequence[ir.Value]) -> None:
-        for constant in built.constants:
-            self.rewriter.adopt(constant, near=match.root)
-        for node in built.nodes:
-            self.rewriter.import_domain(node.domain, near=match.root)
-            self.rewriter.insert(node, before=match.root)
         for old in match.root.outputs[len(values) :]:
             if old.uses() or old.is_graph_output():
                 raise PassError(
                     f"a rule leaves output `{old.name}` of `{walk.label(match.root)}` without a replacement",
                     hint="return one value for each output of the root",
                 )
+        for constant in built.constants:
+            self.rewriter.adopt(constant, near=match.root)
+        for node in built.nodes:
+            self.rewriter.import_domain(node.domain, near=match.root)
+            self.rewriter.insert(node, before=match.root)
         for old, new in zip(match.root.outputs, values, strict=False):
             self.rewriter.replace(old, new)
         # Erasing a reader frees what it reads, so go on until nothing more is free.
@@ -217,6 +244,11 @@ class _Driver:
             # A name may be taken in another graph.
             if bound and heir and heir.graph is bound.graph and self.rewriter.remove_if_unread(bound):
                 heir.name = bound.name
+
+
+def _readers(node: ir.Node) -> dict[ir.Node, None]:
+    """Return the nodes that read an output of a node, each once, in order."""
+    return {use.node: None for value in node.outputs for use in value.uses()}
 
 
 def _read_elsewhere(match: Match) -> ir.Node | None:

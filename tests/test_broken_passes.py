@@ -471,7 +471,7 @@ def test_exception_in_a_pass(model: ir.Model) -> None:
 
     error = refused(model, broken(run))
     assert isinstance(error, PassError)
-    assert error.exit_code == 2
+    assert error.exit_code == 3
     assert error.message.startswith("pass `broken` failed: KeyError: ")
     assert len(error.message) < 400
     assert "mistake of the pass, not yours" in str(error.hint)

@@ -449,3 +449,14 @@ def test_attributes_are_a_plain_dict_inside() -> None:
     node = ir.Node("", "Transpose", [None], [ir.AttrInt64s("perm", [1, 0])])
     assert type(node.attributes.data) in (dict, collections.OrderedDict)
     assert list(node.attributes.data.values()) == [node.attributes["perm"]]
+
+
+def test_removing_a_node_looks_through_all_outputs_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `Rewriter.erase` takes a node out of the list of nodes itself."""
+    model = read(proto([helper.make_node("Add", ["x", "w"], ["y"]), helper.make_node("Abs", ["x"], ["dead"])]))
+    looked_at = []
+    outputs = type(model.graph.outputs)
+    get = outputs.__getitem__
+    monkeypatch.setattr(outputs, "__getitem__", lambda self, index: looked_at.append(index) or get(self, index))
+    model.graph.remove(model.graph[1], safe=True)
+    assert looked_at

@@ -12,7 +12,10 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
+from graphopt import registry
+from graphopt.data import open_data
 from graphopt.errors import DataError, UsageError
+from graphopt.evaluation import Judge
 from graphopt.passes import Prune
 
 pytest.importorskip("onnxruntime")
@@ -82,3 +85,19 @@ def test_rewritten_nodes_keep_their_names() -> None:
     }"""
     result = graphopt.optimize(ir.from_proto(onnx.parser.parse_model(text)), "simplify")
     assert [(node.name, node.outputs[0].name) for node in result.model.graph] == [("conv1", "n"), ("act", "y")]
+
+
+@pytest.mark.parametrize(("other", "hangs"), [(1000.001, True), (1.0, False)])
+def test_an_error_is_excused_where_rounding_alone_moves_the_original_as_far(other: float, hangs: bool) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+    g (float[4] x) => (float[4] y) <float a = {{1000.0}}, float b = {{{other}}}> {{
+      p = Add(x, a)
+      q = Add(x, b)
+      d = Sub(q, p)
+      y = Reciprocal(d)
+    }}"""
+    backend = registry.backend("onnxruntime")
+    data = open_data({"x": np.zeros((4, 4), np.float32)}, ir.from_onnx_text(text), labels=None)
+    judge = Judge(ir.from_onnx_text(text), backend, data, [], seed=0, threads=1)
+    why = judge.hangs_on_rounding(1e-4)
+    assert (why is not None) == hangs, why

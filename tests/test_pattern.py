@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from graphopt import provenance
+from graphopt import provenance, worklist
 from graphopt.errors import PassError
 from graphopt.pattern import Match, Miss, PatternNode, Rule, compile_rule, matches_at
 from graphopt.rewriter import Rewriter
@@ -214,6 +215,7 @@ def test_an_output_that_is_read_must_be_replaced() -> None:
     model = parse("{ y, z = Split(x) }", inputs="float[4] x", outputs="float[2] y, float[2] z")
     with pytest.raises(PassError, match="without a replacement"):
         apply(model, Half())
+    assert ops(model) == ["Split"]  # refused before anything was edited
 
 
 def test_one_variable_bound_twice_must_be_one_value() -> None:
@@ -274,3 +276,76 @@ def test_a_large_constant_may_be_neutral_too() -> None:
         rewriter = Rewriter(model)
         rewriter.set_input(model.graph[0], 1, rewriter.const(content.astype(np.float32), "z"))
         assert (match_at(root, model.graph[0]) is not None) == matches
+
+
+class NoIdentity(Rule):
+    name = "no-identity"
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.Identity(x)
+
+    def rewrite(self, op: Any, m: Match) -> Any:
+        return m.x
+
+
+class Untouched(Rule):
+    """Matches no Softplus, and counts those it is asked about."""
+
+    name = "untouched"
+
+    def __init__(self) -> None:
+        self.tried = 0
+
+    def pattern(self, op: Any, x: Any) -> Any:
+        return op.Softplus(x)
+
+    def applies(self, m: Match) -> bool:
+        self.tried += 1
+        return False
+
+
+def readers_of_one(count: int) -> ir.Model:
+    """Relu, read by many Identity nodes, each read by a Softplus, all read by one Sum."""
+    readers = " ".join(f"i{n} = Identity(r) s{n} = Softplus(i{n})" for n in range(count))
+    return parse(f"{{ r = Relu(x) {readers} y = Sum({', '.join(f's{n}' for n in range(count))}) }}")
+
+
+def test_edits_near_a_widely_read_node_do_not_each_visit_all_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, pushed = 100, Counter[str]()
+    push = worklist._Driver._push
+    monkeypatch.setattr(worklist._Driver, "_push", lambda self, node: pushed.update([node.op_type]) or push(self, node))
+    watcher = Untouched()
+    assert apply(readers_of_one(count), NoIdentity(), DoubleNeg(), watcher).fired["no-identity"] == count
+    assert watcher.tried <= 5 * count
+    assert pushed.total() <= 20 * count
+
+
+def test_a_rule_matches_once_the_last_other_reader_of_many_is_gone() -> None:
+    class Absorb(Rule):
+        name = "absorb"
+
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Sqrt(op.Relu(x))
+
+        def rewrite(self, op: Any, m: Match) -> Any:
+            return op.Sqrt(m.x)
+
+    class Same(Rule):
+        name = "same"
+
+        def pattern(self, op: Any, x: Any, a: Any) -> Any:
+            return op.Where(op.Equal(a, a), x, op.Abs(op.Identity(a)))
+
+        def rewrite(self, op: Any, m: Match) -> Any:
+            return m.x
+
+    count = 3 * worklist.FEW_READERS
+    steps = [f"v{n + 1} = Where(e{n}, v{n}, b{n})" for n in range(count)]
+    reads = [f"e{n} = Equal(r, r) i{n} = Identity(r) b{n} = Abs(i{n})" for n in range(count)]
+    model = parse(
+        f"{{ r = Relu(x) y = Sqrt(r) v0 = Neg(x) {' '.join(reads + steps)} z = Neg(v{count}) }}",
+        outputs="float[2] y, float[2] z",
+    )
+    fired = apply(model, Absorb(), Same()).fired
+    assert fired == {"absorb": 1, "same": count}
+    assert "Relu" not in ops(model)

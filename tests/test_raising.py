@@ -88,6 +88,28 @@ def test_operator_that_loses_on_a_target_is_raised_elsewhere_only(text: str, ope
     assert operator not in operators(left)
 
 
+GROUPS_SHARE_CHANNELS = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[2, 3, 2, 2] x) => (float[2, 3, 2, 2] y)
+<int64[3] groups = {2, 2, -1}, float[2] s = {1, 1}, float[2] b = {0, 0}, int64[4] back = {2, 3, 2, 2},
+ float[3, 1, 1] gamma = {1, 2, 3}, float[3, 1, 1] beta = {0, 1, 2}>
+{
+  rows = Reshape(x, groups)
+  normal = InstanceNormalization(rows, s, b)
+  whole = Reshape(normal, back)
+  scaled = Mul(whole, gamma)
+  y = Add(scaled, beta)
+}
+"""
+
+
+def test_groups_that_share_channels_are_no_group_norm() -> None:
+    proto = onnx.parser.parse_model(GROUPS_SHARE_CHANNELS)
+    model = graphopt.optimize(ir.from_proto(proto), RaiseOperators(), target="portable").model
+    assert "GroupNormalization" not in operators(model)
+    assert_equivalent(proto, model)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -144,12 +144,25 @@ class Keys:
         return numbers.get(value, value)
 
 
+class _Itself:
+    """The key of a tensor that equals no other one; it keeps the tensor, whose address would be another's next."""
+
+    def __init__(self, tensor: ir.TensorProtocol) -> None:
+        self._tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other._tensor is self._tensor
+
+    def __hash__(self) -> int:
+        return id(self._tensor)
+
+
 def tensor_key(tensor: ir.TensorProtocol) -> Hashable:
     """Return what tensors of equal content share; large ones, which are not read, only if they are the same bytes."""
     if tensor.size > CONTENT_LIMIT:
         if isinstance(tensor, MappedTensor):
             return tensor.dtype, walk.dims(tensor), id(tensor.file), tensor.offset
-        return id(tensor)
+        return _Itself(tensor)
     if tensor.dtype == ir.DataType.STRING:
         return tensor.dtype, walk.dims(tensor), tuple(tensor.numpy().reshape(-1).tolist())
     return tensor.dtype, walk.dims(tensor), hashlib.sha256(tensor.tobytes()).digest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -155,9 +155,22 @@ class _Folder:
                 self.foldable[node] = None
         edge = [node for node in self.foldable if self._is_read_outside(node) and not _names_an_output(node)]
         edge = [node for node in edge if not self._is_known_too_large(node)]
-        if edge:
-            for node, contents in self._compute(edge).items():
+        for batch in self._batches(edge):
+            for node, contents in self._compute(batch).items():
                 self._fold(node, contents)
+
+    def _batches(self, edge: Iterable[ir.Node]) -> Iterator[list[ir.Node]]:
+        """Yield what is computed in one session: together no more than about the limit, so that memory keeps to it."""
+        batch: list[ir.Node] = []
+        size = 0
+        for node in edge:
+            batch.append(node)
+            size += sum(shapes.static_bytes(value) or 0 for value in (*node.inputs, *node.outputs) if value is not None)
+            if size > self.limit:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
 
     def _is_known_too_large(self, node: ir.Node) -> bool:
         """Return whether a result is over the limit, or dwarfs what it comes from, before memory is spent on it."""

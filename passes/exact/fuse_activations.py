@@ -36,7 +36,6 @@ class FuseActivations(RewritePass):
             *(Clamps(outer, inner) for outer, inner in product(_CLAMPS, _CLAMPS)),
             *(KeptSign("Relu", inner) for inner in _NONNEGATIVE),
             *(KeptSign("Abs", inner) for inner in (*_NONNEGATIVE, "Relu")),
-            LogOfSoftmax(),
             UniformSlope(),
         )
 
@@ -140,18 +139,6 @@ class KeptSign(Rule):
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return op.like(m.inner, m.x)
-
-
-class LogOfSoftmax(Rule):
-    """Log(Softmax(x)) = LogSoftmax(x), which does not lose the digits of small probabilities."""
-
-    name = "log-of-softmax"
-
-    def pattern(self, op: Any, x: Any) -> Any:
-        return op.Log(op.Softmax(x, _id="softmax"))
-
-    def rewrite(self, op: Any, m: Match) -> Any:
-        return op.LogSoftmax(m.x, **m.softmax.attributes)
 
 
 class UniformSlope(Rule):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt import walk
 from graphopt.authoring import RewritePass
 from graphopt.pattern import Match, Rule
 from graphopt.target import Target
@@ -22,10 +23,17 @@ class Reciprocals(RewritePass):
         return (ProductWithReciprocal(), ProductWithQuotient())
 
 
-class ProductWithReciprocal(Rule):
-    """x · Reciprocal(y) = x / y.
+def _is_root(m: Match) -> bool:
+    """Return whether the divisor is a square root: the reciprocal of another number may overflow, the quotient not."""
+    producer = m.y.producer()
+    return producer is not None and walk.is_onnx_op(producer, "Sqrt")
 
-    One rounding instead of two. Where y is zero both give an infinity, or NaN for x = 0.
+
+class ProductWithReciprocal(Rule):
+    """x · Reciprocal(y) = x / y, where y is a square root.
+
+    One rounding instead of two. Where y is zero both give an infinity, or NaN for x = 0; no other root is so small that
+    its reciprocal overflows.
     """
 
     name = "product-with-reciprocal"
@@ -33,14 +41,17 @@ class ProductWithReciprocal(Rule):
     def pattern(self, op: Any, x: Any, y: Any) -> Any:
         return op.Mul(x, op.Reciprocal(y))
 
+    def applies(self, m: Match) -> bool:
+        return _is_root(m)
+
     def rewrite(self, op: Any, m: Match) -> Any:
         return op.Div(m.x, m.y)
 
 
 class ProductWithQuotient(Rule):
-    """x · (1 / y) = x / y, of floats.
+    """x · (1 / y) = x / y, where y is a square root.
 
-    As for Reciprocal; of integers 1 / y is mostly zero.
+    As for Reciprocal.
     """
 
     name = "product-with-quotient"
@@ -49,9 +60,8 @@ class ProductWithQuotient(Rule):
         return op.Mul(x, op.Div(1.0, y, _id="quotient"))
 
     def applies(self, m: Match) -> bool:
-        dtype = m.x.dtype
         one = m.quotient.inputs[0]
-        return dtype is not None and dtype.is_floating_point() and one.shape is not None and len(one.shape) == 0
+        return _is_root(m) and one.shape is not None and len(one.shape) == 0
 
     def rewrite(self, op: Any, m: Match) -> Any:
         return op.Div(m.x, m.y)

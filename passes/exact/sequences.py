@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt import walk
+from graphopt import shapes, walk
 from graphopt.authoring import Context, Guarantee, Pass
 
-from .arguments import integers, optional_input
+from .arguments import counted, integers, optional_input
 from .split_slices import insert_split, make_split
 
 # A Split of more pieces than this is larger than the loop it was written for.
@@ -115,9 +115,12 @@ def _split(node: ir.Node, opset: int, ctx: Context) -> None:
 def _sizes(node: ir.Node) -> list[int] | None:
     """Return the sizes of the pieces, or None where they vary, or the pieces lose their axis."""
     x, split = node.inputs[0], optional_input(node, 1)
-    if x is None or x.shape is None or len(x.shape) == 0:
+    # What an output is declared to be may be false, and runtimes run it all the same.
+    dims = shapes.dims_of(x)
+    axis = counted((node.attributes.get_int("axis", 0),), len(dims)) if dims is not None else None
+    if dims is None or axis is None:
         return None
-    size = x.shape[node.attributes.get_int("axis", 0)]
+    size = dims[axis[0]]
     given = integers(split)
     if split is None:
         keeps_axis = node.attributes.get_int("keepdims", 1) == 1

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from graphopt import walk
+from graphopt import shapes, walk
 from graphopt.authoring import Context, Guarantee, Pass
 
-from .arguments import integers, optional_input
+from .arguments import counted, integers, optional_input
 
 # Split takes its sizes as an input since this opset.
 SIZES_INPUT_SINCE = 13
@@ -31,20 +31,21 @@ class SplitSlices(Pass):
         """Look at each value once, by its Slices within its own graph."""
         for graph in list(walk.every_graph(model)):
             for value, cuts in _cuts_by_value(graph).items():
-                pieces = _tiling(cuts, value)
+                pieces = _tiling(cuts)
                 if pieces:
                     _split(value, pieces, walk.opset(model), ctx)
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """A Slice along one axis, from a position to another, exclusive; ``order`` is its node's in the graph."""
+    """A Slice along one axis of a size, from a position to another, exclusive; ``order`` is its node's in the graph."""
 
     order: int
     node: ir.Node
     axis: int
     start: int
     end: int
+    size: int
 
 
 def _cuts_by_value(graph: ir.Graph | ir.Function) -> dict[ir.Value, list[_Cut]]:
@@ -59,33 +60,34 @@ def _cuts_by_value(graph: ir.Graph | ir.Function) -> dict[ir.Value, list[_Cut]]:
 
 def _cut(order: int, node: ir.Node) -> _Cut | None:
     starts, ends, axes, steps = (integers(optional_input(node, index)) for index in (1, 2, 3, 4))
-    if node.inputs[0] is None or node.inputs[0].shape is None or starts is None or ends is None:
+    # What an output is declared to be may be false, and runtimes run it all the same.
+    dims = shapes.dims_of(node.inputs[0])
+    if dims is None or starts is None or ends is None:
         return None
     if len(starts) != 1 or len(ends) != 1 or (axes is None and optional_input(node, 3) is not None):
         return None
     if optional_input(node, 4) is not None and steps != (1,):
         return None
-    axis = (axes[0] if axes else 0) % len(node.inputs[0].shape)
-    size = node.inputs[0].shape[axis]
-    if not isinstance(size, int):
+    axis = counted(axes or (0,), len(dims))
+    size = dims[axis[0]] if axis is not None else None
+    if axis is None or not isinstance(size, int):
         return None
     start, end, _ = slice(starts[0], ends[0]).indices(size)
-    return _Cut(order, node, axis, start, max(start, end))
+    return _Cut(order, node, axis[0], start, max(start, end), size)
 
 
-def _tiling(cuts: Sequence[_Cut], value: ir.Value) -> list[_Cut]:
+def _tiling(cuts: Sequence[_Cut]) -> list[_Cut]:
     """Return the cuts along one axis that together are the whole of it, in its order; none if there are no such."""
-    assert value.shape is not None, "only values of known rank are cut"
     by_axis: dict[int, dict[int, _Cut]] = {}
     for cut in cuts:
         if cut.end > cut.start:
             by_axis.setdefault(cut.axis, {}).setdefault(cut.start, cut)
-    for axis, starting in by_axis.items():
+    for starting in by_axis.values():
         pieces, position = [], 0
         while position in starting:
             pieces.append(starting[position])
             position = pieces[-1].end
-        if len(pieces) > 1 and position == value.shape[axis]:
+        if len(pieces) > 1 and position == pieces[-1].size:
             return pieces
     return []
 

@@ -230,8 +230,9 @@ class _Graph:
                 ctx.rewriter.adopt(constant, near=reader)
             for node, heir in made.items():
                 ctx.rewriter.insert(heir, before=node)
+            inside = set(region.nodes)
             for value in [value for node in region.nodes for value in node.outputs]:
-                self._hand_over(value, now[value], ctx)
+                self._hand_over(value, now[value], inside, ctx)
             for node in [*reversed(region.nodes), *region.sources]:
                 if node.graph is not None and not walk.is_read(node):
                     ctx.rewriter.erase(node)
@@ -257,13 +258,13 @@ class _Graph:
             let_go(transpose)
         return True
 
-    def _hand_over(self, old: ir.Value, new: ir.Value, ctx: Context) -> None:
+    def _hand_over(self, old: ir.Value, new: ir.Value, inside: Container[ir.Node], ctx: Context) -> None:
         """Let the readers of a value outside its region read the new one, transposed where they need it."""
         perm = self.perms[old]
         for reader in dict.fromkeys(use.node for use in old.uses()):
             if _is_plain_transpose(reader):
                 self._merge(reader, perm, new, ctx)
-        if not (old.is_graph_output() or any(use.node not in self.plans for use in old.uses())):
+        if not (old.is_graph_output() or any(use.node not in inside for use in old.uses())):
             return
         if _is_identity(perm):
             ctx.rewriter.replace(old, new)

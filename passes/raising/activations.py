@@ -14,7 +14,9 @@ from graphopt.pattern import Match, Miss, Rule
 from . import chains
 
 _CUBIC = 0.044715
-_FLOATS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+# Where an activation is as exact as its parts, and has a kernel where they have one. Double is out: alpha and beta are
+# float32 attributes, and runtimes lack the kernels. So is bfloat16, which several operators refuse before opset 22.
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,9 @@ class NormScale(Rule):
     def rewrite(self, op: Any, m: Match) -> Any:
         scale = m.t
         if not chains.holds_only(m.s, 1.0) or shapes.static_shape(m.t) != shapes.static_shape(m.s):
-            both = m.array("s").astype(np.float64) * m.array("t").astype(np.float64).reshape(-1)
+            # Leading ones aside the two are of one shape, see `_fits`.
+            scale_of_norm = m.array("s").astype(np.float64)
+            both = scale_of_norm * m.array("t").astype(np.float64).reshape(scale_of_norm.shape)
             scale = op.const(both.astype(m.array("t").dtype), m.t.name)
         return op.like(m.norm, m.x, scale)
 
@@ -310,6 +312,8 @@ class GroupNorm(Rule):
         batch, channels = heads.dim(m.x, 0), heads.dim(m.x, 1)
         if not heads.same_dim(batch, heads.dim(m.split.outputs[0], 0)) or not isinstance(channels, int):
             return Miss("its groups are not known to be of channels", m.root)
+        if channels % _groups(m) != 0:
+            return Miss("its groups share channels", m.root)
         if any(_per_channel(value, channels, chains.rank_of(m.x) or 0) is None for value in (m.gamma, m.beta)):
             return Miss("its scale or bias is not one constant for each channel", m.root)
         return None
@@ -324,9 +328,13 @@ class GroupNorm(Rule):
             m.x,
             op.const(gamma, m.gamma.name),
             op.const(beta, m.beta.name),
-            num_groups=walk.dims(walk.constant_tensor(m.s))[0],  # type: ignore[arg-type]
+            num_groups=_groups(m),
             epsilon=m.norm.attributes.get_float("epsilon", 1e-5),
         )
+
+
+def _groups(m: Match) -> int:
+    return walk.dims(walk.constant_tensor(m.s))[0]  # type: ignore[arg-type]
 
 
 def _same_shape(a: ir.Value, b: ir.Value) -> bool:

@@ -12,7 +12,7 @@ from graphopt.analysis import AnalysisCache
 from graphopt.authoring import Context, Guarantee, Note, Pass
 from graphopt.backend import Backend
 from graphopt.data import Dataset
-from graphopt.errors import GraphoptError, PassCrash, in_words
+from graphopt.errors import GraphoptError, PassCrash, PassError, in_words
 from graphopt.instruments import Instrument
 from graphopt.pipeline import Step
 from graphopt.report import PassRecord, StepRecord
@@ -163,6 +163,10 @@ class PassManager:
             let_go_of_loose_nodes(model)
         except GraphoptError:
             raise
+        except MemoryError as error:
+            raise PassError(
+                f"pass `{one.name}` ran out of memory", hint="close other programs, or use a machine with more memory"
+            ) from error
         except Exception as error:
             raise PassCrash(
                 f"pass `{one.name}` failed: {in_words(error)}",

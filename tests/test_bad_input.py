@@ -16,6 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import driver, output_files, staged_files
+from graphopt.errors import EXIT_FAULT
 from graphopt.passes.lossy.prune import Prune
 
 from .command_line import FEATURES, Outcome, classifier, contents, fill, run, samples
@@ -492,8 +493,8 @@ def test_disk_full_keeps_an_older_output(folder: Path, monkeypatch: pytest.Monke
     ("error", "code", "expected"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (MemoryError(), 2, "MemoryError"),
-        (RuntimeError("two\nlines"), 2, "pass `prune` failed: RuntimeError: two lines"),
+        (MemoryError(), 2, "pass `prune` ran out of memory"),
+        (RuntimeError("two\nlines"), 3, "pass `prune` failed: RuntimeError: two lines"),
     ],
     ids=["interrupt", "memory", "fault"],
 )
@@ -510,7 +511,7 @@ def test_a_pass_that_ends_early(
 
 def test_a_fault_of_graphopt_is_owned_up_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "measure_side", lambda *_, **__: 1 / 0)
-    outcome = refused(folder, _optimize(folder))
+    outcome = refused(folder, _optimize(folder), EXIT_FAULT)
     assert "graphopt failed: ZeroDivisionError" in outcome.error
     assert "report it" in outcome.hint
 

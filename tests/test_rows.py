@@ -120,7 +120,7 @@ def random_network(seed: int) -> onnx.ModelProto:
 @pytest.mark.parametrize("start", range(0, SEEDS, SEEDS_A_TEST))
 def test_networks_on_matrices_compute_the_same(start: int) -> None:
     flattened = sum(_flattens(seed) for seed in range(start, start + SEEDS_A_TEST))
-    assert flattened >= SEEDS_A_TEST // 5
+    assert flattened >= SEEDS_A_TEST // 10
 
 
 def _flattens(seed: int) -> bool:

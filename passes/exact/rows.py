@@ -135,6 +135,9 @@ class _Graph:
         """Compute every region on matrices that is better off."""
         for region in self._regions():
             values = [value for node in region for value in (*self._rows(node), *node.outputs)]
+            # With known sizes runtimes make the same Gemms themselves; with others they do not, and are faster without.
+            if not all(shapes.static_shape(value) is not None for value in values):
+                continue
             if self._cost(values, region) < 0:
                 self._flatten(region, ctx)
 

@@ -1,0 +1,31 @@
+"""Splits of values whose declared shape is false: runtimes run such models, so nothing may hang on it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from .pass_runs import loaded, outputs_of, run_passes
+
+pytest.importorskip("onnxruntime")
+
+TEXT = """<ir_version: 8, opset_import: ["" : 18]>
+g (float[6] x) => (float[4] z, float[2] p2, float[4] q2)
+  <int64[1] zero = {0}, int64[1] two = {2}, int64[1] end = {99}> {
+  z = Neg(x)
+  p = Slice(z, zero, two)
+  q = Slice(z, two, end)
+  p2 = Neg(p)
+  q2 = Neg(q)
+}"""
+
+
+def test_pieces_are_as_large_as_what_is_inferred_says() -> None:
+    proto = onnx.parser.parse_model(TEXT)
+    feed = {"x": np.arange(6, dtype=np.float32)}
+    run = run_passes(loaded(proto), "split-slices")
+    assert [edit.rule for edit in run.edits] == ["split"]
+    before, after = outputs_of(proto, feed), outputs_of(run.model, feed)
+    for name, expected in before.items():
+        np.testing.assert_array_equal(after[name], expected)

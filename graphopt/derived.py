@@ -24,7 +24,8 @@ _BYTE_BITS = 8
 class DerivedTensor(ir.TensorProtocol):
     """An immutable tensor that is another one transposed, sliced, reshaped or cast.
 
-    It costs nothing until its bytes are asked for, and then no more than a block of them at a time. Use `transposed`,
+    It costs nothing until its bytes are asked for, and then a block of rows at a time; a reshape of a transpose, and a
+    tensor whose first axis is short, are made whole. Use `transposed`,
     `sliced`, `reshaped` and `cast` to make one.
 
     Args:

@@ -7,7 +7,6 @@ import math
 import onnx_ir as ir
 
 from graphopt import walk
-from graphopt.dims import at_least
 from graphopt.inference import Inference
 from graphopt.shape_facts import Contents, Dims
 from graphopt.value_records import INFERRED, fact_of, forget, inherit, write_down
@@ -22,7 +21,6 @@ __all__ = [
     "infer_node",
     "infer_shapes",
     "inherit",
-    "is_nonnegative",
     "same_shape",
     "static_bytes",
     "static_shape",
@@ -128,12 +126,6 @@ def contents(value: ir.Value | None) -> Contents | None:
     Constants give theirs; those of more than 1,024 elements are not read.
     """
     return fact_of(value).contents if value is not None else None
-
-
-def is_nonnegative(value: ir.Value | None) -> bool:
-    """Return whether all elements of an integer value are provably 0 or more."""
-    known = contents(value)
-    return known is not None and all(at_least(entry, 0) for entry in known.entries)
 
 
 def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:

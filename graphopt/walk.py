@@ -164,6 +164,15 @@ def imported(imports: Mapping[str, int], domain: str = "") -> int:
     return imports.get(domain, 1)
 
 
+def every_graph_with_opset(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, int]]:
+    """Yield every graph and the version of the ONNX operators in it; a function imports its own."""
+    for graph in graphs_within(model.graph):
+        yield graph, opset(model)
+    for function in model.functions.values():
+        for graph in graphs_within(function):
+            yield graph, imported(function.opset_imports)
+
+
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return the tensor a value always holds, or None where it may vary.
 

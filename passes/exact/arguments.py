@@ -10,6 +10,10 @@ import onnx_ir as ir
 
 from graphopt import shapes, walk
 
+REDUCTIONS = (
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare",
+)  # fmt: skip
 # Axes, sizes and indices are few; a larger constant is data, and is not read.
 LARGEST_ARGUMENT = 4096
 # Slices end here, or beyond, to say "at the end".

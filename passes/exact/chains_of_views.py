@@ -12,22 +12,10 @@ from graphopt import shapes, walk
 from graphopt.dims import Size, at_least
 from graphopt.pattern import Match, Miss, Rule
 
-from .arguments import axes_of, has_axes, integers, over_axes, rank_of
+from .arguments import REDUCTIONS, axes_of, has_axes, integers, over_axes, rank_of
 from .bypass import bypass
 
 VIEWS = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-REDUCTIONS = (
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "ReduceSumSquare",
-)
 PICKS = ("ArgMax", "ArgMin")
 
 

@@ -13,18 +13,8 @@ from graphopt.authoring import RewritePass
 from graphopt.pattern import Match, Miss, Rule
 from graphopt.target import Target
 
-REDUCTIONS = (
-    "ReduceMean",
-    "ReduceSum",
-    "ReduceMax",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceSumSquare",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-)
+from .arguments import REDUCTIONS
+
 _POOL = "GlobalAveragePool"
 # How far above a mean its Conv may be, and what may lie between.
 _STEPS_UP = 4

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt import derived, shapes, walk
 from graphopt.backend import Array
 
-from .arguments import axes_of, counted, has_axes, integers, optional_input, rank_of
+from .arguments import REDUCTIONS, axes_of, counted, has_axes, integers, optional_input, rank_of
 
 # f(x) element by element, of the first input alone; further inputs are numbers.
 UNARY = frozenset(
@@ -91,20 +91,6 @@ BROADCASTING = frozenset(
         "Sum",
         "Where",
         "Xor",
-    ]
-)
-REDUCTIONS = frozenset(
-    [
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "ReduceSumSquare",
     ]
 )
 # Operators along one axis, told by an attribute, with its default.

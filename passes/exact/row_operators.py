@@ -13,8 +13,8 @@ from graphopt import shapes, walk
 from graphopt.backend import Array
 from graphopt.shape_facts import Dims
 
-from .arguments import axes_of, counted, has_axes, integers, optional_input, rank_of
-from .renamed_axes import ALONG_AN_AXIS, BROADCASTING, REDUCTIONS, SOFTMAX_ALONG_ONE_AXIS_SINCE, UNARY
+from .arguments import REDUCTIONS, axes_of, counted, has_axes, integers, optional_input, rank_of
+from .renamed_axes import ALONG_AN_AXIS, BROADCASTING, SOFTMAX_ALONG_ONE_AXIS_SINCE, UNARY
 
 _MATRIX = 2
 _NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")

@@ -39,22 +39,12 @@ class FlattenRows(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Flatten region by region, until no region is better off with matrices."""
         has_gemm = "Gemm" in ctx.target.fast_ops
-        for graph, opset in list(_graphs(model)):
+        for graph, opset in list(walk.every_graph_with_opset(model)):
             for _ in range(ROUNDS_LIMIT):
                 edits = ctx.rewriter.edits
                 _Graph(graph, opset, has_gemm).flatten(ctx)
                 if ctx.rewriter.edits == edits:
                     break
-
-
-def _graphs(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, int]]:
-    """Yield every graph and the version of the operators in it; a function imports its own."""
-    for graph in walk.graphs_within(model.graph):
-        yield graph, walk.opset(model)
-    for function in model.functions.values():
-        imports = function.opset_imports
-        for graph in walk.graphs_within(function):
-            yield graph, imports.get("", imports.get("ai.onnx", 1))
 
 
 class _Graph:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 
 from graphopt import derived, shapes, walk
+
+from .arguments import integers
 
 # Casts among these round as numpy does; what a cast to an integer does out of range is the runtime's business.
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
@@ -42,7 +42,7 @@ def _reshaped(node: ir.Node, source: ir.TensorProtocol) -> derived.DerivedTensor
 
 
 def _sliced(node: ir.Node, source: ir.TensorProtocol) -> derived.DerivedTensor | None:
-    numbers = [_integers(value) for value in node.inputs[1:]]
+    numbers = [integers(value) for value in node.inputs[1:]]
     if len(numbers) < 2 or numbers[0] is None or numbers[1] is None:
         return None  # before opset 10 these were attributes
     starts, ends = numbers[0], numbers[1]
@@ -61,8 +61,3 @@ def _sliced(node: ir.Node, source: ir.TensorProtocol) -> derived.DerivedTensor |
 def _cast(node: ir.Node, source: ir.TensorProtocol) -> derived.DerivedTensor | None:
     wanted = ir.DataType(node.attributes["to"].as_int())
     return derived.cast(source, wanted) if {source.dtype, wanted} <= _FLOATS else None
-
-
-def _integers(value: ir.Value | None) -> Sequence[int] | None:
-    tensor = walk.constant_tensor(value)
-    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]

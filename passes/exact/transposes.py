@@ -32,22 +32,12 @@ class MoveTransposes(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Move Transposes region by region, until no region is better off without."""
-        for graph, opset in list(_graphs(model)):
+        for graph, opset in list(walk.every_graph_with_opset(model)):
             for node in list(graph):
                 _absorb(node, ctx)
             for _ in range(ROUNDS_LIMIT):
                 if not _Graph(graph, opset).sink(ctx):
                     break
-
-
-def _graphs(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, int]]:
-    """Yield every graph and the version of the operators in it; a function imports its own."""
-    for graph in walk.graphs_within(model.graph):
-        yield graph, walk.opset(model)
-    for function in model.functions.values():
-        imports = function.opset_imports
-        for graph in walk.graphs_within(function):
-            yield graph, imports.get("", imports.get("ai.onnx", 1))
 
 
 def _absorb(gemm: ir.Node, ctx: Context) -> None:

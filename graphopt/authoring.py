@@ -22,6 +22,7 @@ from graphopt.rewrite_check import Proposal, Refusal, RewriteCheck
 from graphopt.rewriter import Rewriter, let_go
 from graphopt.statistics import Range, RangeMethod, collect_ranges
 from graphopt.target import Target
+from graphopt.walkthrough import Walkthrough
 from graphopt.worklist import apply_rules
 
 T = TypeVar("T")
@@ -169,6 +170,14 @@ class Context:
         assert self.data is not None, "the pass did not declare that it needs calibration data"
         names = [value.name for value in values if value.name]
         return collect_ranges(self.model, names, self.data, self.backend, method, threads=self.threads)
+
+    def walkthrough(self, model: ir.Model | None = None) -> Walkthrough:
+        """Return a walkthrough of the calibration samples, through the model as it is being changed, or another one.
+
+        A pass that corrects each layer for the layers changed before it goes through a clone of the model beside it.
+        """
+        assert self.data is not None, "the pass did not declare that it needs calibration data"
+        return Walkthrough(model or self.model, self.data, self.backend, threads=self.threads)
 
     def evaluate(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[Array]:
         """Compute values that hang on constants alone, by the backend's own kernels, one by one as they stand.

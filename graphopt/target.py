@@ -6,25 +6,53 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+Code = Literal["uint4", "int4", "uint8", "int8", "uint16", "int16", "float8e4m3fn", "float8e5m2"]
+
+
 @dataclass(frozen=True)
 class IntegerScheme:
-    """How integers are laid out for kernels that compute in integers.
+    """How values are laid out for kernels that compute on codes of few bits.
 
     Attributes:
         activation: Dtype of quantized activations.
-        activation_symmetric: Whether the zero point of activations is the middle of their range.
-        weight: Dtype of quantized weights; weights are always symmetric.
+        activation_symmetric: Whether the zero point of activations is zero.
+        weight: Dtype of quantized weights; in kernels that compute on them, weights are always symmetric.
         per_channel: Whether each output channel of a weight has a scale of its own.
         bias: ``int32`` where the kernel adds the bias before it rescales, ``float`` where it does not.
         reduce_range: Whether weights keep to 7 bits, because the kernel's 16-bit sums saturate.
+        quantize_outputs: Whether what a kernel writes is quantized at once; where not, only what it reads is.
+        residual: Whether an Add of two branches is given its identity branch quantized, and the other in float.
+        least_channels: A weight with fewer inputs or outputs than this stays float, as its kernel would be slower.
     """
 
-    activation: Literal["uint8", "int8"]
+    activation: Code
     activation_symmetric: bool
-    weight: Literal["int8"]
+    weight: Code
     per_channel: bool
     bias: Literal["int32", "float"]
     reduce_range: bool = False
+    quantize_outputs: bool = True
+    residual: bool = False
+    least_channels: int = 1
+
+
+@dataclass(frozen=True)
+class WeightOnlyScheme:
+    """How weights stored in few bits are read by a runtime that computes in float.
+
+    Attributes:
+        form: ``MatMulNBits`` (ONNX Runtime's own operator), or ``DequantizeLinear`` in blocks, of the standard.
+        bits: Widths the form takes.
+        blocks: Block sizes it takes.
+        accuracy_level: What MatMulNBits may compute in: 0 as the input, 1 float32, 2 float16, 3 bfloat16, 4 int8.
+        embedding: ``GatherBlockQuantized``, or None where a table's rows are gathered as codes and scaled.
+    """
+
+    form: Literal["MatMulNBits", "DequantizeLinear"]
+    bits: tuple[int, ...] = (4, 8)
+    blocks: tuple[int, ...] = (16, 32, 64, 128, 256)
+    accuracy_level: int = 0
+    embedding: Literal["GatherBlockQuantized"] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,9 @@ class Target:
         backend: Name of the backend that runs it.
         provider: The backend's execution provider, or None where it has no such option.
         static: Scheme of static QDQ quantization, or None where it never pays.
+        alternatives: Other schemes that run there, if asked for.
+        weight_only: How weights of few bits are read, or None where only whole channels of int8 are.
+        floats: Float dtypes besides float32 that run faster there than float32.
         integer_ops: Operators with an integer kernel once every input and output is quantized.
         shared_scale_ops: Operators that only move or select values: input and output share one scale.
         dynamic_ops: Operators that pay when activations are quantized on the fly.
@@ -51,6 +82,9 @@ class Target:
     backend: str
     provider: str | None = None
     static: IntegerScheme | None = None
+    alternatives: tuple[IntegerScheme, ...] = ()
+    weight_only: WeightOnlyScheme | None = None
+    floats: frozenset[str] = field(default_factory=frozenset)
     integer_ops: frozenset[str] = field(default_factory=frozenset)
     shared_scale_ops: frozenset[str] = field(default_factory=frozenset)
     dynamic_ops: frozenset[str] = field(default_factory=frozenset)

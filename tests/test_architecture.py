@@ -57,6 +57,7 @@ ROOMS = {
         "statistics",
         "summary",
         "verify",
+        "walkthrough",
     ),
     "editing": ("pattern", "worklist", "rewrite_check", "rewriter"),
     "authoring": ("authoring",),

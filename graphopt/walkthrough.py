@@ -1,0 +1,200 @@
+"""Walkthroughs: a model run over samples piece by piece, each piece once, while it is being changed further down."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.backend import Array, Backend
+from graphopt.data import Batch, Dataset
+from graphopt.fragment import constant_content, fragment, values_read
+
+# Values kept for what comes later stay in memory up to this, together; the rest goes to a file.
+MEMORY_LIMIT = 1 << 30
+# Samples run at once: few enough that activations, some times larger than the inputs, stay within this.
+BATCH_BYTES = 64 << 20
+ACTIVATIONS_PER_INPUT = 16
+LARGEST_BATCH = 16
+
+
+class Walkthrough:
+    """Runs a model over samples up to the values asked for, and goes on from there when asked for later ones.
+
+    Only the values that nodes not yet run will read are kept, large ones in a file, so that going through all values
+    in the order of the graph costs one run of the model. The model may be edited in between: a node runs as it is when
+    a value that hangs on it is first asked for, and what has run is not run again.
+
+    Args:
+        model: The model; only values of its main graph can be asked for.
+        data: The samples.
+        backend: Runs the pieces.
+        threads: Threads for the backend; 0 leaves it to the runtime.
+    """
+
+    def __init__(self, model: ir.Model, data: Dataset, backend: Backend, *, threads: int = 0) -> None:
+        self.model = model
+        self._backend, self._threads = backend, threads
+        self._store = _Store()
+        self._done: set[ir.Node] = set()
+        self._batches: list[Batch] = []
+        self._read_inputs(data)
+
+    def batches(self, *values: ir.Value) -> Iterator[tuple[Array, ...]]:
+        """Yield what values hold, batch by batch, without rows that only pad a fixed batch.
+
+        Raises:
+            BackendError: The runtime fails on a piece of the model.
+        """
+        self._advance(values)
+        for index, batch in enumerate(self._batches):
+            yield tuple(batch.real(self._value(value, index)) for value in values)
+
+    def close(self) -> None:
+        """Let go of everything kept."""
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _value(self, value: ir.Value, index: int) -> Array:
+        constant = constant_content(value)
+        return constant.numpy() if constant is not None else self._store.get(value, index)
+
+    def _read_inputs(self, data: Dataset) -> None:
+        inputs = list(self.model.graph.inputs)
+        for batch in data.batches(_batch_size(data)):
+            self._batches.append(Batch({}, None, batch.count, batch.padded_to))
+            for value in inputs:
+                default = value.const_value.numpy() if value.const_value is not None else None
+                self._store.put(value, batch.feeds.get(value.name or "", default))
+
+    def _advance(self, values: Iterable[ir.Value]) -> None:
+        """Run what the values hang on and has not run, and forget what nothing will read any more."""
+        wanted = [value for value in values if constant_content(value) is None]
+        nodes = self._missing(wanted)
+        if nodes:
+            self._run(nodes, wanted)
+        for value in self._store.values():
+            if value not in wanted and not value.is_graph_input() and not self._is_read_later(value):
+                self._store.drop(value)
+
+    def _missing(self, wanted: Iterable[ir.Value]) -> list[ir.Node]:
+        """Return the nodes between what is kept and what is wanted, each after what it reads."""
+        done: dict[ir.Node, None] = {}
+        stack = [node for value in wanted if (node := self._producer(value)) is not None]
+        while stack:
+            missing = [
+                producer
+                for value in values_read(stack[-1])
+                if (producer := self._producer(value)) is not None and producer not in done
+            ]
+            if missing:
+                stack.extend(missing)
+            else:
+                done[stack.pop()] = None
+        return list(done)
+
+    def _producer(self, value: ir.Value) -> ir.Node | None:
+        return None if value in self._store or constant_content(value) is not None else value.producer()
+
+    def _run(self, nodes: list[ir.Node], wanted: list[ir.Value]) -> None:
+        for node in nodes:
+            self._done.update((node, *walk.nodes_within(node)))
+        made = [value for node in nodes for value in node.outputs if value.name]
+        outputs = [value for value in made if value in wanted or self._is_read_later(value)]
+        outputs = [value for value in outputs if value not in self._store]
+        own = set(made)
+        read = dict.fromkeys(value for node in nodes for value in values_read(node))
+        inputs = [value for value in read if value not in own and constant_content(value) is None]
+        imports = walk.all_imports(self.model)
+        piece = fragment(nodes, outputs, inputs, imports, self.model.functions)
+        for declared, value in zip(piece.graph.inputs, inputs, strict=True):
+            if declared.type is None:
+                declared.type = ir.TensorType(ir.DataType.from_numpy(self._store.get(value, 0).dtype))
+        with self._backend.open(piece, threads=self._threads) as session:
+            for index in range(len(self._batches)):
+                feeds = {f"in{place}": self._store.get(value, index) for place, value in enumerate(inputs)}
+                results = session.run(feeds)
+                for place, value in enumerate(outputs):
+                    self._store.put(value, results[f"out{place}"])
+
+    def _is_read_later(self, value: ir.Value) -> bool:
+        return any(use.node not in self._done for use in value.uses())
+
+
+def _batch_size(data: Dataset) -> int:
+    first = next(iter(data.take(1).batches(1)))
+    each = sum(np.asarray(array).nbytes for array in first.feeds.values())
+    return max(1, min(LARGEST_BATCH, BATCH_BYTES // max(each * ACTIVATIONS_PER_INPUT, 1)))
+
+
+class _Store:
+    """Arrays by value and batch, in memory up to `MEMORY_LIMIT`, the rest in files of a temporary folder."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[ir.Value, list[Array]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._held = self._files = 0
+
+    def __contains__(self, value: ir.Value) -> bool:
+        return value in self._arrays
+
+    def values(self) -> list[ir.Value]:
+        return list(self._arrays)
+
+    def get(self, value: ir.Value, index: int) -> Array:
+        return self._arrays[value][index]
+
+    def put(self, value: ir.Value, array: Array | None) -> None:
+        """Keep the array of a value's next batch; nothing is kept of an input that was not given."""
+        if array is None:
+            return
+        if self._held + _size(array) > MEMORY_LIMIT and _can_spill(array):
+            array = self._spill(array)
+        else:
+            self._held += _size(array)
+        self._arrays.setdefault(value, []).append(array)
+
+    def drop(self, value: ir.Value) -> None:
+        for array in self._arrays.pop(value):
+            if isinstance(array, np.memmap):
+                Path(str(array.filename)).unlink()
+            else:
+                self._held -= _size(array)
+
+    def close(self) -> None:
+        self._arrays.clear()
+        self._held = 0
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _spill(self, array: Array) -> Array:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+        path = Path(self._folder.name) / str(self._files)
+        self._files += 1
+        kept: Array = np.memmap(path, dtype=array.dtype, mode="w+", shape=array.shape)
+        kept[...] = array
+        return kept
+
+
+def _size(array: Array) -> int:
+    """Return the bytes of an array; a value may be a sequence, which has none."""
+    return getattr(array, "nbytes", 0)
+
+
+def _can_spill(array: Array) -> bool:
+    return isinstance(array, np.ndarray) and array.size > 0 and array.ndim > 0 and not array.dtype.hasobject

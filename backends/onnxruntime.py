@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.backend import Array, Feeds
+from graphopt.backend import Array, Feeds, Kernel
 from graphopt.errors import BackendError, UsageError, one_line
 from graphopt.model_io import serialize
 from graphopt.options import opt
+
+from .onnxruntime_kernels import read_kernels
 
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -25,6 +28,11 @@ _PROVIDERS = {
 }
 # Types that ONNX Runtime hands out as the bytes they are made of.
 _AS_BYTES = {"tensor(float8e4m3fn)": np.dtype(ml_dtypes.float8_e4m3fn)}
+# The optimized graph is written to be looked at: its weights go to a file that nobody reads.
+_WEIGHTS_APART = {
+    "session.optimized_model_external_initializers_file_name": "weights",
+    "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+}
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: warnings about the model are not the user's business
 
 
@@ -66,10 +74,28 @@ class OnnxRuntime:
         self, model: ir.Model | Path, *, threads: int = 0, optimize: bool = True, profile: Path | None = None
     ) -> OnnxRuntimeSession:
         """Open a model; see `graphopt.backend.Backend.open`."""
+        return self._open(model, _session_options(threads, optimize, profile) if _runtime() is not None else None)
+
+    def kernels(self, model: ir.Model, feeds: Feeds, *, threads: int = 0, runs: int = 5) -> list[Kernel]:
+        """Return what ONNX Runtime makes of a model; see `graphopt.backend.Inspectable.kernels`."""
+        with tempfile.TemporaryDirectory(prefix="graphopt_kernels_") as folder:
+            optimized = Path(folder, "optimized.onnx")
+            options = None
+            if _runtime() is not None:
+                options = _session_options(threads, True, Path(folder, "profile"))
+                options.optimized_model_filepath = str(optimized)
+                for key, value in _WEIGHTS_APART.items():
+                    options.add_session_config_entry(key, value)
+            with self._open(model, options) as session:
+                for _ in range(runs + 1):
+                    session.run(feeds)
+                profile = session.end_profiling()
+            return read_kernels(optimized, profile, runs)
+
+    def _open(self, model: ir.Model | Path, options: Any) -> OnnxRuntimeSession:
         why = self.missing()
         if why is not None:
             raise why
-        options = _session_options(threads, optimize, profile)
         for entry in self.config:
             key, _, value = entry.partition("=")
             options.add_session_config_entry(key, value)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 
-from graphopt.target import IntegerScheme, Target
+from graphopt.fusion_rules import Code, FusionRules
+from graphopt.target import IntegerScheme, Target, WeightOnlyScheme
+
+from . import fusion_tables
 
 # ONNX Runtime CPU fuses these into integer kernels once every input and output is quantized. Relu and Clip cost
 # nothing there: the range of the Q behind them says the same.
@@ -61,8 +65,20 @@ _ORT_CPU_SLOW_OPS = frozenset({"GroupNormalization", "Swish"})
 _ORT_X86_SLOW_OPS = _ORT_CPU_SLOW_OPS | {"com.microsoft::SkipLayerNormalization"}
 
 
+# Read four bits at a time by kernels that compute in int8; `accuracy_level` 4 says they may. Blocks below 16 have none.
+_ORT_CPU_WEIGHT_ONLY = WeightOnlyScheme(
+    form="MatMulNBits", bits=(2, 4, 8), accuracy_level=4, embedding="GatherBlockQuantized"
+)
+
+
 def _ort_cpu(
-    name: str, help: str, scheme: IntegerScheme, fast_ops: frozenset[str], slow_ops: frozenset[str] = frozenset()
+    name: str,
+    help: str,
+    scheme: IntegerScheme,
+    alternative: IntegerScheme,
+    fusions: FusionRules,
+    fast_ops: frozenset[str],
+    slow_ops: frozenset[str],
 ) -> Target:
     return Target(
         name=name,
@@ -70,6 +86,9 @@ def _ort_cpu(
         backend="onnxruntime",
         provider="cpu",
         static=scheme,
+        alternatives=(alternative,),
+        weight_only=_ORT_CPU_WEIGHT_ONLY,
+        fusions=fusions,
         integer_ops=_ORT_CPU_INTEGER_OPS,
         shared_scale_ops=_ORT_CPU_SHARED_SCALE_OPS,
         dynamic_ops=_MATRIX_OPS,
@@ -79,7 +98,12 @@ def _ort_cpu(
     )
 
 
-def _u8s8(*, reduce_range: bool) -> IntegerScheme:
+# ONNX Runtime's x86 kernels of convolutions read channels four at a time, and copy each window out where they cannot:
+# the first Conv of SqueezeNet takes 1.10 ms at 4 channels and 2.63 at 3, of MobileNet 0.30 and 0.81 (batch 8).
+_X86_CHANNELS = 4
+
+
+def _u8s8(*, reduce_range: bool, channel_multiple: int = 1) -> IntegerScheme:
     return IntegerScheme(
         activation="uint8",
         activation_symmetric=False,
@@ -87,13 +111,46 @@ def _u8s8(*, reduce_range: bool) -> IntegerScheme:
         per_channel=True,
         bias="int32",
         reduce_range=reduce_range,
+        channel_multiple=channel_multiple,
     )
 
 
 _S8S8 = IntegerScheme(activation="int8", activation_symmetric=False, weight="int8", per_channel=True, bias="int32")
-_SYMMETRIC_FLOAT_BIAS = IntegerScheme(
-    activation="int8", activation_symmetric=True, weight="int8", per_channel=True, bias="float"
+
+# GEMMs and convolutions with fewer channels than this run faster in fp16 than in the int8 kernels.
+_TENSORRT_LEAST_CHANNELS = 16
+_TENSORRT_INT8 = IntegerScheme(
+    activation="int8",
+    activation_symmetric=True,
+    weight="int8",
+    per_channel=True,
+    bias="float",
+    quantize_outputs=False,
+    residual=True,
+    least_channels=_TENSORRT_LEAST_CHANNELS,
 )
+_TENSORRT_FP8 = replace(_TENSORRT_INT8, activation="float8e4m3fn", weight="float8e4m3fn", per_channel=False)
+
+_BLOCKS = (16, 32, 64, 128, 256)
+_INTEGER_ACTIVATIONS: tuple[Code, ...] = ("uint8", "int8", "uint16", "int16")
+_INTEGER_WEIGHTS: tuple[Code, ...] = ("int8", "uint8", "int4", "uint4")
+_FLOAT_CODES: tuple[Code, ...] = ("float8e4m3fn", "float8e5m2")
+# What QuantizeLinear and DequantizeLinear can say, whether or not a runtime has kernels for it.
+_STANDARD = (
+    *(
+        IntegerScheme(activation, symmetric, weight, per_channel=True, bias="int32", blocks=_BLOCKS)
+        for activation in _INTEGER_ACTIVATIONS
+        for symmetric in (False, True)
+        for weight in _INTEGER_WEIGHTS
+    ),
+    *(
+        IntegerScheme(code, True, weight, per_channel=True, bias="float")
+        for code in _FLOAT_CODES
+        for weight in _FLOAT_CODES
+    ),
+)
+
+_INTEL_AND_AMD = _ORT_X86_FAST_OPS | _ORT_X86_RUNTIME_OPS
 
 TARGETS = {
     target.name: target
@@ -101,34 +158,68 @@ TARGETS = {
         _ort_cpu(
             "ort-cpu-x86",
             "ONNX Runtime on x86 CPUs with VNNI: U8S8",
-            _u8s8(reduce_range=False),
-            _ORT_X86_FAST_OPS | _ORT_X86_RUNTIME_OPS,
+            _u8s8(reduce_range=False, channel_multiple=_X86_CHANNELS),
+            _S8S8,
+            fusion_tables.ORT_X86,
+            _INTEL_AND_AMD,
             _ORT_X86_SLOW_OPS,
         ),
         # Without VNNI the 16-bit sums of VPMADDUBSW saturate at full 8-bit weights.
         _ort_cpu(
             "ort-cpu-x86-avx2",
             "ONNX Runtime on x86 CPUs without VNNI: U8S7",
-            _u8s8(reduce_range=True),
-            _ORT_X86_FAST_OPS | _ORT_X86_RUNTIME_OPS,
+            _u8s8(reduce_range=True, channel_multiple=_X86_CHANNELS),
+            _S8S8,
+            fusion_tables.ORT_X86,
+            _INTEL_AND_AMD,
             _ORT_X86_SLOW_OPS,
         ),
-        _ort_cpu("ort-cpu-arm", "ONNX Runtime on ARM CPUs: S8S8", _S8S8, _ORT_CPU_FAST_OPS, _ORT_CPU_SLOW_OPS),
+        _ort_cpu(
+            "ort-cpu-arm",
+            "ONNX Runtime on ARM CPUs: S8S8",
+            _S8S8,
+            _u8s8(reduce_range=False),
+            fusion_tables.ORT_ARM,
+            _ORT_CPU_FAST_OPS,
+            _ORT_CPU_SLOW_OPS,
+        ),
         Target(
             name="ort-cuda",
             help="ONNX Runtime's CUDA provider: weights as integers; integer arithmetic does not pay there",
             backend="onnxruntime",
             provider="cuda",
+            weight_only=WeightOnlyScheme(form="MatMulNBits", embedding="GatherBlockQuantized"),
+            floats=frozenset({"float16", "bfloat16"}),
             weight_only_ops=_WEIGHT_OPS,
+            fusions=fusion_tables.ORT_CUDA,
         ),
         Target(
             name="tensorrt",
             help="ONNX Runtime's TensorRT provider: explicit symmetric int8, float bias",
             backend="onnxruntime",
             provider="tensorrt",
-            static=_SYMMETRIC_FLOAT_BIAS,
-            integer_ops=frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
+            static=_TENSORRT_INT8,
+            alternatives=(_TENSORRT_FP8,),
+            # Two codes a byte, low first, in blocks along the inputs.
+            weight_only=WeightOnlyScheme(form="DequantizeLinear", bits=(4,), blocks=(64, 128)),
+            floats=frozenset({"float16", "bfloat16"}),
+            integer_ops=_WEIGHT_OPS,
             weight_only_ops=_WEIGHT_OPS,
+            fusions=fusion_tables.TENSORRT,
+        ),
+        Target(
+            name="openvino",
+            help="OpenVINO on Intel CPUs: U8S8; run here by ONNX Runtime, as graphopt has no backend for it",
+            backend="onnxruntime",
+            provider="cpu",
+            # The files of ort-cpu-x86 run there as they are.
+            static=_u8s8(reduce_range=False),
+            weight_only=WeightOnlyScheme(form="DequantizeLinear", bits=(4, 8), blocks=(32, 64, 128, 256)),
+            integer_ops=_WEIGHT_OPS | {"Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul"},
+            shared_scale_ops=_ORT_CPU_SHARED_SCALE_OPS,
+            dynamic_ops=_MATRIX_OPS,
+            weight_only_ops=_WEIGHT_OPS,
+            fusions=fusion_tables.OPENVINO,
         ),
         Target(
             name="portable",
@@ -136,9 +227,12 @@ TARGETS = {
             backend="onnxruntime",
             provider="cpu",
             static=_u8s8(reduce_range=False),
+            alternatives=_STANDARD,
+            weight_only=WeightOnlyScheme(form="DequantizeLinear", bits=(2, 4, 8)),
             integer_ops=_MATRIX_OPS | {"Conv"},
             dynamic_ops=_MATRIX_OPS,
             weight_only_ops=_WEIGHT_OPS,
+            fusions=fusion_tables.PORTABLE,
         ),
     )
 }

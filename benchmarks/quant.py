@@ -1,221 +1,267 @@
-"""Quantization side by side: float32, ONNX Runtime's own quantizer, and graphopt, interleaved in one run.
+"""Quantization side by side: float32, graphopt, ONNX Runtime's quantizers, NNCF and onnxsim, in one run.
 
-    python benchmarks/quant.py [ASSET ...]
+    python benchmarks/quant.py --peers PEERS/bin/python [--only TABLE ...] [NAME ...]
+    python benchmarks/quant.py --only resnet50 openvino --resnet50 MODELS/resnet50_ts.onnx
+    python benchmarks/quant.py --only size --large MODELS/llama_300m_dynamo.onnx
 
-Prints Markdown tables. Models, calibration data and scores come from the assets folder (``GRAPHOPT_SHARED``, by
-default ``../shared`` beside the repository). Calibration samples are never among the scored ones.
+Prints Markdown tables. Models, calibration data and scores come from the assets folder (``GRAPHOPT_SHARED``, by default
+``../shared`` beside the repository); calibration samples are never among the scored ones. Every tool quantizes in a
+process of its own. Latency is measured in turn, speed-ups are medians of paired runs. Without ``--peers``, an
+interpreter with onnxruntime, nncf, openvino, onnxsim and torch, this one stands in, and what it lacks is said in the row.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
+import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from quant_judging import THREADS, fidelity, score, shown, time_on_openvino, time_together
+from quant_runs import MEGABYTE, Array, Entry, Tool, cost, graphopt, peers, run
 from real_models import SHARED, calibration, load_scorer
 
-import graphopt
-
-STATIC = ("squeezenet", "resnet20", "mobilenet", "digits")
-DYNAMIC = ("minilm", "gutenberg_lm")
 CALIBRATION_SAMPLES = 64
-CALIBRATION_BATCH = 8
-THREADS = 2
-WARM_UP, LEAST_ROUNDS = 5, 15
-SECONDS_PER_BATCH = 8.0
-BATCHES = (1, 8)
+SENTENCES, TOKENS = 8, 64
+IMAGE = (3, 224, 224)
+INT4 = "quant:mode=weights:weights=int4:group=32"
+
+CLASSIFIERS = ("squeezenet", "resnet20", "mobilenet", "digits", "magika")
+STATIC = (
+    *peers("ORT min-max", "ORT percentile", "ORT entropy", "NNCF", "onnxsim"),
+    graphopt("quant:mode=static"),
+    graphopt("quant"),
+)
+TRANSFORMERS = ("minilm", "gutenberg_lm")
+DYNAMIC = (
+    *peers("ORT dynamic", "ORT min-max", "NNCF", "onnxsim dynamic"),
+    graphopt("O2"),
+    graphopt("quant:mode=dynamic"),
+    graphopt("quant:mode=dynamic,O2"),
+    graphopt("quant:mode=static,O2"),
+)
+PLAIN = (*peers("ORT min-max", "NNCF"), graphopt("quant:mode=static"))
+OPENVINO = (*peers("NNCF"), graphopt("quant:mode=static"), graphopt("quant:mode=static", "--target", "openvino"))
+WEIGHTS = (
+    *peers("ORT RTN", "ORT RTN symmetric", "ORT HQQ", "ORT GPTQ symmetric"),
+    *peers("NNCF int4", "NNCF int4 AWQ", "onnxsim int4", "onnxsim int4 GPTQ"),
+    *(graphopt(f"{INT4}:solver={solver}") for solver in ("rtn", "mse", "hqq", "awq", "gptq")),
+)
+SIZE = (*peers("ORT RTN symmetric"), graphopt(f"{INT4}:solver=rtn"))
 
 
 @dataclass
-class Entry:
-    """One model file under test, and what was measured of it."""
+class Case:
+    """A model in one table: its file, samples named as its inputs, and the folder for what is made of it."""
 
-    tool: str
-    path: Path
-    score: dict[str, float] = field(default_factory=dict)
-    outputs: list[np.ndarray[Any, Any]] = field(default_factory=list)
-    times: dict[int, list[float]] = field(default_factory=dict)
+    name: str
+    model: Path
+    feeds: dict[str, Array]
+    folder: Path
 
+    @property
+    def data(self) -> Path:
+        """The samples as a file, written on first use."""
+        path = self.folder / "data.npz"
+        if not path.exists():
+            np.savez(path, **self.feeds)  # type: ignore[arg-type]
+        return path
 
-def main(names: list[str]) -> None:
-    """Print a table for each kind of model."""
-    logging.disable(logging.WARNING)
-    score = load_scorer()
-    for title, known, make in (
-        ("Static int8", STATIC, make_static),
-        ("Dynamic int8", DYNAMIC, make_dynamic),
-    ):
-        chosen = [name for name in known if not names or name in names]
-        if not chosen:
-            continue
-        print(f"\n{title}, ONNX Runtime {onnxruntime.__version__}, {THREADS} threads, median (speed-up, paired)\n")
-        print("| model | tool | score | agrees | KL to fp32 | bytes | smaller | batch 1, ms | batch 8, ms | seconds |")
-        print("|---|---|---|---|---|---|---|---|---|---|")
-        for name in chosen:
-            for row in measure(name, score, make):
-                print(row, flush=True)
+    def first(self, count: int) -> dict[str, Array]:
+        """Return the first samples."""
+        return {key: x[:count] for key, x in self.feeds.items()}
 
 
-def make_static(tool: str, model: Path, feeds: dict[str, np.ndarray[Any, Any]], folder: Path) -> Path:
-    """Quantize statically with a tool and return the file."""
-    output = folder / f"{tool}.onnx"
-    if tool == "graphopt":
-        graphopt.optimize(
-            model, "simplify,quant:mode=static", output=output, data=feeds, evaluation=feeds, verify="off"
-        )
-        return output
-    prepared = folder / "prepared.onnx"
-    try:
-        quant_pre_process(str(model), str(prepared))
-    except Exception:  # its symbolic shape inference fails on some models; its own advice is to skip it
-        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
-    quantize_static(
-        str(prepared),
-        str(output),
-        Reader(feeds),
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-    return output
+@dataclass
+class Bench:
+    """What the tables share: the scorer of the assets and what the command line says."""
+
+    scorer: ModuleType
+    options: argparse.Namespace
+
+    def cases(self, known: Sequence[str]) -> Iterator[Case]:
+        """Yield the assets among some that were asked for."""
+        for name in known:
+            if not self.options.names or name in self.options.names:
+                file = SHARED / "assets" / "models" / self.scorer.ASSETS[name][0]
+                with tempfile.TemporaryDirectory() as folder:
+                    yield Case(name, file, calibration(self.scorer, name, CALIBRATION_SAMPLES), Path(folder))
+
+    def made(self, case: Case, tools: Sequence[Tool]) -> list[Entry]:
+        """Return the model itself, and what each tool makes of it."""
+        entries = [Entry("fp32", case.model)]
+        for place, tool in enumerate(tools):
+            entries.append(run(tool, case.model, case.data, case.folder / str(place), self.options.peers))
+        return entries
 
 
-def make_dynamic(tool: str, model: Path, feeds: dict[str, np.ndarray[Any, Any]], folder: Path) -> Path:
-    """Quantize dynamically with a tool and return the file."""
-    output = folder / f"{tool}.onnx"
-    if tool == "graphopt":
-        graphopt.optimize(model, "simplify,quant:mode=dynamic", output=output, verify="off")
-    else:
-        quantize_dynamic(str(model), str(output), weight_type=QuantType.QInt8, per_channel=True)
-    return output
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables that were asked for."""
+    options = parsed(arguments)
+    bench = Bench(load_scorer(), options)
+    print(f"ONNX Runtime {onnxruntime.__version__}, {THREADS} threads. Milliseconds: median (speed-up, paired).")
+    print("Seconds: whole process, after import, processor time; then peak MB.", flush=True)
+    for name, table in TABLES.items():
+        if not options.only or name in options.only:
+            for line in table(bench):
+                print(line, flush=True)
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Calibration batches for ONNX Runtime's quantizer."""
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="assets; by default all that a table has")
+    parser.add_argument("--peers", type=Path, default=Path(sys.executable), help="interpreter of the other tools")
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=[], metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--seconds", type=float, default=8.0, help="to time the files of one model at one batch size")
+    parser.add_argument("--resnet50", type=Path, help="a ResNet-50 for batches of images of 224×224")
+    parser.add_argument("--large", type=Path, help="a large language model, for the time that quantizing takes")
+    return parser.parse_args(arguments)
 
-    def __init__(self, feeds: dict[str, np.ndarray[Any, Any]]) -> None:
-        count = len(next(iter(feeds.values())))
-        starts = range(0, count, CALIBRATION_BATCH)
-        self.batches = iter([{key: x[at : at + CALIBRATION_BATCH] for key, x in feeds.items()} for at in starts])
 
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        """Return the next batch, or None at the end."""
-        return next(self.batches, None)
+def head(title: str, *columns: str) -> Iterator[str]:
+    """Yield the lines that begin a table."""
+    yield f"\n### {title}\n"
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
 
 
-def measure(name: str, score: ModuleType, make: Callable[..., Path]) -> Iterator[str]:
-    """Make each tool's model, score and time them, and yield table rows."""
-    model = SHARED / "assets" / "models" / score.ASSETS[name][0]
-    feeds = calibration(score, name, CALIBRATION_SAMPLES)
+def line(case: Case, entry: Entry, *cells: str) -> str:
+    """Return one row of a table; of what failed, why."""
+    given = (entry.failure,) if entry.failure else cells
+    return "| " + " | ".join((case.name, entry.tool, *given)) + " |"
+
+
+def size(entry: Entry) -> str:
+    """Return the megabytes of a file."""
+    return f"{entry.size / MEGABYTE:.2f}"
+
+
+def static_table(bench: Bench) -> Iterator[str]:
+    """Yield the static int8 table: task, fidelity, latency, and the time it takes to quantize."""
+    columns = ("score", "agrees", "KL", "MB", "batch 1, ms", "batch 8, ms", "process", "work", "CPU", "peak")
+    yield from head("Static int8, classifiers", "model", "tool", *columns)
+    for case in bench.cases(CLASSIFIERS):
+        entries = bench.made(case, STATIC)
+        score(case.name, bench.scorer, entries, record=True)
+        for batch in (1, 8):
+            time_together(entries, case.first(batch), str(batch), bench.options.seconds)
+        for entry in entries:
+            figures = fidelity(entries[0], entry) if not entry.failure else ()
+            latency = [shown(entry, entries[0], str(batch)) for batch in (1, 8)]
+            yield line(case, entry, scored(entry), *figures, size(entry), *latency, *cost(entry))
+
+
+def scored(entry: Entry) -> str:
+    """Return the first figure of a score."""
+    return f"{next(iter(entry.score.values())):.4f}" if entry.score else ""
+
+
+def transformer_table(bench: Bench) -> Iterator[str]:
+    """Yield the table of transformers: dynamic and static int8, before and after raising."""
+    shape = f"{SENTENCES}×{TOKENS}, ms"
+    yield from head("Int8, transformers", "model", "tool", "score", "MB", shape, "process", "work", "CPU", "peak")
+    for case in bench.cases(TRANSFORMERS):
+        entries = bench.made(case, DYNAMIC)
+        score(case.name, bench.scorer, entries, record=False)
+        time_together(entries, whole_sentences(case), shape, bench.options.seconds)
+        for entry in entries:
+            yield line(case, entry, scored(entry), size(entry), shown(entry, entries[0], shape), *cost(entry))
+
+
+def whole_sentences(case: Case) -> dict[str, Array]:
+    """Return sentences of one length, no token of them padding: their first tokens, over and over."""
+    feeds = {}
+    for key, x in case.first(SENTENCES).items():
+        feeds[key] = np.ones_like(x[:, :TOKENS]) if "mask" in key else x[:, np.arange(TOKENS) % min(8, x.shape[1])]
+        feeds[key] = np.ascontiguousarray(np.resize(feeds[key], (SENTENCES, TOKENS)))
+    return feeds
+
+
+def resnet_case(bench: Bench, folder: str) -> Case | None:
+    """Return the ResNet-50 of the command line with random images, or None where none was given."""
+    path = bench.options.resnet50
+    if path is None:
+        return None
+    images = np.random.default_rng(0).standard_normal((CALIBRATION_SAMPLES, *IMAGE)).astype(np.float32)
+    spec = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_inputs()[0]
+    if isinstance(spec.shape[0], int):
+        raise SystemExit(f"`{path}` takes {spec.shape[0]} images only; give one whose batch is free")
+    return Case(path.stem, path, {spec.name: images}, Path(folder))
+
+
+def resnet_table(bench: Bench) -> Iterator[str]:
+    """Yield the latency of a ResNet-50 at batch 1."""
+    columns = ("MB", "batch 1, ms", "process", "work", "CPU", "peak")
+    yield from head("Static int8, ResNet-50", "model", "tool", *columns)
     with tempfile.TemporaryDirectory() as folder:
-        entries, seconds = [Entry("fp32", model)], {"fp32": 0.0}
-        for tool in ("onnxruntime", "graphopt"):
-            start = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                entries.append(Entry(tool, make(tool, model, feeds, Path(folder))))
-            seconds[tool] = time.perf_counter() - start
+        case = resnet_case(bench, folder)
+        if case is None:
+            yield "| ResNet-50 | not measured: give `--resnet50 FILE` |"
+            return
+        entries = bench.made(case, PLAIN)
+        time_together(entries, case.first(1), "1", bench.options.seconds)
         for entry in entries:
-            entry.score, entry.outputs = scored(name, score, entry.path)
-        time_interleaved(entries, feeds)
+            yield line(case, entry, size(entry), shown(entry, entries[0], "1"), *cost(entry))
+
+
+def openvino_table(bench: Bench) -> Iterator[str]:
+    """Yield the latency of graphopt's and NNCF's files on OpenVINO."""
+    yield from head("The same files on OpenVINO", "model", "tool", "MB", "batch 1, ms", "batch 8, ms")
+    with tempfile.TemporaryDirectory() as folder:
+        resnet = resnet_case(bench, folder)
+        for case in (*bench.cases(CLASSIFIERS), *([resnet] if resnet is not None else [])):
+            entries = bench.made(case, OPENVINO)
+            for batch in (1, 8):
+                given = (entries, case.data, batch, str(batch), bench.options.seconds, bench.options.peers)
+                missing = time_on_openvino(*given)
+                if missing:
+                    yield f"| {case.name} | OpenVINO did not run: {missing} |"
+            for entry in entries:
+                yield line(case, entry, size(entry), *(shown(entry, entries[0], str(batch)) for batch in (1, 8)))
+
+
+def weights_table(bench: Bench) -> Iterator[str]:
+    """Yield the perplexity of a language model with 4-bit weights in blocks of 32."""
+    columns = ("perplexity", "added", "MB", "process", "work", "CPU", "peak")
+    yield from head("Weights in 4 bits, blocks of 32", "model", "tool", *columns)
+    for case in bench.cases(("gutenberg_lm",)):
+        entries = bench.made(case, WEIGHTS)
+        score(case.name, bench.scorer, entries, record=False)
         for entry in entries:
-            yield row(name, entry, entries[0], seconds[entry.tool])
+            added = entry.score["perplexity"] - entries[0].score["perplexity"] if entry.score else 0.0
+            yield line(case, entry, scored(entry), f"{added:+.3f}", size(entry), *cost(entry))
 
 
-def scored(name: str, score: ModuleType, path: Path) -> tuple[dict[str, float], list[np.ndarray[Any, Any]]]:
-    """Return a model's score, and of classifiers the logits it was scored on."""
-    outputs: list[np.ndarray[Any, Any]] = []
-    opened = score.session
-
-    class Recorder:
-        def __init__(self, session: Any) -> None:
-            self.session = session
-
-        def get_inputs(self) -> Any:
-            return self.session.get_inputs()
-
-        def run(self, *arguments: Any) -> Any:
-            result = self.session.run(*arguments)
-            if name in STATIC:
-                outputs.append(result[0])
-            return result
-
-    score.session = lambda path: Recorder(opened(path))
-    try:
-        return score.ASSETS[name][1](path), outputs
-    finally:
-        score.session = opened
+def size_table(bench: Bench) -> Iterator[str]:
+    """Yield the time and memory that 4-bit weights of a large model take to make."""
+    yield from head("A large model to 4 bits", "model", "tool", "MB", "process", "work", "CPU", "peak")
+    path = bench.options.large
+    if path is None:
+        yield "| a large model | not measured: give `--large FILE` |"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        ids = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_inputs()[0]
+        shape = [dim if isinstance(dim, int) else 8 for dim in ids.shape]
+        case = Case(path.stem, path, {ids.name: np.ones(shape, np.int64)}, Path(folder))
+        for entry in bench.made(case, SIZE):
+            yield line(case, entry, size(entry), *cost(entry))
 
 
-def time_interleaved(entries: list[Entry], feeds: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Time all entries in turn, round by round, so that what else the machine does hits all alike."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    # Otherwise the threads of one session go on spinning after its run, and slow down the next one's.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    sessions = [
-        onnxruntime.InferenceSession(str(entry.path), options, providers=["CPUExecutionProvider"]) for entry in entries
-    ]
-    for batch in BATCHES:
-        feed = {key: value[:batch] for key, value in feeds.items()}
-        for session in sessions:
-            for _ in range(WARM_UP):
-                session.run(None, feed)
-        end, rounds = time.perf_counter() + SECONDS_PER_BATCH, 0
-        while rounds < LEAST_ROUNDS or time.perf_counter() < end:
-            rounds += 1
-            for entry, session in zip(entries, sessions, strict=True):
-                start = time.perf_counter()
-                session.run(None, feed)
-                entry.times.setdefault(batch, []).append(time.perf_counter() - start)
-
-
-def row(name: str, entry: Entry, reference: Entry, seconds: float) -> str:
-    """Return one row of the table."""
-    metric, value = next(iter(entry.score.items()))
-    size = entry.path.stat().st_size
-    agrees, divergence = fidelity(reference.outputs, entry.outputs)
-    times = " | ".join(shown(entry.times[batch], reference.times[batch]) for batch in BATCHES)
-    smaller = reference.path.stat().st_size / size
-    return (
-        f"| {name} | {entry.tool} | {metric} {value:.4f} | {agrees} | {divergence} | {size:,} | {smaller:.2f}× "
-        f"| {times} | {seconds:.1f} |"
-    )
-
-
-def shown(times: list[float], reference: list[float]) -> str:
-    """Return the median in milliseconds and, in brackets, the median speed-up of paired runs over the reference."""
-    speedup = np.median(np.array(reference) / np.array(times))
-    return f"{np.median(times) * 1e3:.2f} ({speedup:.2f}×)"
-
-
-def fidelity(reference: list[np.ndarray[Any, Any]], outputs: list[np.ndarray[Any, Any]]) -> tuple[str, str]:
-    """Return how often the top class agrees, and the mean KL divergence, as text."""
-    if not reference:
-        return "", ""
-    p, q = log_softmax(np.concatenate(reference)), log_softmax(np.concatenate(outputs))
-    agrees = float((p.argmax(1) == q.argmax(1)).mean())
-    return f"{agrees:.3f}", f"{float((np.exp(p) * (p - q)).sum(1).mean()):.4f}"
-
-
-def log_softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return log probabilities, [samples, classes]."""
-    flat = logits.reshape(len(logits), -1).astype(np.float64)
-    flat = flat - flat.max(1, keepdims=True)
-    return np.asarray(flat - np.log(np.exp(flat).sum(1, keepdims=True)))
+TABLES: dict[str, Callable[[Bench], Iterator[str]]] = {
+    "static": static_table,
+    "transformers": transformer_table,
+    "resnet50": resnet_table,
+    "openvino": openvino_table,
+    "int4": weights_table,
+    "size": size_table,
+}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from graphopt.bisection import Bisection, bisect
     from graphopt.driver import Result, optimize
     from graphopt.errors import GraphoptError, PassError, VerificationError
+    from graphopt.layer_sensitivity import Sensitivity, sensitivity
     from graphopt.model_io import load, save
     from graphopt.options import opt
     from graphopt.pattern import Miss, Rule
@@ -30,6 +31,7 @@ _HOMES = {
     "graphopt.bisection": ("Bisection", "bisect"),
     "graphopt.driver": ("Result", "optimize"),
     "graphopt.errors": ("GraphoptError", "PassError", "VerificationError"),
+    "graphopt.layer_sensitivity": ("Sensitivity", "sensitivity"),
     "graphopt.model_io": ("load", "save"),
     "graphopt.options": ("opt",),
     "graphopt.pattern": ("Miss", "Rule"),
@@ -57,6 +59,7 @@ __all__ = [
     "Result",
     "RewritePass",
     "Rule",
+    "Sensitivity",
     "Target",
     "VerificationError",
     "bench",
@@ -68,6 +71,7 @@ __all__ = [
     "optimize",
     "replay",
     "save",
+    "sensitivity",
     "summarize",
 ]
 

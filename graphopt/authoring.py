@@ -5,8 +5,8 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,13 +14,16 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.analysis import Analysis, AnalysisCache
 from graphopt.backend import Array, Backend
+from graphopt.calibration_cache import CalibrationCache
 from graphopt.data import Dataset
 from graphopt.errors import BackendError
 from graphopt.fragment import fragment
+from graphopt.observation import Observations, Requests, observe
 from graphopt.pattern import Rule
+from graphopt.ranges import INT8_CODES, Range, RangeMethod, read_range
 from graphopt.rewrite_check import Proposal, Refusal, RewriteCheck
-from graphopt.rewriter import Rewriter, let_go
-from graphopt.statistics import Range, RangeMethod, collect_ranges
+from graphopt.rewriter import Journal, Rewriter, let_go
+from graphopt.standing import Standing
 from graphopt.target import Target
 from graphopt.walkthrough import Walkthrough
 from graphopt.worklist import apply_rules
@@ -41,6 +44,7 @@ class Need(enum.Enum):
 
     CALIBRATION = "calibration data"
     CALIBRATION_OPTIONAL = "calibration data, if there is any"
+    BUDGET = "a budget"
     CANONICAL = "canonical form"
 
 
@@ -63,6 +67,28 @@ class Note:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What a pass would do to a model.
+
+    Attributes:
+        model: A copy of the model as it would be; weights are shared with the model.
+        edits: How many edits that takes.
+        notes: What would be said of it.
+    """
+
+    model: ir.Model
+    edits: int
+    notes: Sequence[Note]
+
+
+class Forecasting(Protocol):
+    """What expects an error of each layer a pass changes."""
+
+    def weight(self, node: ir.Node, values: Array) -> None:
+        """Take note that a linear layer's weight becomes other values, [outputs, inputs]."""
+
+
 @dataclass
 class Context:
     """What a pass works with besides the model; it never opens a file, a session or a loop over data itself.
@@ -76,8 +102,13 @@ class Context:
         threads: Threads for the backend; 0 leaves it to the runtime.
         data: Calibration samples, or None.
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
+        weigh: Says how a model stands against the original on calibration samples, by the budgets of the run; None
+            where the run has none, which a pass that declares `Need.BUDGET` never meets.
+        predicts: Whether notes on layers shall say what error is to be expected of each, as fact `predicted_error`.
+        forecast: Where a pass that is to say so puts the weights it makes, or None.
         guarantee: What the pass promises, which decides how its rewrites are compared.
         notes: Remarks so far.
+        calibration: What has been observed of values, in this run or, where there is a folder, before.
         checked: How many rewrites were checked by themselves.
         unchecked: (Rule, reason) to number of rewrites that could not be.
         refused: Rewrites that were not applied because they are wrong.
@@ -91,9 +122,13 @@ class Context:
     threads: int = 0
     data: Dataset | None = None
     check_rewrite: RewriteCheck | None = None
+    weigh: Callable[[ir.Model], Standing] | None = None
+    predicts: bool = False
+    forecast: Forecasting | None = None
     guarantee: Guarantee = Guarantee.EQUIVALENT
     notes: list[Note] = field(default_factory=list)
     analyses: AnalysisCache = field(default_factory=AnalysisCache)
+    calibration: CalibrationCache = field(default_factory=CalibrationCache)
     checked: int = 0
     unchecked: Counter[tuple[str, str]] = field(default_factory=Counter)
     refused: list[Refusal] = field(default_factory=list)
@@ -158,18 +193,69 @@ class Context:
             self.unchecked[rule, verdict.unchecked] += 1
         return True
 
+    def attempt(self, run: Callable[[ir.Model, Context], None], *, predicts: bool = False) -> Attempt:
+        """Return what a pass would do, done to a copy; the model and the report stay as they are.
+
+        Args:
+            run: The `run` of a pass, or a function like it.
+            predicts: Whether its notes shall say what error is to be expected of each layer.
+
+        Raises:
+            PassError: The pass cannot do what was asked.
+        """
+        model = self.model.clone()
+        rewriter = Rewriter(model, Journal(), self.rewriter.pass_name)
+        fresh: dict[str, Any] = {"notes": [], "analyses": AnalysisCache(), "unchecked": Counter(), "refused": []}
+        context = replace(
+            self, model=model, rewriter=rewriter, check_rewrite=None, predicts=predicts, forecast=None, **fresh
+        )
+        run(model, context)
+        return Attempt(model, rewriter.edits, context.notes)
+
     def analyse(self, analysis: Analysis[T]) -> T:
         """Return the result of an analysis of the model as it is now."""
         return self.analyses.get(analysis, self.model, self.rewriter.version)
 
-    def ranges(self, values: Iterable[ir.Value], method: RangeMethod) -> dict[str, Range]:
+    def statistics(self, requests: Requests) -> Observations:
+        """Return statistics of values of the main graph over the calibration data, as the model is now.
+
+        All are observed in one run over the data. What was asked for before costs nothing, as long as what computes
+        the value has not been changed.
+
+        Args:
+            requests: Values, and a statistic or several of each: ``{value: MinMax(), other: (Moments(1), gram)}``.
+
+        Raises:
+            DataError: A value became NaN or infinite.
+            PassError: A value is not of the main graph, or holds no numbers.
+        """
+        assert self.data is not None, "the pass did not declare that it needs calibration data"
+        try:
+            return observe(self.model, requests, self.data, self.backend, self.calibration, threads=self.threads)
+        finally:
+            for remark in self.calibration.take_remarks():
+                self.note(remark)
+
+    def ranges(
+        self, values: Iterable[ir.Value], method: RangeMethod, *, codes: int = INT8_CODES, symmetric: bool = False
+    ) -> dict[str, Range]:
         """Return the range of each value over the calibration data, by value name.
 
         Only values of the main graph can be observed.
+
+        Args:
+            values: The values.
+            method: How a range is read off what is observed.
+            codes: Number of codes of the grid the ranges are for.
+            symmetric: Whether that grid has as many codes below zero as above.
         """
-        assert self.data is not None, "the pass did not declare that it needs calibration data"
-        names = [value.name for value in values if value.name]
-        return collect_ranges(self.model, names, self.data, self.backend, method, threads=self.threads)
+        statistic = method.statistic()
+        wanted = [value for value in values if value.name]
+        observed = self.statistics(dict.fromkeys(wanted, statistic))
+        return {
+            value.name or "": read_range(observed[value, statistic], method, codes=codes, symmetric=symmetric)
+            for value in wanted
+        }
 
     def walkthrough(self, model: ir.Model | None = None) -> Walkthrough:
         """Return a walkthrough of the calibration samples, through the model as it is being changed, or another one.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -69,4 +70,43 @@ class Backend(Protocol):
 
         Raises:
             BackendError: The runtime is missing or refuses the model.
+        """
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A node of a model as a runtime has rewritten it for itself.
+
+    Attributes:
+        op: Operator it runs, as ``domain::op`` outside the ONNX domain.
+        name: Name the runtime gave it, made from that of a node it stands for.
+        inputs: Names of what it reads.
+        outputs: Names of what it makes.
+        reads: Dtypes of its inputs, such as ``uint8``; empty where it did not run.
+        milliseconds: Time it takes in a run; 0 where it did not run.
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    reads: tuple[str, ...]
+    milliseconds: float
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A backend that can tell what it makes of a model."""
+
+    def kernels(self, model: ir.Model, feeds: Feeds, *, threads: int = 0, runs: int = 5) -> list[Kernel]:
+        """Optimize and run a model as ever, and return every kernel of it, those of nested graphs included.
+
+        Args:
+            model: The model.
+            feeds: What it runs on.
+            threads: Threads inside an operator; 0 leaves it to the runtime.
+            runs: Runs whose times are averaged, after one that is not counted.
+
+        Raises:
+            BackendError: The runtime is missing, or refuses the model or the feeds.
         """

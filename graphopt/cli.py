@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt import fault_commands
+from graphopt import explain_command, fault_commands, sensitivity_command
 from graphopt.cli_options import (
     BackendOption,
     BudgetOption,
+    CalibrationCacheOption,
     DataOption,
     EvaluationOption,
     JsonOption,
@@ -142,6 +143,7 @@ def optimize(
         Path | None, typer.Option(help="Where failures leave a folder [default: beside OUT].", metavar="DIR")
     ] = None,
     no_reproducers: Annotated[bool, typer.Option("--no-reproducers", help="Failures leave nothing.")] = False,
+    calibration_cache: CalibrationCacheOption = None,
     verbose: VerboseOption = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -172,6 +174,7 @@ def optimize(
             strict=strict,
             stop_after_edits=stop_after_edits,
             reproducers=None if no_reproducers else reproducers or (out.parent if out.parent.is_dir() else None),
+            calibration_cache=calibration_cache,
             detailed=report is not None,
             progress=not quiet,
         )
@@ -323,7 +326,11 @@ def bench(
 
 
 app.command(name="bisect", short_help="Find the one edit that breaks a model.")(fault_commands.bisect)
+app.command(name="explain", short_help="Show what a target runs in integers, and why not the rest.")(
+    explain_command.explain
+)
 app.command(name="replay", short_help="Run a reproducer again.")(fault_commands.replay)
+app.command(name="sensitivity", short_help="Show which layers a lossy pass hurts.")(sensitivity_command.sensitivity)
 
 
 @app.command(name="list", short_help="List passes, presets, backends, targets, metrics and rules.")

@@ -47,6 +47,12 @@ SetShapeOption = Annotated[
     list[str] | None,
     typer.Option("--set-shape", help="Fix the shape of an input: image:1x3x224x224.", metavar="INPUT:SHAPE"),
 ]
+CalibrationCacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration-cache", help="Keep what is observed on calibration samples here, for later runs.", metavar="DIR"
+    ),
+]
 PassesOption = Annotated[
     str | None,
     typer.Option("--passes", help="Pipeline, such as prune:sparsity=0.5,quant; see `graphopt list`.", metavar="SPEC"),

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import sys
-import zipfile
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from graphopt.backend import Array
-from graphopt.errors import DataError, did_you_mean, in_words
+from graphopt.data_sources import open_source
+from graphopt.errors import DataError, did_you_mean
 
 DEFAULT_LABELS = "labels"
 HELD_BACK_SHARE = 4  # a quarter is scored, the rest calibrated on
@@ -140,6 +135,7 @@ class Dataset:
         self._chosen = chosen
         self.has_labels = has_labels
         self._advance = advance or (lambda samples: None)
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return self._total if self._chosen is None else len(self._chosen)
@@ -159,9 +155,26 @@ class Dataset:
         held = max(1, min(len(self) // HELD_BACK_SHARE, HELD_BACK_LIMIT))
         return self._subset(order[held:]), self._subset(order[:held])
 
+    def fingerprint(self) -> str:
+        """Return what all sets of the same samples share, wherever these came from; the first time reads them all."""
+        if self._fingerprint is None:
+            state = hashlib.blake2b(digest_size=16)
+            for chunk, rows in self._picked():
+                for row in rows if chunk.divisible else rows[:1]:
+                    for name, array in sorted(chunk.arrays.items()):
+                        one = np.asarray(array[row] if chunk.divisible and array.ndim else array)
+                        state.update(f"{name} {array.dtype} {one.shape} ".encode())
+                        state.update(_content(one))
+            self._fingerprint = state.hexdigest()
+        return self._fingerprint
+
     def take(self, count: int) -> Dataset:
         """Return the first ``count`` samples."""
         return self._subset(np.arange(min(count, len(self))))
+
+    def sample(self, count: int, seed: int) -> Dataset:
+        """Return ``count`` samples drawn with a seed, or all where there are no more."""
+        return self._subset(np.random.default_rng(seed).permutation(len(self))[:count])
 
     def _subset(self, indices: Array) -> Dataset:
         own = np.arange(self._total) if self._chosen is None else self._chosen
@@ -170,15 +183,20 @@ class Dataset:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield the samples in batches of at most ``size``; a model's fixed batch size takes precedence."""
+        for chunk, rows in self._picked():
+            for batch in self._batches_of(chunk, rows, size):
+                yield batch
+                self._advance(batch.count)
+
+    def _picked(self) -> Iterator[tuple[Chunk, Array]]:
+        """Yield each chunk with the rows of it that belong to this set."""
         position = 0
         for chunk in self._chunks():
             rows = np.arange(chunk.size)
             if self._chosen is not None:
                 rows = self._chosen[(self._chosen >= position) & (self._chosen < position + chunk.size)] - position
             position += chunk.size
-            for batch in self._batches_of(chunk, rows, size):
-                yield batch
-                self._advance(batch.count)
+            yield chunk, rows
 
     def _batches_of(self, chunk: Chunk, rows: Array, size: int) -> Iterator[Batch]:
         if not chunk.divisible:
@@ -216,7 +234,7 @@ def open_data(source: Any, model: ir.Model, *, labels: str | None = None, advanc
         DataError: Nothing there, empty, an input missing or misshaped, NaN, or labels of the wrong length.
     """
     specs = input_specs(model)
-    raw, name = _open_source(source)
+    raw, name = open_source(source)
     key = labels or DEFAULT_LABELS
 
     def read() -> Iterator[Chunk]:
@@ -273,130 +291,14 @@ def _checksum(chunk: Chunk) -> int:
     checksum = 0
     labels = [chunk.labels] if chunk.labels is not None else []
     for array in (*chunk.arrays.values(), *labels):
-        content = str(array.tolist()).encode() if array.dtype.hasobject else array.tobytes()
-        checksum = zlib.crc32(content, zlib.crc32(str(array.shape).encode(), checksum))
+        checksum = zlib.crc32(_content(array), zlib.crc32(str(array.shape).encode(), checksum))
     return checksum
 
 
-# A raw source yields (where it is, arrays by name, whether the first axis is known to be samples).
-Raw = Iterator[tuple[str, Mapping[str, Any], bool]]
-OpenRaw = Callable[[list[str]], Raw]
-
-
-def _open_source(source: Any) -> tuple[OpenRaw, str]:
-    if isinstance(source, Mapping):
-        return (lambda _: iter([("data", source, True)])), "data"
-    if callable(source):
-        return functools.partial(_from_function, source), getattr(source, "__name__", "data")
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        return functools.partial(_from_function, lambda: source), "data"
-    if not isinstance(source, str | Path):
-        raise DataError(
-            f"data cannot be read from `{type(source).__name__}`",
-            hint="a path, a dict of arrays, a list of dicts, or a function that returns an iterator of dicts",
-        )
-    text = str(source)
-    file, colon, function = text.rpartition(":")
-    if colon and file.endswith(".py"):
-        return functools.partial(_from_function, load_function(file, function)), text
-    path = Path(text)
-    if path.is_dir():
-        return functools.partial(_from_folder, path), text
-    if not path.exists():
-        raise DataError(f"data `{text}` does not exist", hint="a .npz file, a folder, or file.py:function")
-    if path.suffix == ".py":
-        raise DataError(f"data `{text}` names no function", hint="write `file.py:function`")
-    return functools.partial(_from_npz, path), text
-
-
-def load_function(file: str, function: str) -> Callable[..., Any]:
-    """Return a function of a Python file by name.
-
-    Raises:
-        DataError: No such file or function, or the file fails to run.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(f"`{file}` does not exist", hint="write `file.py:function`")
-    module = _run_file(path)
-    found = getattr(module, function, None)
-    if not callable(found):
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise DataError(f"`{file}` has no function `{function}`", hint=did_you_mean(function, names))
-    result: Callable[..., Any] = found
-    return result
-
-
-def _run_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise DataError(f"`{path}` is not a Python file", hint="write `file.py:function`")
-    module = importlib.util.module_from_spec(spec)
-    # As for a script: what lies beside the file can be imported, and the module can be found by its name.
-    folder = str(path.resolve().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    sys.modules.setdefault(path.stem, module)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        if sys.modules.get(path.stem) is module:
-            del sys.modules[path.stem]
-        raise DataError(f"`{path}` fails to run: {in_words(error)}", hint="run it by itself") from error
-    return module
-
-
-def _from_npz(path: Path, _: list[str]) -> Raw:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("not an archive of named arrays")
-        with archive:
-            yield str(path), {name: archive[name] for name in archive.files}, True
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise DataError(
-            f"cannot read `{path}`: {in_words(error)}",
-            hint="write it with numpy.savez(FILE, input_name=array, labels=labels)",
-        ) from error
-
-
-def _from_folder(path: Path, inputs: list[str]) -> Raw:
-    files = sorted(path.glob("*.npz"))
-    sets = [path] if (path / "input_0.pb").is_file() else sorted(path.glob("test_data_set_*"))
-    if not files and not sets:
-        raise DataError(f"`{path}` holds no data", hint="put .npz files or test_data_set_* folders there")
-    for file in files:
-        yield from _from_npz(file, inputs)
-    for folder in sets:
-        yield str(folder), _test_data_set(folder, inputs), False
-
-
-def _test_data_set(folder: Path, inputs: list[str]) -> dict[str, Array]:
-    arrays = {}
-    for index, name in enumerate(inputs):
-        file = folder / f"input_{index}.pb"
-        try:
-            tensor = onnx.TensorProto.FromString(file.read_bytes())
-            arrays[tensor.name or name] = onnx.numpy_helper.to_array(tensor)
-        except Exception as error:
-            raise DataError(
-                f"cannot read `{file}` for input `{name}`: {in_words(error)}", hint="one `input_N.pb` tensor per input"
-            ) from error
-    return arrays
-
-
-def _from_function(function: Callable[[], Any], _: list[str]) -> Raw:
-    where = getattr(function, "__name__", "data")
-    try:
-        produced = function()
-        for index, arrays in enumerate([produced] if isinstance(produced, Mapping) else produced):
-            if not isinstance(arrays, Mapping):
-                raise DataError(f"`{where}` yields {type(arrays).__name__}", hint="yield dicts: input name to array")
-            yield f"{where}, item {index}", arrays, False
-    except DataError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise DataError(f"`{where}` fails: {in_words(error)}", hint="run it by itself") from error
+def _content(array: Array) -> bytes | memoryview:
+    if array.dtype.hasobject:
+        return str(array.tolist()).encode()
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _checked_chunk(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -11,6 +11,7 @@ from graphopt import walk
 from graphopt.analysis import AnalysisCache
 from graphopt.authoring import Context, Guarantee, Note, Pass
 from graphopt.backend import Backend
+from graphopt.calibration_cache import CalibrationCache
 from graphopt.data import Dataset
 from graphopt.errors import GraphoptError, PassCrash, PassError, in_words
 from graphopt.instruments import Instrument
@@ -19,6 +20,7 @@ from graphopt.report import PassRecord, StepRecord
 from graphopt.rewrite_check import RewriteCheck
 from graphopt.rewriter import EditLimitReached, Journal, Rewriter, let_go_of_loose_nodes
 from graphopt.shapes import infer_shapes
+from graphopt.standing import Standing
 from graphopt.summary import approximate_bytes
 from graphopt.target import Target
 
@@ -36,6 +38,8 @@ class Setting:
     threads: int = 0
     data: Dataset | None = None
     check_rewrite: RewriteCheck | None = None
+    calibration: CalibrationCache = field(default_factory=CalibrationCache)
+    weigh: Callable[[ir.Model], Standing] | None = None
 
 
 class PassManager:
@@ -153,8 +157,10 @@ class PassManager:
             threads=self.setting.threads,
             data=self.setting.data,
             check_rewrite=self.setting.check_rewrite,
+            weigh=self.setting.weigh,
             guarantee=one.guarantee,
             analyses=self._analyses,
+            calibration=self.setting.calibration,
         )
         try:
             one.run(model, context)

@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array
-from graphopt.data import Batch, load_function
+from graphopt.data import Batch
+from graphopt.data_sources import load_function
 from graphopt.errors import DataError, UsageError, did_you_mean, in_words
 
 Outputs = Mapping[str, Any]
@@ -231,21 +232,32 @@ class KL(_Mean):
     against_original = True
 
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
-        mine, theirs = (
-            _class_scores(first_output(side, batch), self.name).astype(np.float64) for side in (outputs, original)
-        )
+        mine, theirs = (_class_scores(first_output(side, batch), self.name) for side in (outputs, original))
         # The original decides for both: the model's probabilities may have drifted from a sum of one.
-        normalized = bool((theirs >= 0).all() and np.allclose(theirs.sum(-1), 1.0, atol=1e-3))
-        mine, theirs = _log_probabilities(mine, normalized), _log_probabilities(theirs, normalized)
-        self.add((np.exp(theirs) * (theirs - mine)).sum(-1))
+        normalized = bool((theirs >= 0).all() and np.allclose(theirs.sum(-1, dtype=np.float64), 1.0, atol=1e-3))
+        self.add(_divergence_of_shares(theirs, mine) if normalized else _divergence_of_logits(theirs, mine))
 
 
-def _log_probabilities(scores: Array, normalized: bool) -> Array:
-    if normalized:
-        shares = np.maximum(scores, 1e-12)
-        return np.asarray(np.log(shares / shares.sum(-1, keepdims=True)))
-    x = scores - scores.max(-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
+def _divergence_of_shares(theirs: Array, mine: Array) -> Array:
+    """Return KL(theirs ‖ mine) of probabilities, [..., classes] to [...]."""
+    p, q = (np.maximum(side.astype(np.float64), 1e-12) for side in (theirs, mine))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    return np.asarray((p * np.log(p / q)).sum(-1))
+
+
+def _divergence_of_logits(theirs: Array, mine: Array) -> Array:
+    """Return KL of the softmaxes of logits, [..., classes] to [...]: Σ p (a − b) − log Σ eᵃ + log Σ eᵇ.
+
+    Logits of a language model are many: float32 stays float32, and only sums are float64. What that rounds off is
+    about 1e-8 for one item.
+    """
+    kind = np.float64 if np.float64 in (theirs.dtype, mine.dtype) else np.float32
+    a: Array = np.subtract(theirs, theirs.max(-1, keepdims=True), dtype=kind)
+    b: Array = np.subtract(mine, mine.max(-1, keepdims=True), dtype=kind)
+    shares, sum_b = np.exp(a), np.exp(b).sum(-1, dtype=np.float64)
+    sum_a = shares.sum(-1, dtype=np.float64)
+    shares *= np.subtract(a, b, out=b)
+    return np.asarray(shares.sum(-1, dtype=np.float64) / sum_a - np.log(sum_a) + np.log(sum_b))
 
 
 class SQNR(Metric):

@@ -152,7 +152,8 @@ def _unescape(text: str) -> str:
 
 
 def _allows_none(hint: Any) -> bool:
-    return isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint)
+    # `Literal[...] | None` is a typing.Union, `int | None` a types.UnionType.
+    return typing.get_origin(hint) in (types.UnionType, typing.Union) and type(None) in typing.get_args(hint)
 
 
 def _convert(value: Any, hint: Any, place: str) -> Any:

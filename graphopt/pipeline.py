@@ -167,12 +167,12 @@ def _step_of(one: Any) -> Step:
     return Step(one.name, (one,))
 
 
-def schedule(pipeline: Pipeline, *, has_data: bool) -> tuple[Step, ...]:
+def schedule(pipeline: Pipeline, *, has_data: bool, has_budget: bool = False) -> tuple[Step, ...]:
     """Return the steps to run: what passes need is put before them, and what is missing is an error now.
 
     Raises:
-        UsageError: A pass needs calibration data and there is none, or comes behind one that leaves another form
-            than it needs.
+        UsageError: A pass needs calibration data or a budget and there is none, or comes behind one that leaves
+            another form than it needs.
     """
     steps: list[Step] = []
     canonical, spoiler = False, None
@@ -181,6 +181,11 @@ def schedule(pipeline: Pipeline, *, has_data: bool) -> tuple[Step, ...]:
             raise UsageError(
                 f"pass `{step.spec}` ({position} of {len(pipeline.steps)}) needs calibration data and none was given",
                 hint="add `--data samples.npz` (in Python: data=...)",
+            )
+        if Need.BUDGET in step.needs and not has_budget:
+            raise UsageError(
+                f"pass `{step.spec}` ({position} of {len(pipeline.steps)}) needs a budget and none was given",
+                hint="add `--budget METRIC=DROP`, such as `top1=1%` or `kl=0.01` (in Python: budget=...)",
             )
         if Need.CANONICAL in step.needs and spoiler is not None:
             raise UsageError(

@@ -43,6 +43,7 @@ class Request:
     strict: bool = False
     stop_after_edits: int | None = None
     reproducers: Path | None = None
+    calibration_cache: Path | None = None
     detailed: bool = False
     progress: bool = False
 
@@ -55,7 +56,16 @@ class Request:
     @property
     def plain_options(self) -> dict[str, Any]:
         """Those options that can be said again in words, except where results go."""
-        said = ("model", "passes", "output", "stop_after_edits", "reproducers", "detailed", "progress")
+        said = (
+            "model",
+            "passes",
+            "output",
+            "stop_after_edits",
+            "reproducers",
+            "calibration_cache",
+            "detailed",
+            "progress",
+        )
         options: dict[str, Any] = {}
         for one in fields(self):
             value = getattr(self, one.name)

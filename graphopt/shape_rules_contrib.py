@@ -134,6 +134,7 @@ CONTRIB_RULES: Mapping[str, Rule] = MappingProxyType(
         "TransposeMatMul": fused_matmul,
         "MatMulIntegerToFloat": matmul_to_float,
         "DynamicQuantizeMatMul": dynamic_quantize_matmul,
+        "MatMulBnb4": matmul_of_blocks,
         "MatMulNBits": matmul_of_blocks,
         "GatherBlockQuantized": gather_blocks,
         "MultiHeadAttention": multi_head_attention,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from rich.table import Table
 from graphopt import options, registry
 from graphopt.choices import known_metrics
 from graphopt.comparison import Comparison
+from graphopt.explanation import Explanation, Finding
 from graphopt.latency import Latency
+from graphopt.layer_sensitivity import LayerSensitivity, Sensitivity
 from graphopt.metrics import show_number
 from graphopt.report import NOT_RUN, Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
 from graphopt.rulebook import Entry
@@ -258,6 +261,107 @@ def print_latencies(names: Sequence[str], latencies: Sequence[Latency], backend:
     _print(f" {backend}, {_threads(threads)}, runs interleaved, ratio to the first", style="dim")
 
 
+def print_sensitivity(result: Sensitivity, *, verbose: bool = False) -> None:
+    """Print what each layer costs, the most sensitive first, and what all of them cost together."""
+    measured = "KL" if result.whole.kind == "kl" else "noise"
+    task = next(
+        (name for name in result.whole.metrics if name in result.baseline and not _is_against(result, name)), None
+    )
+    columns = ["layer", "operator", "weights", measured, "SQNR", *([task] if task else []), "predicted"]
+    table = _table(*columns, right=columns[2:])
+    for row in result.rows:
+        table.add_row(*_sensitivity_cells(row, result, task))
+    _print(table)
+    whole = [f"{measured} {show_number(result.whole.divergence)}"]
+    if task is not None:
+        show = result.metric_types[task].show
+        whole.append(f"{task} {show(result.baseline[task])} → {show(result.whole.metrics[task])}")
+    _print(f" all of them together: {', '.join(whole)}")
+    if result.rank_correlation is not None:
+        _print(f" rank correlation of predicted and measured (Spearman): {result.rank_correlation:.2f}")
+    elif result.rows:
+        _print(" no rank correlation: the pass predicts no errors, or of fewer than two layers")
+    if result.left:
+        _print(f" left alone: {_counted(len(result.left), 'layer')}" + ("" if verbose else ", `-v` says why"))
+    for name, why in result.left if verbose else ():
+        _print(f" {name}: {why}", style="dim")
+    _print(f" {_counted(result.samples, 'sample')} of `{result.source}`, one layer changed at a time", style="dim")
+
+
+def _is_against(result: Sensitivity, name: str) -> bool:
+    return result.metric_types[name].against_original
+
+
+def _sensitivity_cells(row: LayerSensitivity, result: Sensitivity, task: str | None) -> list[str]:
+    cells = [row.name, ", ".join(row.operators), show_count(row.elements) if row.elements else "–"]
+    predicted = "–" if row.predicted is None else f"{row.predicted:.3g}"
+    if row.standing is None:
+        return [*cells, "does not run", *["–"] * (2 if task else 1), predicted]
+    worst = min(one["sqnr_db"] for one in row.standing.outputs.values())
+    cells += [f"{row.standing.divergence:.3g}", f"{worst:.1f} dB"]
+    return [*cells, *([result.metric_types[task].show(row.standing.metrics[task])] if task else []), predicted]
+
+
+def print_explanation(found: Explanation, *, verbose: bool = False) -> None:
+    """Print which operators run in integers and as what, then the others with why, what helps and what they cost."""
+    _print(f" {found.target}: " + (_proof(found) if found.proven_by else f"predicted, not run: {found.unproven}"))
+    if found.quantizable:
+        could = ", ".join(f"{count} {op} → {kernel}" for op, kernel, count in found.quantizable)
+        _print(f" nothing is quantized; `--passes quant --target {found.target}` could run {could}")
+    elif not found.findings:
+        _print(" nothing is quantized, and nothing could be")
+    if verbose or not found.quantizable:
+        _print_findings(found, verbose)
+    for remark, count in Counter(one.remark for one in found.findings if one.remark).items():
+        _print(f" {_counted(count, 'operator')}: {remark}")
+    if found.conversions and found.milliseconds:
+        share = (found.conversion_milliseconds or 0) / found.milliseconds
+        _print(
+            f" QuantizeLinear and DequantizeLinear: {found.conversions} left, "
+            f"{found.conversion_milliseconds:.3g} ms of {found.milliseconds:.3g} ms ({share:.0%})"
+        )
+    if found.in_functions:
+        _print(f" not looked at: {_counted(found.in_functions, 'operator')} in functions")
+
+
+def _proof(found: Explanation) -> str:
+    right, judged = found.agreement or (0, 0)
+    differs = f"; {judged - right} of {judged} not as predicted" if right < judged else ""
+    return f"proven by {found.proven_by} on {found.inputs}{differs}"
+
+
+def _print_findings(found: Explanation, verbose: bool) -> None:
+    done = _table("operator", "in integers", "as", "time", right=("in integers", "time"))
+    for op in dict.fromkeys(one.op for one in found.findings):
+        own = [one for one in found.findings if one.op == op and one.state != "gone"]
+        inside = [one for one in own if one.in_integers]
+        if own:
+            kernels = ", ".join(sorted({one.kernel for one in inside if one.kernel})) or "–"
+            done.add_row(op, f"{len(inside)}/{len(own)}", kernels, _milliseconds(inside))
+    _print(done)
+    left: dict[tuple[str, str, str], list[Finding]] = {}
+    for one in found.findings:
+        if one.state == "float":
+            left.setdefault((one.op, one.why, one.fix), []).append(one)
+    if left:
+        floats = _table("in float", "why", "what would help", "time", right=("time",))
+        for (op, why, fix), ones in sorted(left.items(), key=lambda item: -sum(o.milliseconds or 0 for o in item[1])):
+            floats.add_row(f"{len(ones)} {op}", why, fix, _milliseconds(ones))
+        _print()
+        _print(floats)
+    if verbose:
+        every = _table("node", "operator", "runs in", "as", "time", "", right=("time",))
+        for one in found.findings:
+            every.add_row(one.node, one.op, one.state, one.kernel, _milliseconds([one]), one.why or one.remark)
+        _print()
+        _print(every)
+
+
+def _milliseconds(findings: Sequence[Finding]) -> str:
+    times = [one.milliseconds for one in findings if one.milliseconds is not None]
+    return f"{sum(times):.3g} ms" if times else "–"
+
+
 def print_list(kind: str) -> None:
     """Print everything of one kind with what it is for and, where it has any, its options."""
     table = _table(kind, "")
@@ -319,7 +423,8 @@ def _list_targets() -> list[tuple[str, str]]:
     rows = []
     for name in sorted(registry.table("TARGETS")):
         target = registry.find("TARGETS", name)
-        rows.append((name, target.help + (" — this machine" if name == host else "")))
+        here = " — this machine" if name == host else ""
+        rows.append((name, f"{target.help}{here} ({target.describe()})"))
     return rows
 
 

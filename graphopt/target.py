@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-Code = Literal["uint4", "int4", "uint8", "int8", "uint16", "int16", "float8e4m3fn", "float8e5m2"]
+from graphopt.fusion_rules import Code, FusionRules
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,8 @@ class IntegerScheme:
         quantize_outputs: Whether what a kernel writes is quantized at once; where not, only what it reads is.
         residual: Whether an Add of two branches is given its identity branch quantized, and the other in float.
         least_channels: A weight with fewer inputs or outputs than this stays float, as its kernel would be slower.
+        channel_multiple: Kernels of convolutions read so many input channels at a time: zeros make up what is missing.
+        blocks: Sizes of blocks of inputs that may have a scale of their own; none where a kernel takes no blocks.
     """
 
     activation: Code
@@ -34,6 +35,15 @@ class IntegerScheme:
     quantize_outputs: bool = True
     residual: bool = False
     least_channels: int = 1
+    channel_multiple: int = 1
+    blocks: tuple[int, ...] = ()
+
+    def describe(self) -> str:
+        """Return it in a few words, activations first: ``uint8 × int8 per channel``."""
+        parts = [f"{self.activation} × {self.weight}", "per channel" if self.per_channel else "per tensor"]
+        parts += ["symmetric"] * self.activation_symmetric + ["7-bit weights"] * self.reduce_range
+        parts += ["float bias"] * (self.bias == "float")
+        return " ".join(parts[:2]) + "".join(f", {part}" for part in parts[2:])
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,11 @@ class WeightOnlyScheme:
     blocks: tuple[int, ...] = (16, 32, 64, 128, 256)
     accuracy_level: int = 0
     embedding: Literal["GatherBlockQuantized"] | None = None
+
+    def describe(self) -> str:
+        """Return it in a few words: ``4, 8 bits in MatMulNBits, blocks 16-256``."""
+        bits = ", ".join(map(str, self.bits))
+        return f"{bits} bits in {self.form}, blocks {min(self.blocks)}-{max(self.blocks)}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Target:
         weight_only_ops: Operators that may read a weight stored as integers.
         fast_ops: Operators with a kernel that beats what they stand for, as ``domain::op`` outside the ONNX domain.
         slow_ops: Operators that lose to what they stand for: not made, and kept from being made by the runtime itself.
+        fusions: What the runtime makes of quantized operators by itself.
         opset: Newest opset of the ONNX domain that each release of the runtime in use knows in full.
     """
 
@@ -91,4 +107,21 @@ class Target:
     weight_only_ops: frozenset[str] = field(default_factory=frozenset)
     fast_ops: frozenset[str] = field(default_factory=frozenset)
     slow_ops: frozenset[str] = field(default_factory=frozenset)
+    fusions: FusionRules = field(default_factory=FusionRules)
     opset: int = 21
+
+    def describe(self) -> str:
+        """Return in one line what pays there: integers, few bits, other floats."""
+        parts = []
+        if self.static is not None:
+            parts.append(f"static {self.static.describe()}")
+        if len(self.alternatives) == 1:
+            parts.append(f"or {self.alternatives[0].describe()}")
+        elif self.alternatives:
+            activations = dict.fromkeys(scheme.activation for scheme in self.alternatives)
+            weights = dict.fromkeys(scheme.weight for scheme in self.alternatives)
+            parts.append(f"if asked {'/'.join(activations)} × {'/'.join(weights)}")
+        parts += ["dynamic int8"] if self.dynamic_ops else []
+        parts += [f"weights in {self.weight_only.describe()}"] if self.weight_only is not None else []
+        parts += [f"also {', '.join(sorted(self.floats))}"] if self.floats else []
+        return "; ".join(parts)

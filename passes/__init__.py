@@ -10,10 +10,13 @@ from typing import Any
 from graphopt.registry import Preset, resolve
 
 PASSES = {
+    "cast": "graphopt.passes.lossy.cast:Cast",
     "chains": "graphopt.passes.exact.chains:Chains",
+    "codebook": "graphopt.passes.lossy.codebook:CodebookWeights",
     "common-subexpressions": "graphopt.passes.exact.common_subexpressions:CommonSubexpressions",
     "control-flow": "graphopt.passes.exact.control_flow:ControlFlow",
     "dead-code": "graphopt.passes.exact.dead_code:DeadCode",
+    "equalize": "graphopt.passes.exact.equalize:Equalize",
     "flatten-rows": "graphopt.passes.exact.rows:FlattenRows",
     "fold-constants": "graphopt.passes.exact.fold_constants:FoldConstants",
     "fold-shapes": "graphopt.passes.exact.fold_shapes:FoldShapes",
@@ -24,9 +27,11 @@ PASSES = {
     "fuse-reductions": "graphopt.passes.exact.fuse_reductions:FuseReductions",
     "hoist": "graphopt.passes.exact.hoist:Hoist",
     "identities": "graphopt.passes.exact.identities:Identities",
+    "logarithmic": "graphopt.passes.lossy.logarithmic:Logarithmic",
     "merge-affine": "graphopt.passes.exact.merge_affine:MergeAffine",
     "inline-functions": "graphopt.passes.exact.inline_functions:InlineFunctions",
     "merge-initializers": "graphopt.passes.exact.merge_initializers:MergeInitializers",
+    "mixed-quant": "graphopt.passes.lossy.mixed_quant:MixedQuant",
     "move-transposes": "graphopt.passes.exact.transposes:MoveTransposes",
     "opset": "graphopt.passes.exact.opset:Opset",
     "prune": "graphopt.passes.lossy.prune:Prune",

@@ -21,7 +21,7 @@ PACKAGES = {"graphopt": ROOT / "graphopt", "graphopt.passes": ROOT / "passes", "
 # The rooms of core from the ground up. A module imports from its own room and from those above it in this list.
 ROOMS = {
     "words": ("errors", "lazy_imports", "progress", "versions"),
-    "ground": ("backend", "options", "provenance", "target", "walk"),
+    "ground": ("backend", "fusion_rules", "options", "provenance", "standing", "target", "walk"),
     "files": (
         "data_files",
         "fidelity",
@@ -38,9 +38,15 @@ ROOMS = {
         "analysis",
         "comparison",
         "data",
+        "explanation_codes",
+        "explanation_obstacles",
+        "explanation_products",
+        "explanation_proof",
+        "explanation_rules",
         "fragment",
         "generated",
         "latency",
+        "layers",
         "model_diff",
         "dims",
         "inference",
@@ -54,6 +60,11 @@ ROOMS = {
         "shape_rules_windows",
         "shapes",
         "value_records",
+        "calibration_cache",
+        "content_keys",
+        "data_sources",
+        "observation",
+        "ranges",
         "statistics",
         "summary",
         "verify",
@@ -62,10 +73,10 @@ ROOMS = {
     "editing": ("pattern", "worklist", "rewrite_check", "rewriter"),
     "authoring": ("authoring",),
     "finding": ("metrics", "registry", "report"),
-    "planning": ("choices", "evaluation", "measurement", "pipeline", "request", "rulebook", "specialise"),
+    "planning": ("candidates", "choices", "evaluation", "measurement", "pipeline", "request", "rulebook", "specialise"),
     "running": ("instruments", "manager", "reproducer"),
-    "driving": ("bisection", "driver", "rerun", "side_by_side"),
-    "showing": ("cli", "cli_options", "fault_commands", "tables"),
+    "driving": ("bisection", "driver", "explanation", "layer_sensitivity", "rerun", "side_by_side"),
+    "showing": ("cli", "cli_options", "explain_command", "fault_commands", "sensitivity_command", "tables"),
 }
 ROOM_OF = {module: room for room, modules in ROOMS.items() for module in modules}
 LEVEL = {room: level for level, room in enumerate(ROOMS)}

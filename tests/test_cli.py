@@ -222,14 +222,14 @@ def test_data_forms_agree(model: Path, tmp_path: Path) -> None:
 def _record_calibration(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Let calibration leave the first feature of each sample it sees."""
     seen: list[float] = []
-    collect = authoring.collect_ranges
+    observe = authoring.observe
 
-    def spy(model: Any, names: Any, data: Any, *args: Any, **options: Any) -> Any:
+    def spy(model: Any, requests: Any, data: Any, *args: Any, **options: Any) -> Any:
         for batch in data.batches(7):
             seen.extend(batch.feeds["x"][: batch.count, 0].tolist())
-        return collect(model, names, data, *args, **options)
+        return observe(model, requests, data, *args, **options)
 
-    monkeypatch.setattr(authoring, "collect_ranges", spy)
+    monkeypatch.setattr(authoring, "observe", spy)
     return seen
 
 

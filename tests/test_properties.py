@@ -31,7 +31,7 @@ PASSES = sorted(registry.table("PASSES"))
 # Options under which a pass does other work than by default.
 VARIANTS = {
     "prune": ("prune:pattern=2of4",),
-    "quant": ("quant:mode=static", "quant:mode=dynamic", "quant:mode=weights", "quant:mode=static:per_channel=false"),
+    "quant": ("quant:mode=static", "quant:mode=dynamic", "quant:mode=weights", "quant:mode=static:group=tensor"),
 }
 SPECS = [
     *PASSES,

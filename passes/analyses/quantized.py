@@ -1,4 +1,4 @@
-"""Whether a model holds integers where it once held floats."""
+"""Whether a model holds integers where it once held floats, and where these become floats again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _QUANTIZED_OPS = frozenset(
         "DynamicQuantizeLinear",
         "DynamicQuantizeMatMul",
         "MatMulInteger",
+        "MatMulBnb4",
         "MatMulIntegerToFloat",
         "MatMulNBits",
         "QGemm",
@@ -39,3 +40,22 @@ def reads_stored_integers(node: ir.Node) -> bool:
         return False
     tensor = walk.constant_tensor(node.inputs[0])
     return tensor is not None and tensor.dtype in _STORED_INTEGERS and len(walk.dims(tensor)) > 1
+
+
+def is_rescaled_product(value: ir.Value) -> bool:
+    """Return whether a value is an integer product as floats: Mul(Cast(MatMulInteger(...)), scale).
+
+    A runtime that computes all of it in one kernel adds a bias behind it there, at no cost.
+    """
+    rescale = value.producer()
+    if rescale is None or not walk.is_onnx_op(rescale, "Mul"):
+        return False
+    casts = [one.producer() for one in rescale.inputs if one is not None]
+    return any(_casts_a_total(cast) for cast in casts if cast is not None)
+
+
+def _casts_a_total(node: ir.Node) -> bool:
+    if not walk.is_onnx_op(node, "Cast") or node.inputs[0] is None:
+        return False
+    product = node.inputs[0].producer()
+    return product is not None and walk.is_onnx_op(product, "MatMulInteger")

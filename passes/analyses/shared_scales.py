@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
-from graphopt.statistics import Range
+from graphopt.ranges import Range
 
 from .integer_units import IntegerUnits, clip_bounds
 
@@ -25,13 +25,14 @@ def shared_spans(units: IntegerUnits, spans: Mapping[ir.Value, Range]) -> dict[i
         spans: The range of each value by itself.
     """
     groups = _Groups(spans)
-    for unit in units.units:
+    lowered = [unit for unit in units.units if units.quantizes_output(unit)]
+    for unit in lowered:
         for value in unit.outputs:
             groups.limit(value, unit.tail)
         if unit.kind == "move":
             for value in unit.outputs:
                 groups.join(unit.read()[0], value)
-    for unit in units.units:
+    for unit in lowered:
         for value in unit.read() if unit.node.op_type == "Concat" else ():
             if walk.constant_tensor(value) is None and len(value.uses()) == 1 and not value.is_graph_output():
                 groups.join(unit.outputs[0], value, only_if_clipped=True)

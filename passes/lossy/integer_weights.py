@@ -11,6 +11,7 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import PassError
+from graphopt.rewriter import Rewriter
 
 from ..analyses.linear_layers import LinearLayer
 from ..solvers import grid
@@ -90,9 +91,12 @@ class WeightStore:
         per_channel = self.per_channel and takes_channel_scales(layer)
         if factor != 1.0:
             matrix = matrix * np.float32(factor)
-        solution = grid.round_to_nearest(matrix, per_channel=per_channel, bits=self.bits, least_scales=least_scales)
+        points = grid.Grid(self.bits, tensor=not per_channel)
+        solution = grid.round_to_nearest(matrix, points, least_scales=least_scales)
+        if self.ctx.forecast is not None:
+            self.ctx.forecast.weight(layer.node, solution.values() / np.float32(factor))
         codes = layer.in_layout(solution.codes)
-        scales = solution.scales if per_channel else solution.scales.reshape(())
+        scales = solution.scales.reshape(-1 if per_channel else ())
         rewriter = self.ctx.rewriter
         return StoredWeight(
             rewriter.const(codes.T if transposed else codes, f"{layer.weight.name}_q", near=layer.node),
@@ -103,19 +107,24 @@ class WeightStore:
 
     def release(self, constant: ir.Value | None) -> None:
         """Remove a constant nothing reads any more; what is no constant stays."""
-        if (
-            constant is None
-            or walk.constant_tensor(constant) is None
-            or constant.uses()
-            or constant.is_graph_output()
-            or constant.is_graph_input()
-        ):
-            return
-        producer = constant.producer()
-        if producer is not None:
-            self.ctx.rewriter.erase(producer)
-        elif constant.graph is not None and constant.name in constant.graph.initializers:
-            self.ctx.rewriter.remove_initializer(constant)
+        release(self.ctx.rewriter, constant)
+
+
+def release(rewriter: Rewriter, constant: ir.Value | None) -> None:
+    """Remove a constant nothing reads any more; what is no constant stays."""
+    if (
+        constant is None
+        or walk.constant_tensor(constant) is None
+        or constant.uses()
+        or constant.is_graph_output()
+        or constant.is_graph_input()
+    ):
+        return
+    producer = constant.producer()
+    if producer is not None:
+        rewriter.erase(producer)
+    elif constant.graph is not None and constant.name in constant.graph.initializers:
+        rewriter.remove_initializer(constant)
 
 
 def weight_tensor(layer: LinearLayer) -> ir.TensorProtocol:

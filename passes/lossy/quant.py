@@ -12,24 +12,31 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
-from graphopt.errors import PassError
+from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
-from graphopt.statistics import RangeMethod
+from graphopt.ranges import RangeMethod
 
+from ..analyses.forecast import forecasting
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers
 from ..analyses.quantized import first_quantized
 from ..analyses.selection import Selection, select
+from ..exact.opset import Opset
 from ..solvers import grid
 from .integer_weights import PER_CHANNEL_OPSET, WeightStore, weight_tensor
+from .layer_rounding import rounding_of
+from .quant_blocks import quantize_blocks
 from .quant_dynamic import FIRST_OPSET as FIRST_DYNAMIC_OPSET
 from .quant_dynamic import quantize_dynamic
+from .quant_plan import Group, StaticPlan, parse_group, refuse_words_of_other_modes, static_scheme
+from .quant_preparation import in_opset
 from .quant_static import quantize_static
 from .quant_weights import quantize_weights
+from .weight_plan import SOLVERS_WITH_DATA, weight_plan
 
 Mode = Literal["static", "dynamic", "weights"]
 
-# The version that brought QuantizeLinear and DequantizeLinear.
-_FIRST_STATIC_OPSET = 10
+# Share of the values inside a range, in percent, where the rarest are cut off.
+_USUAL_PERCENTILE = 99.999
 # Stands in for the positions a layer is computed at where shapes are dynamic; only the proportion matters.
 _ASSUMED_POSITIONS = 64
 
@@ -41,11 +48,21 @@ class Quant(Pass):
     mode: Literal["auto", "static", "dynamic", "weights"] = opt(
         "auto", help="ranges from data (static), taken at run time (dynamic), or weights stored only (weights)"
     )
-    ranges: Literal["auto", "minmax", "percentile"] = opt(
-        "auto", help="how activation ranges are read off the data; auto: percentile where convolutions dominate"
+    activations: Literal["uint8", "int8", "uint16", "int16", "float8e4m3fn", "float8e5m2"] | None = opt(
+        None, help="format of activations (static); by default the target's own"
     )
-    percentile: float = opt(99.999, help="share of values inside a range, in percent", low=50, high=100)
-    per_channel: bool | None = opt(None, help="a weight scale for each output channel; by default as the target likes")
+    weights: Literal["int8", "uint8", "int4", "uint4", "int2", "uint2", "float8e4m3fn", "float8e5m2"] | None = opt(
+        None, help="format of weights; by default the target's own; unsigned ones have zero points"
+    )
+    symmetric: bool | None = opt(None, help="whether the zero point of activations is fixed; by default as the target")
+    group: str | None = opt(
+        None,
+        help="what shares a weight scale: tensor, channel, or so many inputs (16 to 256); by default as the target",
+    )
+    solver: Literal["auto", "rtn", "mse", "gptq", "awq", "hqq"] = opt("auto", help="how weights are rounded")
+    ranges: str = opt(
+        "auto", help="how activation ranges are read off the data: auto, minmax, average, p99.99, kl, mse or sqnr"
+    )
     include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
     exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")
 
@@ -60,6 +77,10 @@ class Quant(Pass):
                 return frozenset({Need.CANONICAL, Need.CALIBRATION})
             case "auto":
                 return frozenset({Need.CANONICAL, Need.CALIBRATION_OPTIONAL})
+            case "weights" if self.solver in SOLVERS_WITH_DATA:
+                return frozenset({Need.CANONICAL, Need.CALIBRATION})
+            case "weights" if self.solver == "auto":
+                return frozenset({Need.CANONICAL, Need.CALIBRATION_OPTIONAL})
             case _:
                 return frozenset({Need.CANONICAL})
 
@@ -67,21 +88,36 @@ class Quant(Pass):
         """Quantize what the mode and the selection name.
 
         Raises:
-            PassError: The model is quantized already, is not float32, has too old an operator set, or the target
-                has no static scheme.
-            UsageError: A glob matches nothing.
+            PassError: The model is quantized already, is not float32, or cannot be brought to an operator set that
+                says what is asked; or the target has nothing for the mode.
+            UsageError: A glob matches nothing, an option is of another mode, or the target has no kernels for formats
+                that were asked for; says which it has.
         """
-        selection = select(model, self.include, self.exclude, where="pass `quant`")
-        _refuse_quantized(model)
-        _refuse_other_floats(model)
+        selection = select(model, self.include, self.exclude, where=f"pass `{self.name}`")
+        _refuse_quantized(model, ctx)
+        if self.mode != "weights":  # which stores float16 as it does float32
+            _refuse_other_floats(model)
+        self.lower(model, ctx, selection)
+
+    def lower(self, model: ir.Model, ctx: Context, selection: Selection) -> None:
+        """Quantize what is selected of a float model.
+
+        Raises:
+            PassError: As for `run`.
+            UsageError: As for `run`.
+        """
+        group = parse_group(self.group)
         mode = self._choose(model, ctx) if self.mode == "auto" else self.mode
-        match mode:
-            case "static":
-                self._run_static(model, ctx, selection)
-            case "dynamic":
-                self._run_dynamic(model, ctx, selection)
-            case "weights":
-                quantize_weights(model, ctx, selection, WeightStore(ctx, self.per_channel is not False))
+        of_static = {"activations": self.activations, "symmetric": self.symmetric, "ranges": self.ranges}
+        refuse_words_of_other_modes(mode, of_static)
+        with forecasting(ctx, model, [layer for layer in linear_layers(model) if selection.allows(layer.node)]):
+            match mode:
+                case "static":
+                    self._run_static(model, ctx, selection, group)
+                case "dynamic":
+                    self._run_dynamic(model, ctx, selection, group)
+                case "weights":
+                    self._run_weights(model, ctx, selection, group)
 
     def _choose(self, model: ir.Model, ctx: Context) -> Mode:
         """Choose a mode from the data, the target and where the work is, and say why."""
@@ -94,7 +130,7 @@ class Quant(Pass):
             reason = f"{nested:.0%} of the multiplications are inside subgraphs or functions, out of sight of the data"
         elif share >= 0.5 and ctx.data is None:
             reason = f"{in_convolutions}, whose activation ranges need calibration data, and none was given"
-        elif share >= 0.5 and static and walk.opset(model) >= _FIRST_STATIC_OPSET:
+        elif share >= 0.5 and static:
             mode, reason = "static", f"{in_convolutions}, and there is calibration data"
         elif share < 0.5 and dynamic and walk.opset(model) >= FIRST_DYNAMIC_OPSET:
             mode, reason = "dynamic", f"{1 - share:.0%} of the multiplications are in matrix products"
@@ -103,25 +139,11 @@ class Quant(Pass):
         ctx.note(f"chose `mode={mode}`: {reason}", mode=mode, convolution_share=share)
         return mode
 
-    def _run_static(self, model: ir.Model, ctx: Context, selection: Selection) -> None:
-        scheme = ctx.target.static
-        if scheme is None:
-            raise PassError(
-                f"pass `quant:mode=static` gains nothing on target `{ctx.target.name}`", hint="use `quant:mode=weights`"
-            )
-        _require_opset(model, _FIRST_STATIC_OPSET, "static")
-        per_channel = scheme.per_channel if self.per_channel is None else self.per_channel
-        if per_channel and walk.opset(model) < PER_CHANNEL_OPSET:
-            if self.per_channel:
-                _require_opset(model, PER_CHANNEL_OPSET, "static:per_channel=true")
-            per_channel = False
-            ctx.note(
-                f"one scale per weight: opset {walk.opset(model)} has no scale per channel; "
-                f"export with opset {PER_CHANNEL_OPSET} or later for better accuracy",
-                opset=walk.opset(model),
-            )
-        method = self._range_method(model)
-        quantize_static(model, ctx, selection, method, scheme=scheme, per_channel=per_channel)
+    def _run_static(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
+        rounding = rounding_of(self.solver)
+        scheme, group = static_scheme(ctx.target, self.activations, self.weights, self.symmetric, group)
+        plan = in_opset(model, ctx, StaticPlan(scheme, group, self._range_method(model)))
+        quantize_static(model, ctx, selection, plan, rounding)
         _note_nested(model, ctx)
 
     def _range_method(self, model: ir.Model) -> RangeMethod:
@@ -130,31 +152,55 @@ class Quant(Pass):
         Measured: KL to float32 of SqueezeNet 0.0104 by min-max and 0.0073 at 99.999 %, ResNet-20 and MobileNet alike
         by both; MiniLM loses 0.002 Spearman, as transformers hold what matters in few very large values.
         """
-        cuts = self.ranges == "percentile" or (self.ranges == "auto" and _convolution_share(model) >= 0.5)
-        return RangeMethod(self.percentile if cuts else 100.0)
+        if self.ranges != "auto":
+            return RangeMethod.parse(self.ranges)
+        if _convolution_share(model) >= 0.5:
+            return RangeMethod("percentile", _USUAL_PERCENTILE)
+        return RangeMethod()
 
-    def _run_dynamic(self, model: ir.Model, ctx: Context, selection: Selection) -> None:
+    def _run_dynamic(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
         if not ctx.target.dynamic_ops:
             raise PassError(
                 f"pass `quant:mode=dynamic` gains nothing on target `{ctx.target.name}`",
                 hint="use `quant:mode=weights`",
             )
         _require_opset(model, FIRST_DYNAMIC_OPSET, "dynamic")
+        self._refuse_other_formats("dynamic", group)
         # What is left, embeddings above all, is stored in integers too; a tied table is stored once for both.
         scheme = ctx.target.static
         bits = grid.REDUCED_RANGE_BITS if scheme is not None and scheme.reduce_range else grid.FULL_RANGE_BITS
-        weights = WeightStore(ctx, self.per_channel is not False, bits)
+        weights = WeightStore(ctx, group != "tensor", bits)
         quantize_dynamic(model, ctx, selection, weights)
         quantize_weights(model, ctx, selection, weights)
 
+    def _run_weights(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
+        plan = weight_plan(ctx.target, self.weights, group, self.solver)
+        if plan is not None:
+            if walk.opset(model) < plan.opset:
+                Opset(to=plan.opset).run(model, ctx)
+            quantize_blocks(model, ctx, selection, plan)
+        # What blocks do not suit, convolutions above all, is stored as int8 with a scale for each channel.
+        quantize_weights(model, ctx, selection, WeightStore(ctx, group != "tensor"), is_rest=plan is not None)
 
-def _refuse_quantized(model: ir.Model) -> None:
+    def _refuse_other_formats(self, mode: Mode, group: Group | None) -> None:
+        if self.weights not in (None, "int8") or isinstance(group, int) or self.solver not in ("auto", "rtn"):
+            raise UsageError(
+                f"pass `quant:mode={mode}` stores weights as int8, one scale per channel or tensor, rounded to nearest",
+                hint="leave out `weights`, `group` and `solver`",
+            )
+
+
+def _refuse_quantized(model: ir.Model, ctx: Context) -> None:
+    """Raise an error where no layer is left in float; of a model quantized in part, say that the rest is kept."""
     node = first_quantized(model)
-    if node is not None:
+    if node is None:
+        return
+    if not linear_layers(model):
         raise PassError(
             f"pass `quant` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
             hint="start from the float model",
         )
+    ctx.note(f"kept what is quantized already (`{walk.label(node)}` is {node.op_type}, the first of it)")
 
 
 def _refuse_other_floats(model: ir.Model) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -12,88 +11,57 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
-from graphopt.statistics import Range, RangeMethod
-from graphopt.target import IntegerScheme
+from graphopt.ranges import Range
 
-from ..analyses.integer_units import IntegerUnits, Unit, integer_units
-from ..analyses.linear_layers import LinearLayer
+from ..analyses.integer_units import IntegerUnits, Unit
 from ..analyses.selection import Selection
 from ..analyses.shared_scales import shared_spans
-from ..solvers import grid
-from .integer_weights import StoredWeight, WeightStore
+from .integer_weights import release
+from .quant_plan import StaticPlan
+from .quant_preparation import rewrite_means
+from .static_formats import ActivationGrid, activation_grid, dtype_of, encode, is_float
+from .static_weights import Rounding, StaticWeights, missing_channels
 
 _RULE = "quant-static"
-# Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
-_LARGEST_BIAS_CODE = 2.0**30
-_CODES = {"uint8": (0, 255), "int8": (-128, 127)}
-
-
-@dataclass(frozen=True)
-class ActivationGrid:
-    """The integer grid of an activation: x = (code − zero_point) * scale; zero is on it exactly."""
-
-    scale: np.float32
-    zero_point: int
-
-
-def activation_grid(span: Range, scheme: IntegerScheme) -> ActivationGrid:
-    """Return the grid that covers a range.
-
-    Symmetric grids leave out the lowest code. A range that holds only zero gets the scale 1.
-    """
-    low, high = _CODES[scheme.activation]
-    if scheme.activation_symmetric:
-        scale = max(-span.low, span.high) / high
-        return ActivationGrid(_usable(scale), 0)
-    scale = (span.high - span.low) / (high - low)
-    zero_point = round(low - span.low / scale) if scale > 0 else low
-    return ActivationGrid(_usable(scale), int(np.clip(zero_point, low, high)))
-
-
-def _usable(scale: float) -> np.float32:
-    return np.float32(max(scale, grid.SMALLEST_SCALE)) if scale > 0 else np.float32(1.0)
+# The first version of Pad that pads codes.
+_FIRST_PAD_OF_CODES = 13
 
 
 def quantize_static(
     model: ir.Model,
     ctx: Context,
     selection: Selection,
-    method: RangeMethod,
-    *,
-    scheme: IntegerScheme,
-    per_channel: bool,
+    plan: StaticPlan,
+    rounding: Rounding,
 ) -> None:
-    """Lower what pays on the target to integers, by ranges observed on the calibration data.
+    """Lower what pays on the target to codes, by ranges observed on the calibration data.
 
     Args:
         model: The model, changed in place.
         ctx: Target, data and rewriter.
         selection: Nodes that may run in integers.
-        method: How ranges are read off the data.
-        scheme: The target's integer scheme.
-        per_channel: Whether weights have a scale for each output channel.
+        plan: Formats, what shares a scale, and how ranges are read off the data.
+        rounding: Opens what decides the codes of the weights, which is asked for one after the other in graph order.
     """
-    units = integer_units(model, ctx.target, scheme, selection)
-    grids = _grids(units, ctx, method, scheme)
-    bits = grid.REDUCED_RANGE_BITS if scheme.reduce_range else grid.FULL_RANGE_BITS
-    lowering = _Lowering(ctx, scheme, units, grids, WeightStore(ctx, per_channel, bits))
-    for unit in units.units:
-        lowering.lower(unit)
+    units = rewrite_means(model, ctx, plan, selection)
+    grids = _grids(units, ctx, plan)
+    with rounding(ctx) as rounder:
+        lowering = _Lowering(ctx, plan, units, grids, StaticWeights(ctx, plan, rounder))
+        for unit in units.units:
+            lowering.lower(unit)
     lowering.drop_unread()
     _summarise(units, lowering, ctx)
 
 
-def _grids(
-    units: IntegerUnits, ctx: Context, method: RangeMethod, scheme: IntegerScheme
-) -> dict[ir.Value, ActivationGrid]:
+def _grids(units: IntegerUnits, ctx: Context, plan: StaticPlan) -> dict[ir.Value, ActivationGrid]:
     """Return the grid of each value in integers, by what was observed of it and of those that share its scale."""
     values = units.values()
     constants = {value: tensor.numpy() for value in values if (tensor := walk.constant_tensor(value)) is not None}
     varying = [value for value in values if value not in constants]
-    observed = ctx.ranges(varying, method) if varying else {}
+    observed = ctx.ranges(varying, plan.method) if varying else {}
     spans = {value: _span_of(array) for value, array in constants.items()}
     spans.update((value, observed[value.name or ""]) for value in varying)
-    return {value: activation_grid(span, scheme) for value, span in shared_spans(units, spans).items()}
+    return {value: activation_grid(span, plan.scheme) for value, span in shared_spans(units, spans).items()}
 
 
 def _span_of(array: Array) -> Range:
@@ -105,7 +73,7 @@ class _Lowering:
 
     Args:
         ctx: Where edits are made.
-        scheme: The target's integer scheme.
+        plan: Formats.
         units: What runs in integers.
         grids: Grid of each value in integers.
         weights: Weights stored so far.
@@ -114,16 +82,17 @@ class _Lowering:
     def __init__(
         self,
         ctx: Context,
-        scheme: IntegerScheme,
+        plan: StaticPlan,
         units: IntegerUnits,
         grids: dict[ir.Value, ActivationGrid],
-        weights: WeightStore,
+        weights: StaticWeights,
     ) -> None:
-        self.ctx, self.scheme, self.units, self.grids, self.weights = ctx, scheme, units, grids, weights
-        self.raised = 0
+        self.ctx, self.scheme, self.units, self.grids, self.weights = ctx, plan.scheme, units, grids, weights
+        self.widened = 0
         # Of each original value: its integers, and the float value dequantized from them.
         self._integers: dict[ir.Value, ir.Value] = {}
         self._floats: dict[ir.Value, ir.Value] = {}
+        self._wide: dict[tuple[ir.Value, int], ir.Value] = {}
         self._constants: dict[tuple[str, float], ir.Value] = {}
 
     def lower(self, unit: Unit) -> None:
@@ -132,10 +101,10 @@ class _Lowering:
             for index, value in unit.inputs:
                 self._quantize_input(unit, index, value)
             if unit.layer is not None:
-                self._lower_weights(unit.layer, unit.adder)
+                self._lower_weights(unit)
             if unit.on_integers:
                 self._lower_move(unit)
-            elif self.units.quantizes_output(unit, self.scheme):
+            elif self.units.quantizes_output(unit):
                 self._quantize_output(unit)
 
     def drop_unread(self) -> None:
@@ -151,7 +120,7 @@ class _Lowering:
         source = self._integers[value] if unit.on_integers else self._floats[value]
         if unit.node.inputs[index] is not source:
             self.ctx.rewriter.set_input(unit.node, index, source)
-            self.weights.release(value)
+            release(self.ctx.rewriter, value)
 
     def _enter(self, value: ir.Value, before: ir.Node) -> None:
         """Quantize a value made in float, for readers in integers alone; others go on reading the float."""
@@ -170,7 +139,7 @@ class _Lowering:
         """Quantize what a unit makes, for every reader: floats are dequantized from it."""
         rewriter = self.ctx.rewriter
         # An asymmetric grid clips by itself what the Relu or Clip would; a symmetric one needs it in front.
-        keeps_tail = unit.tail is None or self.scheme.activation_symmetric
+        keeps_tail = unit.tail is None or self.scheme.activation_symmetric or is_float(self.scheme.activation)
         made_by = unit.outputs if keeps_tail else unit.core.outputs
         for value, made in zip(unit.outputs, made_by, strict=True):
             producer = made.producer()
@@ -211,7 +180,7 @@ class _Lowering:
 
     @property
     def _dtype(self) -> ir.DataType:
-        return ir.DataType.UINT8 if self.scheme.activation == "uint8" else ir.DataType.INT8
+        return dtype_of(self.scheme.activation)
 
     def _parameters(self, value: ir.Value) -> list[ir.Value]:
         """Return the constants for scale and zero point of a value; equal ones are one constant."""
@@ -229,61 +198,32 @@ class _Lowering:
 
     def _codes(self, value: ir.Value, array: Array) -> Array:
         own = self.grids[value]
-        low, high = _CODES[self.scheme.activation]
-        codes: Array = np.clip(np.rint(array / own.scale) + own.zero_point, low, high).astype(self._dtype.numpy())
-        return codes
+        return encode(array / own.scale + np.float32(own.zero_point), self.scheme.activation)
 
-    def _lower_weights(self, layer: LinearLayer, adder: ir.Node | None) -> None:
-        node, weight, bias = layer.node, layer.weight, layer.bias
-        alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
-        in_scale = self.grids[layer.input].scale
-        offsets = self._bias_of(layer, beta)
-        least = np.abs(offsets) / np.float32(in_scale * _LARGEST_BIAS_CODE) if offsets is not None else None
-        stored = self.weights.store(layer, factor=alpha, least_scales=least)
-        self.raised += stored.solution.raised
-        self._read_weight(layer, stored)
-        if offsets is not None:
-            self._read_bias(layer, stored, offsets, in_scale, adder)
-        if alpha != 1.0:
-            self.ctx.rewriter.set_attribute(node, "alpha", None)
-        if beta != 1.0 and offsets is not None:
-            self.ctx.rewriter.set_attribute(node, "beta", None)
-        self.weights.release(weight)
-        self.weights.release(bias)
+    def _lower_weights(self, unit: Unit) -> None:
+        assert unit.layer is not None, "asked for where there is one"
+        layer, missing = unit.layer, missing_channels(unit.layer, self.scheme)
+        if walk.opset(self.ctx.model) < _FIRST_PAD_OF_CODES:
+            missing = 0
+        value = layer.input
+        self.weights.lower(layer, unit.adder, self._floats[value], self.grids[value].scale, missing)
+        if missing:
+            self.widened += 1
+            self.ctx.rewriter.set_input(layer.node, 0, self._with_channels(value, missing, layer.node))
 
-    def _bias_of(self, layer: LinearLayer, beta: float) -> Array | None:
-        """Return the bias as float32 [outputs] where the scheme wants it in integers."""
-        tensor = walk.constant_tensor(layer.bias)
-        if tensor is None or self.scheme.bias != "int32":
-            return None
-        return tensor.numpy().reshape(-1).astype(np.float32) * np.float32(beta)
-
-    def _read_weight(self, layer: LinearLayer, stored: StoredWeight) -> None:
-        rewriter = self.ctx.rewriter
-        inputs = [stored.codes, self.weights.scales(stored, layer.node)]
-        if layer.node.op_type in ("Gemm", "MatMul"):
-            # ONNX Runtime fuses a Conv without it, but no Gemm, which it also makes of MatMul and Add.
-            inputs.append(rewriter.const(ir.tensor(np.zeros_like(stored.scales, np.int8)), "weight_zero"))
-        axis = layer.output_axis if stored.per_channel else None
-        node = rewriter.make("DequantizeLinear", inputs, {"axis": axis}, sources=[layer.node], name="w")
-        rewriter.insert(node, before=layer.node)
-        rewriter.set_input(layer.node, layer.weight_index, node.outputs[0])
-
-    def _read_bias(
-        self, layer: LinearLayer, stored: StoredWeight, offsets: Array, in_scale: np.float32, adder: ir.Node | None
-    ) -> None:
-        """Store the bias as int32 on the grid of the sums of products, the only one the kernels take."""
-        rewriter = self.ctx.rewriter
-        scales = np.asarray(in_scale * stored.scales, np.float32)
-        codes = np.rint(offsets.astype(np.float64) / scales).astype(np.int32)
-        inputs = [rewriter.const(codes, "bias"), rewriter.const(ir.tensor(scales), "bias_scale")]
-        axis = 0 if stored.per_channel else None
-        node = rewriter.make("DequantizeLinear", inputs, {"axis": axis}, sources=[layer.node], name="b")
-        rewriter.insert(node, before=layer.node)
-        if adder is None:
-            rewriter.set_input(layer.node, 2, node.outputs[0])
-        else:
-            rewriter.set_input(adder, list(adder.inputs).index(layer.bias), node.outputs[0])
+    def _with_channels(self, value: ir.Value, missing: int, node: ir.Node) -> ir.Value:
+        """Return a value dequantized from its integers and so many channels of zeros."""
+        if (value, missing) not in self._wide:
+            rewriter = self.ctx.rewriter
+            # How much before and how much behind each of the axes N, C, H and W.
+            ends = np.array([0, 0, 0, 0, 0, missing, 0, 0])
+            scale, zero_point = self._parameters(value)
+            inputs = [self._integers[value], rewriter.const(ends, "more_channels"), zero_point]
+            pad = rewriter.make("Pad", inputs, sources=[node], name="pad")
+            codes = rewriter.insert(pad, before=node).outputs[0]
+            made = rewriter.make("DequantizeLinear", [codes, scale, zero_point], sources=[node], name="dq")
+            self._wide[value, missing] = rewriter.insert(made, before=node).outputs[0]
+        return self._wide[value, missing]
 
 
 def _summarise(units: IntegerUnits, lowering: _Lowering, ctx: Context) -> None:
@@ -297,10 +237,13 @@ def _summarise(units: IntegerUnits, lowering: _Lowering, ctx: Context) -> None:
         totals[operator] += count
     parts = [f"{count} of {totals[operator]} {operator}" for operator, count in done.most_common()]
     ctx.note(f"{', '.join(parts)} in integers{_left_text(left.items())}", integers=dict(done), left=sum(left.values()))
-    if lowering.raised:
+    raised = lowering.weights.raised
+    if raised:
+        ctx.note(f"{raised} channels took a larger weight scale, so that their bias fits int32", raised=raised)
+    if lowering.widened:
         ctx.note(
-            f"{lowering.raised} channels took a larger weight scale, so that their bias fits int32",
-            raised=lowering.raised,
+            f"{lowering.widened} Conv read channels of zeros beside their own, which lets a faster kernel take them",
+            widened=lowering.widened,
         )
 
 

@@ -21,7 +21,9 @@ _OVERHEAD_BYTES = 256
 _BYTES_SAVED, _BYTES_PER_SCALE = 3, 4
 
 
-def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, weights: WeightStore) -> None:
+def quantize_weights(
+    model: ir.Model, ctx: Context, selection: Selection, weights: WeightStore, *, is_rest: bool = False
+) -> None:
     """Store the weights of linear layers and the tables of embeddings as int8.
 
     A matrix is read through a DequantizeLinear in the form ONNX Runtime computes on directly (MatMulNBits). Any
@@ -33,6 +35,7 @@ def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, weight
         ctx: Target and rewriter.
         selection: Nodes whose weights may be stored as integers.
         weights: Where weights are stored.
+        is_rest: Whether other weights have been stored already, so that finding none is nothing to speak of.
     """
     lowering = _Lowering(ctx, weights, walk.opset(model) >= PER_CHANNEL_OPSET)
     chosen: dict[ir.Value, LinearLayer] = {}
@@ -50,7 +53,8 @@ def quantize_weights(model: ir.Model, ctx: Context, selection: Selection, weight
         before += _size(weight) * _BYTES_PER_SCALE
         after += _size(weight)
         lowering.lower(weight, layer)
-    _summarise(chosen, before, after, lowering, ctx)
+    if chosen or not is_rest:
+        _summarise(chosen, before, after, lowering, ctx)
 
 
 def _weight_of(node: ir.Node, ctx: Context) -> LinearLayer | None:

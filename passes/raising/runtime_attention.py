@@ -12,6 +12,7 @@ from graphopt import walk
 from graphopt.backend import Array
 from graphopt.pattern import Match, Miss, Rule
 
+from ..analyses.quantized import is_rescaled_product
 from . import attention, chains, heads
 
 _DOMAIN = "com.microsoft"
@@ -183,7 +184,10 @@ class Biased:
 
 
 def _biased(inputs: heads.Inputs) -> Biased | None:
-    """Return q, k and v without the biases added to them, where each has one that nothing else needs."""
+    """Return q, k and v without the biases added to them, where each has one that nothing else needs.
+
+    The bias of a product in integers stays: its kernel adds it as it rescales.
+    """
     values, biases, nodes = [], [], []
     for value in (inputs.q, inputs.k, inputs.v):
         add = chains.made_by(value, "Add")
@@ -201,7 +205,8 @@ def _bias_of(add: ir.Node) -> tuple[ir.Value, Array] | None:
     """Return x and a bias as long as its last axis, where an Add adds these."""
     for x, bias in chains.sides(add):
         tensor = walk.constant_tensor(bias)
-        if tensor is not None and chains.rank_of(x) == 3 and walk.dims(tensor) == (heads.dim(x, 2),):
+        fits = tensor is not None and chains.rank_of(x) == 3 and walk.dims(tensor) == (heads.dim(x, 2),)
+        if tensor is not None and fits and not is_rescaled_product(x):
             return x, tensor.numpy()
     return None
 

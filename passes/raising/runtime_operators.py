@@ -14,6 +14,7 @@ from graphopt.authoring import RewritePass
 from graphopt.pattern import Match, Miss, Rule
 from graphopt.target import Target
 
+from ..analyses.quantized import is_rescaled_product
 from . import activations, chains, heads, rotary, runtime_attention
 
 _DOMAIN = "com.microsoft"
@@ -117,7 +118,11 @@ class _BiasInto(Rule):
 
     def check(self, m: Match) -> Miss | None:
         rank = chains.rank_of(m.x)
-        return Miss("adds its bias to a vector", m.root) if rank is None or rank < 2 else None
+        if rank is None or rank < 2:
+            return Miss("adds its bias to a vector", m.root)
+        if is_rescaled_product(m.x):
+            return Miss("its bias is added by the integer product before it", m.root)
+        return None
 
 
 class BiasGelu(_BiasInto):

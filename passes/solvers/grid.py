@@ -28,8 +28,9 @@ class Grid:
             else they are unsigned.
         block: Consecutive inputs that share a scale; None for all inputs of an output.
         narrow: Whether a symmetric grid leaves out its lowest code, so that W and −W are treated alike and kernels
-            need not mind the one product that overflows. Where it does not, scales may be negative: the extreme of a
-            block then falls on the lowest code, whichever its sign.
+            need not mind the one product that overflows.
+        mirrored: Whether scales may be negative. The extreme of a block then falls on the lowest code of a symmetric
+            grid that has it, whichever its sign.
         tensor: Whether all outputs share one scale; ``block`` is None then.
     """
 
@@ -37,17 +38,18 @@ class Grid:
     symmetric: bool = True
     block: int | None = None
     narrow: bool = True
+    mirrored: bool = False
     tensor: bool = False
 
     @property
     def lowest(self) -> int:
         """The lowest code."""
-        return -(2 ** (self.bits - 1)) + self.narrow if self.symmetric else 0
+        return int(self.narrow) - (1 << self.bits - 1) if self.symmetric else 0
 
     @property
     def highest(self) -> int:
         """The highest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << self.bits - self.symmetric) - 1
 
     @property
     def dtype(self) -> type[np.int8] | type[np.uint8]:
@@ -83,6 +85,10 @@ class Grid:
         return values
 
 
+# A scale for each output, symmetric: what integer kernels compute on.
+INT8 = Grid()
+
+
 @dataclass(frozen=True)
 class GridWeight:
     """A weight on a grid.
@@ -109,7 +115,7 @@ class GridWeight:
 
 
 def round_to_nearest(
-    weight: Array, grid: Grid = Grid(), *, second_moment: Array | None = None, least_scales: Array | None = None
+    weight: Array, grid: Grid = INT8, *, second_moment: Array | None = None, least_scales: Array | None = None
 ) -> GridWeight:
     """Round each weight to the nearest point of a grid that spans all weights of its block.
 
@@ -180,8 +186,8 @@ def reaching(low: Array, high: Array, grid: Grid) -> tuple[Array, Array | None]:
     if not grid.symmetric:
         scales = positive((high - low) / np.float32(grid.highest))
         return scales, np.clip(np.rint(-low / scales), 0, grid.highest).astype(np.float32)
-    if grid.narrow:
-        return positive(np.maximum(-low, high) / np.float32(grid.highest)), None
+    if not grid.mirrored:
+        return positive(np.maximum(low / np.float32(grid.lowest), high / np.float32(grid.highest))), None
     extreme = np.where(-low >= high, low, high)
     scales = positive(np.abs(extreme) / np.float32(-grid.lowest))
     return np.where(extreme > 0, -scales, scales), None

@@ -8,7 +8,7 @@ import numpy as np
 
 from graphopt.backend import Array
 
-from .grid import Grid, GridWeight, blocked, finish, positive, raised_to, reaching
+from .grid import INT8, Grid, GridWeight, blocked, finish, positive, raised_to, reaching
 from .objective import importance
 from .rows import by_rows
 
@@ -19,7 +19,7 @@ _REFINEMENTS = 3
 
 
 def mse(
-    weight: Array, grid: Grid = Grid(), *, second_moment: Array | None = None, least_scales: Array | None = None
+    weight: Array, grid: Grid = INT8, *, second_moment: Array | None = None, least_scales: Array | None = None
 ) -> GridWeight:
     """Round to the grid whose scales (and zero points) lose least, block by block.
 
@@ -67,11 +67,16 @@ def best_scales(matrix: Array, weights: Array | None = None, *, grid: Grid) -> t
     counts = None if weights is None else blocked(weights, grid)
     low, high = cut.min(axis=-1, initial=0.0), cut.max(axis=-1, initial=0.0)
     best = _Best(cut, counts, grid)
-    for share in np.linspace(1.0, _LEAST_SHARE[grid.bits], _SHARES, dtype=np.float32):
+    # The scale that reaches the extreme by the highest code is larger than the spanning one, by the lowest.
+    most = grid.lowest / -grid.highest if grid.mirrored else 1.0
+    for share in np.linspace(most, _LEAST_SHARE[grid.bits], _SHARES, dtype=np.float32):
         scales, zero_points = reaching(low * share, high * share, grid)
         best.offer(scales, zero_points)
-        if grid.symmetric and not grid.narrow:
-            best.offer(-scales, zero_points)
+        if zero_points is not None:
+            best.offer(scales, np.minimum(zero_points + 1, np.float32(grid.highest)))
+            best.offer(scales, np.maximum(zero_points - 1, np.float32(0)))
+        elif grid.mirrored:
+            best.offer(-scales, None)
     for _ in range(_REFINEMENTS):
         best.refine()
     return best.scales, best.zero_points
@@ -128,5 +133,7 @@ class _Best:
 
     def _weighted(self, one: Array, other: Array) -> Array:
         if self.counts is None:
-            return np.einsum("obi,obi->ob", one, other)
-        return np.einsum("obi,obi,obi->ob", one, other, np.broadcast_to(self.counts, one.shape))
+            total: Array = np.einsum("obi,obi->ob", one, other)
+        else:
+            total = np.einsum("obi,obi,obi->ob", one, other, np.broadcast_to(self.counts, one.shape))
+        return total

@@ -1,0 +1,72 @@
+"""What ONNX Runtime ran, read from the graph it optimized and from its own profile."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from graphopt.backend import Kernel
+
+_SUFFIX = "_kernel_time"
+_MICROSECONDS = 1000.0  # in a millisecond
+# How the profile calls dtypes, where numpy calls them otherwise.
+_DTYPES = {"float": "float32", "double": "float64"}
+
+_Key = tuple[str, str]  # name and operator of a node
+
+
+def read_kernels(optimized: Path, profile: Path, runs: int) -> list[Kernel]:
+    """Return the kernels of a model that ran once without being counted, and then so many times.
+
+    Args:
+        optimized: The graph ONNX Runtime wrote after its optimizations.
+        profile: Its profile of all runs.
+        runs: How many of them count.
+    """
+    nodes = list(_nodes(onnx.load(optimized, load_external_data=False).graph))
+    alike = Counter((node.name, node.op_type) for node in nodes)
+    events: defaultdict[_Key, list[dict[str, Any]]] = defaultdict(list)
+    for event in json.loads(profile.read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
+            events[event["name"].removesuffix(_SUFFIX), event["args"]["op_name"]].append(event)
+    return [_kernel(node, events[node.name, node.op_type], alike[node.name, node.op_type], runs) for node in nodes]
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _kernel(node: onnx.NodeProto, events: list[dict[str, Any]], alike: int, runs: int) -> Kernel:
+    domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
+    return Kernel(
+        op=f"{domain}{node.op_type}",
+        name=node.name,
+        inputs=tuple(node.input),
+        outputs=tuple(node.output),
+        reads=_dtypes(events[0]) if events else (),
+        milliseconds=_time(events, runs) / alike,
+    )
+
+
+def _dtypes(event: dict[str, Any]) -> tuple[str, ...]:
+    kinds = [next(iter(one), "") for one in event["args"].get("input_type_shape", [])]
+    return tuple(_DTYPES.get(kind, kind) for kind in kinds)
+
+
+def _time(events: list[dict[str, Any]], runs: int) -> float:
+    """Return the milliseconds of a run: the median over runs, where each holds as many events as the next."""
+    times = [float(event["dur"]) / _MICROSECONDS for event in events]
+    each, rest = divmod(len(times), runs + 1)
+    if rest or not each:
+        return sum(times) / (runs + 1)
+    return statistics.median(sum(times[run * each : (run + 1) * each]) for run in range(1, runs + 1))

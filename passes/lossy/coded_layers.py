@@ -1,0 +1,196 @@
+"""Which weights are stored as codes of a table, and what that costs and loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.authoring import Context
+from graphopt.backend import Array
+from graphopt.errors import PassError
+from graphopt.report import show_bytes
+
+from ..analyses.linear_layers import LinearLayer, as_linear_layer
+from ..analyses.quantized import first_quantized
+from ..analyses.second_moments import gram
+from ..analyses.selection import Selection
+from ..solvers.codebook import Codebook, CodebookWeight, compensated, nearest
+from ..solvers.objective import output_error
+
+# What the nodes, names and shapes that bring a weight back to float take in a file, roughly.
+_OVERHEAD_BYTES = 1024
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How weights become codes.
+
+    Attributes:
+        book: The codebook.
+        bits: Bits a code takes in the file.
+        block: Consecutive inputs that share a scale; 0 for all inputs of an output.
+        solver: ``rtn`` nearest entries, ``mse`` with searched scales, ``gptq`` with errors made up for.
+    """
+
+    book: Codebook
+    bits: int
+    block: int
+    solver: str
+
+    def block_of(self, inputs: int) -> int:
+        """Return the block size for a row of so many inputs: a short row is one block, of whole bytes."""
+        per_byte = 8 // self.bits
+        whole = -(-inputs // per_byte) * per_byte
+        return min(self.block, whole) if self.block else whole
+
+    def stored_bytes(self, outputs: int, inputs: int) -> int:
+        """Return what codes and scales of a weight take."""
+        block = self.block_of(inputs)
+        blocks = -(-inputs // block)
+        return outputs * blocks * (block * self.bits // 8 + _FLOAT_BYTES)
+
+
+def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Coding) -> dict[ir.Value, LinearLayer]:
+    """Return the weights to be stored as codes, each with a layer that reads it, and note what is left."""
+    chosen: dict[ir.Value, LinearLayer] = {}
+    excluded = inside = 0
+    for node in walk.every_node(model):
+        layer = _weight_of(node)
+        if layer is None or not _pays(layer, coding):
+            continue
+        if not layer.weight.is_initializer() or layer.weight.is_graph_output():
+            inside += 1
+        elif not all(selection.allows(use.node) for use in layer.weight.uses()):
+            excluded += selection.allows(node)
+        elif layer.weight not in chosen or is_lookup(chosen[layer.weight].node):
+            # What multiplies by a weight says better than a lookup which inputs matter.
+            chosen[layer.weight] = layer
+    if excluded:
+        ctx.left(f"{excluded} weights are also read where it is excluded")
+    if inside:
+        ctx.left(f"{inside} weights lie inside functions, or are outputs of the model")
+    return chosen
+
+
+def refuse_quantized(model: ir.Model, name: str) -> None:
+    """Refuse a model whose weights are codes already.
+
+    Raises:
+        PassError: It is quantized.
+    """
+    node = first_quantized(model)
+    if node is not None:
+        raise PassError(
+            f"pass `{name}` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
+            hint="start from the float model",
+        )
+
+
+def _weight_of(node: ir.Node) -> LinearLayer | None:
+    """Return a node's constant float32 weight as a layer; a table counts as one whose rows are outputs."""
+    if is_lookup(node):
+        table, indices = node.inputs
+        tensor = walk.constant_tensor(table)
+        if table is None or indices is None or tensor is None or len(tensor.shape) != 2:
+            return None
+        layer: LinearLayer | None = LinearLayer(node, indices, table, 0, 0, None)
+    else:
+        layer = as_linear_layer(node)
+        tensor = walk.constant_tensor(layer.weight) if layer is not None else None
+    if layer is None or tensor is None or tensor.dtype is not ir.DataType.FLOAT:
+        return None
+    return layer
+
+
+def is_lookup(node: ir.Node) -> bool:
+    """Return whether a node looks rows up in a table."""
+    return walk.is_onnx_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
+
+
+def _pays(layer: LinearLayer, coding: Coding) -> bool:
+    tensor = walk.constant_tensor(layer.weight)
+    assert tensor is not None, "a linear layer has a constant weight"
+    outputs = walk.dims(tensor)[layer.output_axis]
+    if not tensor.size:
+        return False
+    return coding.stored_bytes(outputs, tensor.size // outputs) + _OVERHEAD_BYTES < tensor.nbytes
+
+
+def moments_of(ctx: Context, layers: Mapping[ir.Value, LinearLayer], coding: Coding) -> Mapping[LinearLayer, Array]:
+    """Return H of the layers that can be observed, where the solver needs it and there are data."""
+    if coding.solver == "rtn" or ctx.data is None:
+        return {}
+    return gram(ctx, [layer for layer in layers.values() if not is_lookup(layer.node)])
+
+
+def solve(layer: LinearLayer, coding: Coding, second_moment: Array | None) -> CodebookWeight:
+    """Return the codes of one weight.
+
+    Raises:
+        PassError: The weight holds NaN or infinity.
+    """
+    matrix = layer.matrix()
+    if not np.isfinite(matrix).all():
+        raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
+    block = coding.block_of(matrix.shape[1])
+    if coding.solver == "gptq" and second_moment is not None:
+        return compensated(matrix, coding.book, block, second_moment)
+    return nearest(matrix, coding.book, block, search=coding.solver != "rtn", second_moment=second_moment)
+
+
+@dataclass
+class Tally:
+    """What all weights together cost and lose.
+
+    Attributes:
+        weights: How many.
+        before: Bytes as floats.
+        after: Bytes as codes and scales.
+        lost: Predicted output error, summed.
+        whole: What that error would be if all weights were zero.
+    """
+
+    weights: int = 0
+    before: int = 0
+    after: int = 0
+    lost: float = 0.0
+    whole: float = 0.0
+
+    def add(
+        self, ctx: Context, layer: LinearLayer, coding: Coding, solution: CodebookWeight, moment: Array | None
+    ) -> None:
+        """Add one weight."""
+        outputs, inputs = solution.codes.shape
+        whole = output_error(layer.matrix().astype(np.float32), moment)
+        self.weights += 1
+        self.before += outputs * inputs * _FLOAT_BYTES
+        self.after += coding.stored_bytes(outputs, inputs)
+        # Errors of different layers are of different sizes: each counts by the share of its output.
+        share = solution.error / whole if whole else 0.0
+        self.lost, self.whole = self.lost + share, self.whole + 1
+        if ctx.predicts:
+            ctx.note(f"`{layer.weight.name}` in codes", layer.node, predicted_error=solution.error)
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to noise of the layers' outputs in dB, the mean share of all layers."""
+        return float(-10 * np.log10(self.lost / self.whole)) if self.lost and self.whole else float("inf")
+
+    def note(self, ctx: Context, form: str, compute: str, readers: str) -> None:
+        """Say what was done."""
+        bits = 8 * self.after / max(self.before / _FLOAT_BYTES, 1)
+        ctx.note(
+            f"{self.weights} weights stored as {form}, for {readers}: {show_bytes(self.before)} → "
+            f"{show_bytes(self.after)} ({bits:.2f} bits each), predicted SQNR of their layers {self.sqnr:.1f} dB; "
+            f"{compute}",
+            weights=self.weights,
+            float_bytes=self.before,
+            code_bytes=self.after,
+            bits=bits,
+            predicted_sqnr=self.sqnr,
+        )

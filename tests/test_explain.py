@@ -1,0 +1,359 @@
+"""`explain`: what it predicts is what ONNX Runtime runs, and what it cannot know it says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from graphopt import registry
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.explanation import Explanation, explain
+from graphopt.explanation_proof import numbered, prove
+from graphopt.explanation_rules import predict
+from graphopt.generated import generated_feeds
+from graphopt.shapes import infer_shapes
+
+from .command_line import run
+from .quantized_graphs import IMAGE, Builder, conv, every_case, fan_out, few_bits, join, moved, product, unary
+
+X86 = "ort-cpu-x86"
+CASES = every_case()
+on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the rules are those of x86")
+
+
+def explained(proto: onnx.ModelProto, **options: Any) -> Explanation:
+    """Return what becomes of a model on x86, each node run once."""
+    options = {"target": X86, "runs": 1, "threads": 1} | options
+    return explain(ir.from_proto(proto), **options)
+
+
+def finding(found: Explanation, op: str) -> Any:
+    return next(one for one in found.findings if one.op == op)
+
+
+def saved(proto: onnx.ModelProto, folder: Path) -> Path:
+    file = folder / "model.onnx"
+    onnx.save(proto, file)
+    return file
+
+
+@on_x86
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_predicted_is_what_runs(case: str) -> None:
+    found = explained(CASES[case]())
+    assert found.proven_by is not None, found.unproven
+    wrong = [one for one in found.findings if one.agrees is False]
+    assert not wrong
+    for one in found.findings:
+        if one.state in ("integers", "weights"):
+            assert one.kernel.removeprefix("Nhwc") == one.predicted_kernel
+
+
+@on_x86
+def test_a_wrong_rule_shows_as_a_disagreement() -> None:
+    """The proof is no echo of the prediction: without the rule for int8 codes they differ."""
+    target = registry.find("TARGETS", X86)
+    wrong = replace(target, fusions=replace(target.fusions, rewrites_int8=False))
+    model = ir.from_proto(conv(np.int8))
+    inferred = model.clone()
+    infer_shapes(inferred)
+    predicted = {one.node.op_type: one.state for one in predict(inferred, wrong)}
+    feeds = generated_feeds(model, 0, sets=1, batch=1)[0]
+    number = next(at for at, node in enumerate(numbered(model)) if node.op_type == "Conv")
+    assert predicted["Conv"] == "float"
+    assert prove(model, OnnxRuntime(), feeds, threads=1, runs=1).ran[number].state == "integers"
+
+
+@on_x86
+@pytest.mark.parametrize(
+    ("proto", "op", "words"),
+    [
+        (lambda: fan_out(np.int8), "Conv", "int8 activations have no kernel here unless one DQ alone reads them"),
+        (lambda: fan_out(np.int8), "Add", "the runtime makes uint8 of int8"),
+        (lambda: conv(np.uint16), "Conv", "uint16 activations have no kernel here"),
+        (lambda: conv(weight=np.int16), "Conv", "int16 weights have no kernel here"),
+        (lambda: conv(ending="output"), "Conv", "makes an output of the model"),
+        (lambda: conv(ending="float"), "Conv", "its result is not quantized: Erf reads it in float"),
+        (lambda: conv(ending="both"), "Conv", "its result is also read in float, by Tanh"),
+        (lambda: conv(ending="two"), "Conv", "its result is quantized 2 times"),
+        (lambda: conv(bias_scale=0.001), "Conv", "the scale of its bias is not that of input and weight multiplied"),
+        (lambda: conv(tail="Relu"), "Conv", "the Relu behind it lets less through than the codes"),
+        (lambda: conv(op="ConvTranspose"), "ConvTranspose", "no integer kernel for ConvTranspose"),
+        (lambda: join("Add", "constant"), "Add", "is a float constant"),
+        (lambda: join("Mul", "float"), "Mul", "is float"),
+        (lambda: join("Concat", dtypes=(np.uint16, np.uint16)), "Concat", "uint16 activations"),
+        (lambda: unary("Flatten", scale=0.5), "Flatten", "different scales or zero points"),
+        (lambda: unary("Transpose", scale=0.5, perm=[0, 2, 3, 1]), "Transpose", "different scales or zero points"),
+        (lambda: product("Gemm", zero=False), "Gemm", "the DQ of input 1 has no zero point"),
+        (lambda: product("Gemm", bias="int32", beta=0.5), "Gemm", "`beta` is not 1"),
+        (lambda: product(tail=True, ending="float"), "MatMul", "a Relu and no Q follows it"),
+        (lambda: few_bits(block=8), "MatMul", "blocks of 8 along axis 0"),
+        (lambda: few_bits(readers=2), "MatMul", "its DQ has several readers"),
+        (lambda: few_bits(tail=True), "MatMul", "the Relu behind it keeps MatMulNBits away"),
+        (lambda: few_bits(op="Gemm", bias=(1, 32)), "Gemm", "its bias is no vector"),
+    ],
+)
+def test_why_an_operator_is_in_float(proto: Any, op: str, words: str) -> None:
+    one = finding(explained(proto()), op)
+    assert one.state == "float"
+    assert words in one.why
+    assert one.fix
+
+
+@on_x86
+@pytest.mark.parametrize(
+    ("proto", "op"), [(lambda: conv(axis=1), "Conv"), (lambda: product("Gemm", bias="int32", alpha=1.0), "Gemm")]
+)
+def test_results_that_are_wrong_without_a_word_are_named(proto: Any, op: str) -> None:
+    """Both hold: the remark is there, and the runtime's optimized graph computes something else than the model says."""
+    made = proto()
+    for tensor in made.graph.initializer:
+        scales = tensor.data_type == TensorProto.FLOAT and tensor.dims and tensor.dims[0] > 1
+        if scales:  # as they are all alike, the axis would not matter; and a bias of other scales
+            values = np.linspace(0.001, 0.03, tensor.dims[0], dtype=np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    if op == "Conv":  # its bias must be on its grid to be fused
+        del made.graph.node[next(at for at, node in enumerate(made.graph.node) if node.op_type == "Conv")].input[2]
+    found = explained(made)
+    assert finding(found, op).state == "integers"
+    assert "WRONG results" in finding(found, op).remark
+    model = ir.from_proto(made)
+    feeds = generated_feeds(model, 0, sets=1, batch=1)[0]
+    with OnnxRuntime().open(model) as fast, OnnxRuntime().open(model, optimize=False) as plain:
+        ((name, value),) = fast.run(feeds).items()
+        assert np.abs(value - plain.run(feeds)[name]).max() > 0.1
+
+
+@on_x86
+def test_a_weight_the_runtime_quantizes_itself_is_named() -> None:
+    assert "quantizes its weight itself" in finding(explained(conv(weight=None, bias="float")), "Conv").remark
+
+
+@on_x86
+def test_slow_int8_activations_are_named() -> None:
+    b = Builder()
+    scale, zero = b.const(np.float32(0.02)), b.const(np.int8(0))
+    codes = b.op("QuantizeLinear", [b.input(IMAGE), scale, zero])
+    weight = b.const(np.ones((16, 16, 1, 1), np.int8))
+    made = b.op("QLinearConv", [codes, scale, zero, weight, scale, zero, scale, zero])
+    found = explained(b.result(b.op("DequantizeLinear", [made, scale, zero])))
+    assert finding(found, "QLinearConv").state == "integers"
+    assert "slow kernel" in finding(found, "QLinearConv").remark
+
+
+@on_x86
+def test_operators_of_nested_graphs_are_looked_at() -> None:
+    inner = Builder()
+    made = conv()
+    body = made.graph
+    for value in body.output:
+        value.type.tensor_type.ClearField("shape")
+    b = Builder()
+    data = b.input(IMAGE)
+    nodes = list(body.node)
+    for node in nodes:
+        for at, name in enumerate(node.input):
+            if name == "x0":
+                node.input[at] = data
+    branch = helper.make_graph(nodes, "branch", [], body.output, body.initializer)
+    other = helper.make_graph(
+        [helper.make_node("Erf", [data], ["other"])],
+        "other",
+        [],
+        [helper.make_tensor_value_info("other", TensorProto.FLOAT, None)],
+    )
+    condition = b.const(np.array(True))
+    b.inputs.append(helper.make_tensor_value_info("condition", TensorProto.BOOL, []))
+    name = b.op("If", ["condition"], then_branch=branch, else_branch=other)
+    b.output(name)
+    del inner, condition
+    found = explained(b.model())
+    assert finding(found, "Conv").state in ("integers", "gone")
+    assert finding(found, "Conv").predicted == "integers"
+
+
+@on_x86
+def test_times_are_parts_of_the_whole() -> None:
+    found = explained(conv(ending="float"), runs=3)
+    assert found.milliseconds is not None
+    assert found.conversion_milliseconds is not None
+    assert found.conversions == 4  # in front of the convolution: Q and DQ of the data, DQ of weight and bias
+    assert 0 < found.conversion_milliseconds < found.milliseconds
+    own = sum(one.milliseconds or 0 for one in found.findings)
+    assert own + found.conversion_milliseconds <= found.milliseconds
+
+
+@on_x86
+def test_operators_fused_in_float_are_found() -> None:
+    """A Conv and a Relu are one kernel in a layout of the runtime's own; both are in float, neither is gone."""
+    b = Builder()
+    weight = b.const(np.ones((16, 16, 3, 3), np.float32))
+    for _ in range(2):
+        made = b.op("Relu", [b.op("Conv", [b.input(IMAGE), weight], pads=[1] * 4)])
+        b.output(made)
+    found = explained(b.model())
+    assert [(one.op, one.state) for one in found.findings] == [("Conv", "float")] * 2
+
+
+@on_x86
+def test_a_float_model_is_told_what_the_target_could_do() -> None:
+    b = Builder()
+    made = b.op("Conv", [b.input(IMAGE), b.const(np.ones((16, 16, 3, 3), np.float32))])
+    found = explained(b.result(b.op("MatMul", [made, made])))
+    assert found.quantizable == (("Conv", "QLinearConv", 1),)  # a product of activations has no weight to quantize
+    assert all(not one.in_integers for one in found.findings)
+
+
+@pytest.mark.parametrize(("target", "kernel"), [("tensorrt", "int8 Conv"), ("openvino", "int8 Conv")])
+def test_other_runtimes_are_predicted_and_not_proven(target: str, kernel: str) -> None:
+    b = Builder()
+    dtype: Any = np.int8 if target == "tensorrt" else np.uint8
+    made = b.op("Conv", [b.qdq(b.input(IMAGE), dtype), b.weight((16, 16, 3, 3), 0), b.const(np.ones(16, np.float32))])
+    found = explained(b.result(made), target=target)
+    assert found.proven_by is None
+    assert target in found.unproven
+    assert found.agreement is None
+    assert (finding(found, "Conv").state, finding(found, "Conv").kernel) == ("integers", kernel)
+
+
+@pytest.mark.parametrize(
+    ("proto", "words"),
+    [
+        (conv, "uint8 activations have no kernel here"),
+        (lambda: conv(np.int8), "its bias is in codes"),
+        (lambda: conv(np.int8, bias=None, zero=3), "a zero point is not 0"),
+    ],
+)
+def test_what_tensorrt_does_not_take(proto: Any, words: str) -> None:
+    assert finding(explained(proto(), target="tensorrt"), "Conv").why == words
+
+
+def test_cuda_takes_few_bits_and_nothing_else() -> None:
+    assert finding(explained(conv(), target="ort-cuda"), "Conv").state == "float"
+    assert finding(explained(few_bits(), target="ort-cuda"), "MatMul").kernel == "MatMulNBits"
+
+
+@on_x86
+def test_a_model_the_runtime_refuses_is_still_explained() -> None:
+    found = explained(moved("Transpose", before=False, dtype=np.int8))
+    assert found.proven_by is None
+    assert "refuses the model" in found.unproven
+    assert finding(found, "Transpose").milliseconds is None
+
+
+def test_a_backend_that_does_not_tell_is_named() -> None:
+    found = explained(conv(), backend="reference")
+    assert found.proven_by is None
+    assert "does not tell" in found.unproven
+
+
+def test_inputs_of_unknown_rank_need_data(tmp_path: Path) -> None:
+    proto = conv()
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    assert "--data" in explained(proto).unproven
+    if platform.machine() in ("x86_64", "AMD64"):
+        data = {"x0": np.zeros((2, *IMAGE[1:]), np.float32)}
+        assert explained(proto, data=data).proven_by is not None
+
+
+@on_x86
+def test_the_command_prints_what_ran(tmp_path: Path) -> None:
+    shown = run("explain", saved(fan_out(np.int8), tmp_path), "--target", X86, "--runs", 1)
+    assert (shown.code, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    assert lines[0] == f" {X86}: proven by onnxruntime cpu on made-up inputs"
+    assert any("Conv" in line and "0/1" in line for line in lines)
+    assert any("uint8 activations" in line for line in lines)
+    assert any("QuantizeLinear and DequantizeLinear: " in line and "left" in line for line in lines)
+
+
+@on_x86
+def test_the_command_as_json(tmp_path: Path) -> None:
+    shown = run("explain", saved(conv(), tmp_path), "--target", X86, "--json", "--runs", 1)
+    found = json.loads(shown.out)
+    assert found["target"] == X86
+    assert found["agreement"] == {"as_predicted": 1, "of": 1}
+    assert found["findings"][0]["state"] == "integers"
+    assert found["findings"][0]["kernel"] == "QLinearConv"
+    assert found["findings"][0]["milliseconds"] > 0
+
+
+@on_x86
+def test_every_operator_is_listed_with_v(tmp_path: Path) -> None:
+    file = saved(fan_out(np.uint8), tmp_path)
+    shown = run("explain", file, "--target", X86, "-v", "--runs", 1).out
+    assert all(node.name in shown for node in onnx.load(file).graph.node if node.op_type in ("Conv", "Add"))
+
+
+def test_the_command_on_a_float_model_is_one_line(tmp_path: Path) -> None:
+    b = Builder()
+    file = saved(b.result(b.op("Conv", [b.input(IMAGE), b.const(np.ones((16, 16, 3, 3), np.float32))])), tmp_path)
+    shown = run("explain", file, "--target", X86)
+    assert len(shown.out.splitlines()) == 2
+    assert "nothing is quantized; `--passes quant --target ort-cpu-x86` could run 1 Conv → QLinearConv" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--target", "ort-cpu-x68"], "unknown target"),
+        (["--data", "nothing.npz"], "nothing.npz"),
+        (["--backend", "tflite"], "unknown backend"),
+        (["--runs", "0"], "--runs"),
+    ],
+)
+def test_mistakes_are_told(options: list[str], words: str, tmp_path: Path) -> None:
+    shown = run("explain", saved(conv(), tmp_path), *options)
+    assert shown.code == 2
+    assert words in shown.error
+
+
+def test_a_file_that_is_not_there() -> None:
+    assert run("explain", "nothing.onnx").code == 2
+
+
+@on_x86
+@pytest.mark.parametrize("name", ["digits", "resnet20"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_real_models_of_another_tool(name: str, signed: bool, shared: Path, tmp_path: Path) -> None:
+    """As `benchmarks/explain.py` on all models: ONNX Runtime's own quantizer, U8S8 and S8S8."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    source = shared / "assets" / "models" / {"digits": "digits_resnet.onnx", "resnet20": "resnet20_cifar10.onnx"}[name]
+    model = ir.load(source)
+    feeds = generated_feeds(model, 0, sets=2, batch=1)
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc,name-defined]
+        rest = iter(feeds)
+
+        def get_next(self) -> Any:
+            return next(self.rest, None)
+
+    kind = quantization.QuantType.QInt8 if signed else quantization.QuantType.QUInt8
+    output = tmp_path / "quantized.onnx"
+    logging.disable(logging.WARNING)
+    with contextlib.redirect_stderr(io.StringIO()):
+        quantization.quantize_static(
+            str(source),
+            str(output),
+            Reader(),
+            per_channel=True,
+            activation_type=kind,
+            weight_type=quantization.QuantType.QInt8,
+        )
+    logging.disable(logging.NOTSET)
+    found = explain(output, target=X86, runs=1, threads=1)
+    right, judged = found.agreement or (0, 0)
+    assert judged > 10
+    assert right == judged

@@ -1,0 +1,261 @@
+"""Where quantization puts Q and DQ on each target, rule by rule, and what ONNX Runtime makes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import graphopt
+from graphopt import walk
+from graphopt.backends.targets import TARGETS
+from graphopt.passes.analyses.integer_units import integer_units
+from graphopt.passes.analyses.selection import Selection
+
+from .quant_runs import STEPS, Array, fused, model_of, quantize, random
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs onnxruntime")
+
+IMAGES = random(3, 16, 16, 8, 8)
+WIDE = {"w": random(1, 32, 16, 3, 3), "b": random(2, 32), "v": random(4, 32, 32, 3, 3), "u": random(5, 32, 16, 1, 1)}
+
+
+def is_quantized(value: ir.Value | None) -> bool:
+    """Return whether a value comes from codes."""
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def is_stored(value: ir.Value | None) -> bool:
+    """Return whether a value comes from codes that are stored in the model."""
+    assert value is not None
+    producer = value.producer()
+    return is_quantized(value) and producer is not None and walk.constant_tensor(producer.inputs[0]) is not None
+
+
+def readers(value: ir.Value) -> list[str]:
+    return sorted(use.node.op_type for use in value.uses())
+
+
+def node_of(model: ir.Model, name: str) -> ir.Node:
+    return next(node for node in model.graph if node.name == name)
+
+
+def codes(model: ir.Model) -> set[tuple[str, bool]]:
+    """Return dtype of codes and whether all zero points are 0, of every QuantizeLinear."""
+    found = set()
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            zero_point = walk.constant_tensor(node.inputs[2])
+            assert zero_point is not None
+            found.add((zero_point.dtype.name, not np.asarray(zero_point.numpy(), np.float32).any()))
+    return found
+
+
+# TensorRT
+
+
+def tensorrt(body: str, shape: str, constants: dict[str, Array], samples: Array, **options: Any) -> ir.Model:
+    result = quantize(model_of(body, shape, constants), samples, "tensorrt", mode="static", **options)
+    assert result.error < 0.15
+    return result.model
+
+
+def test_tensorrt_quantizes_inputs_and_weights_but_no_output_and_no_bias() -> None:
+    body = "a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) y = Conv<pads=[1,1,1,1]>(r, v)"
+    model = tensorrt(body, "N,16,8,8", WIDE, IMAGES)
+    first, relu, second = (node_of(model, name) for name in ("conv0", "relu1", "conv2"))
+    assert is_quantized(first.inputs[0])
+    assert is_stored(first.inputs[1])
+    assert first.inputs[2] is not None
+    assert first.inputs[2].dtype == ir.DataType.FLOAT
+    assert readers(first.outputs[0]) == ["Relu"]  # no Q between Conv and Relu
+    assert readers(relu.outputs[0]) == ["QuantizeLinear"]
+    assert second.outputs[0].is_graph_output()
+    assert codes(model) == {("INT8", True)}
+
+
+def test_tensorrt_fp8() -> None:
+    body = "a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) y = Conv<pads=[1,1,1,1]>(r, v)"
+    model = tensorrt(body, "N,16,8,8", WIDE, IMAGES, activations="float8e4m3fn", weights="float8e4m3fn")
+    assert codes(model) == {("FLOAT8E4M3FN", True)}
+    assert walk.opset(model) >= 19
+
+
+def test_tensorrt_quantizes_the_identity_branch_of_a_residual_and_leaves_the_other_to_its_conv() -> None:
+    body = """a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, v) s = Add(c, r) q = Relu(s)
+              y = Conv<pads=[1,1,1,1]>(q, v)"""
+    model = tensorrt(body, "N,16,8,8", WIDE, IMAGES)
+    relu, conv, add = (node_of(model, name) for name in ("relu1", "conv2", "add3"))
+    assert add.inputs[0] is conv.outputs[0]
+    assert is_quantized(add.inputs[1])
+    assert readers(relu.outputs[0]) == ["QuantizeLinear"]  # one for the layer and the Add
+    assert readers(add.outputs[0]) == ["Relu"]
+    assert add.inputs[1] is conv.inputs[0]
+
+
+def test_tensorrt_leaves_the_last_of_two_layers_to_the_add() -> None:
+    body = """a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, v) d = Conv(x, u) s = Add(c, d)
+              y = Relu(s)"""
+    add = node_of(tensorrt(body, "N,16,8,8", WIDE, IMAGES), "add4")
+    assert is_quantized(add.inputs[0])
+    assert not is_quantized(add.inputs[1])
+
+
+@pytest.mark.parametrize("body", ["t = Tanh(x) y = Add(t, x)", "a = Conv(x, u) y = Add(a, k)"])
+def test_tensorrt_leaves_sums_without_a_layer_or_of_a_constant(body: str) -> None:
+    model = tensorrt(body, "N,16,8,8", {"u": WIDE["u"], "k": random(6, 1, 32, 1, 1)}, IMAGES)
+    assert not any(is_quantized(value) for node in model.graph if node.op_type == "Add" for value in node.inputs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "channels", "quantized"),
+    [
+        ((32, 16, 3, 3), 1, 16, True),
+        ((32, 3, 3, 3), 1, 3, False),  # the first layer of most networks
+        ((8, 16, 3, 3), 1, 16, True),  # a multiple of 8, its kernel square
+        ((8, 16, 1, 3), 1, 16, False),
+        ((12, 16, 3, 3), 1, 16, False),
+        ((8, 1, 3, 3), 8, 8, True),  # depthwise
+        ((8, 1, 1, 1), 8, 8, False),
+    ],
+)
+def test_tensorrt_leaves_small_convolutions(shape: tuple[int, ...], group: int, channels: int, quantized: bool) -> None:
+    model = model_of(f"y = Conv<group={group}>(x, w)", f"N,{channels},8,8", {"w": random(1, *shape)})
+    units = integer_units(model, TARGETS["tensorrt"], TARGETS["tensorrt"].static, Selection())  # type: ignore[arg-type]
+    assert bool(units.units) == quantized
+    if not quantized:
+        assert units.left == {("Conv", "fewer than 16 channels"): 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "reason"),
+    [
+        ("N,64", (64, 32), None),
+        ("N,64", (64, 8), "fewer than 16 inputs or outputs"),
+        ("N,8", (8, 32), "fewer than 16 inputs or outputs"),
+        ("1,64", (64, 32), "a product with a vector"),
+        ("1,1,64", (64, 32), "a product with a vector"),
+    ],
+)
+def test_tensorrt_leaves_small_products(shape: str, weight: tuple[int, int], reason: str | None) -> None:
+    model = model_of("y = MatMul(x, w)", shape, {"w": random(1, *weight)})
+    units = integer_units(model, TARGETS["tensorrt"], TARGETS["tensorrt"].static, Selection())  # type: ignore[arg-type]
+    assert units.left == ({("MatMul", reason): 1} if reason else {})
+
+
+def test_tensorrt_leaves_products_of_two_activations() -> None:
+    body = "q = MatMul(x, w) t = Transpose<perm=[0,2,1]>(x) s = MatMul(q, t) y = Softmax(s)"
+    model = tensorrt(body, "N,8,32", {"w": random(1, 32, 32)}, random(2, 8, 8, 32))
+    assert is_quantized(node_of(model, "matmul0").inputs[0])
+    assert not is_quantized(node_of(model, "matmul2").inputs[0])
+
+
+# ONNX Runtime's CPU provider, OpenVINO, portable
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("ort-cpu-x86", "UINT8"), ("ort-cpu-arm", "INT8"), ("openvino", "UINT8"), ("portable", "UINT8")],
+)
+def test_targets_that_rescale_in_integers_quantize_outputs_and_biases(target: str, dtype: str) -> None:
+    body = "a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) y = Conv<pads=[1,1,1,1]>(r, v)"
+    result = quantize(model_of(body, "N,16,8,8", WIDE), IMAGES, target, mode="static")
+    first = node_of(result.model, "conv0")
+    assert readers(first.outputs[0]) == ["QuantizeLinear"]
+    assert is_stored(first.inputs[2])
+    assert first.inputs[2].producer().inputs[0].dtype == ir.DataType.INT32  # type: ignore[union-attr]
+    assert {name for name, _ in codes(result.model)} == {dtype}
+    assert result.ops["Relu"] == 0
+    assert result.error < 8 / STEPS
+
+
+def test_seven_bits_where_sums_saturate() -> None:
+    model = model_of("y = Conv(x, w)", "N,16,8,8", {"w": WIDE["w"]})
+    for target, highest in (("ort-cpu-x86", 127), ("ort-cpu-x86-avx2", 63)):
+        made = quantize(model.clone(), IMAGES, target, mode="static").model
+        weight = walk.constant_tensor(node_of(made, "conv0").inputs[1].producer().inputs[0])  # type: ignore[union-attr]
+        assert weight is not None
+        assert np.abs(weight.numpy().astype(int)).max() == highest
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Conv(x, w, b)",
+        "a = Conv(x, w) r = Relu(a) y = MaxPool<kernel_shape=[2,2]>(r)",
+        "a = Conv(x, w) t = Tanh(a) s = Add(t, a) y = Sigmoid(s)",
+        "a = Conv(x, w) y = Softmax(a)",
+    ],
+)
+def test_what_is_given_out_is_float_and_what_gains_nothing_is_left(body: str, tmp_path: Path) -> None:
+    result = quantize(model_of(body, "N,16,8,8", WIDE), IMAGES, mode="static")
+    ran = fused(result.model, tmp_path)
+    assert ran["QLinearConv"] == 1
+    assert ran["QuantizeLinear"] == 1
+    assert result.model.graph.outputs[0].dtype == ir.DataType.FLOAT
+    assert ran["DequantizeLinear"] == (2 if "Add" in body else 1)  # the runtime makes one for each reader
+
+
+def test_products_of_two_activations_run_in_integers(tmp_path: Path) -> None:
+    body = "q = MatMul(x, w) t = Transpose<perm=[0,2,1]>(x) s = MatMul(q, t) y = Softmax(s)"
+    samples = random(2, 8, 8, 32)
+    result = quantize(model_of(body, "N,8,32", {"w": random(1, 32, 32)}), samples, mode="static")
+    ran = fused(result.model, tmp_path)
+    assert ran["QLinearMatMul"] + ran["MatMulIntegerToFloat"] == 2
+    assert ran["MatMul"] == 0
+
+
+@pytest.fixture(scope="module")
+def score(shared: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("score", shared / "assets" / "score.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        # What is not in integers of a whole network: the way in, and the way out.
+        ("squeezenet", {"QuantizeLinear": 1}),
+        ("resnet20", {"QuantizeLinear": 1}),
+        ("mobilenet", {"QuantizeLinear": 1, "DequantizeLinear": 1}),
+        ("digits", {"QuantizeLinear": 1}),
+    ],
+)
+def test_everything_placed_in_a_real_network_fuses(
+    name: str, kept: dict[str, int], score: ModuleType, tmp_path: Path
+) -> None:
+    source = Path(score.HERE) / "models" / str(score.ASSETS[name][0])
+    data = {graphopt.load(source).graph.inputs[0].name: score.ASSETS[name][2](4)}
+    result = graphopt.optimize(source, "quant:mode=static", data=data, threads=2, verify="off", target="ort-cpu-x86")
+    layers = Counter(node.op_type for node in result.model.graph)
+    ran = fused(result.model, tmp_path)
+    assert {op: ran[op] for op in ("QuantizeLinear", "DequantizeLinear") if ran[op]} == kept
+    assert ran["QLinearConv"] == layers["Conv"]
+    assert ran["QGemm"] == layers["Gemm"]
+    assert ran["MatMulIntegerToFloat"] == layers["MatMul"]
+    assert ran["Conv"] == ran["Gemm"] == ran["MatMul"] == ran["Relu"] == ran["Clip"] == 0
+
+
+def test_one_calibration_serves_every_target(score: ModuleType, tmp_path: Path) -> None:
+    source = Path(score.HERE) / "models" / str(score.ASSETS["digits"][0])
+    data = {graphopt.load(source).graph.inputs[0].name: score.ASSETS["digits"][2](16)}
+    here = "onnxruntime:provider=cpu"
+    for target in ("ort-cpu-x86", "ort-cpu-arm", "tensorrt", "openvino", "portable"):
+        output = tmp_path / f"{target}.onnx"
+        report = graphopt.optimize(
+            source, "quant:mode=static", data=data, target=target, backend=here, output=output
+        ).report
+        assert report.ok, target
+        onnx.checker.check_model(str(output))

@@ -1,13 +1,14 @@
 """Quantization side by side: float32, graphopt, ONNX Runtime's quantizers, NNCF and onnxsim, in one run.
 
-    python benchmarks/quant.py --peers PEERS/bin/python [--only TABLE ...] [NAME ...]
-    python benchmarks/quant.py --only resnet50 openvino --resnet50 MODELS/resnet50_ts.onnx
+    python benchmarks/quant.py --peers PEERS/bin/python [--only TABLE] [NAME ...]
+    python benchmarks/quant.py --only resnet50 --only openvino --resnet50 MODELS/resnet50_ts.onnx
     python benchmarks/quant.py --only size --large MODELS/llama_300m_dynamo.onnx
 
 Prints Markdown tables. Models, calibration data and scores come from the assets folder (``GRAPHOPT_SHARED``, by default
 ``../shared`` beside the repository); calibration samples are never among the scored ones. Every tool quantizes in a
-process of its own. Latency is measured in turn, speed-ups are medians of paired runs. Without ``--peers``, an
-interpreter with onnxruntime, nncf, openvino, onnxsim and torch, this one stands in, and what it lacks is said in the row.
+process of its own. Latency is measured in turn, speed-ups are medians of paired runs; with ``--busy``, on machines that
+others use too, as the processor time of one thread. ``--peers`` is an interpreter with onnxruntime, onnx_ir, nncf,
+openvino, onnxsim and torch; without it this one stands in, and what it lacks is said.
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ class Bench:
                 with tempfile.TemporaryDirectory() as folder:
                     yield Case(name, file, calibration(self.scorer, name, CALIBRATION_SAMPLES), Path(folder))
 
+    def time(self, entries: Sequence[Entry], feeds: dict[str, Array], key: str) -> None:
+        """Time files on ONNX Runtime."""
+        time_together(entries, feeds, key, self.options.seconds, busy=self.options.busy)
+
     def made(self, case: Case, tools: Sequence[Tool]) -> list[Entry]:
         """Return the model itself, and what each tool makes of it."""
         entries = [Entry("fp32", case.model)]
@@ -104,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables that were asked for."""
     options = parsed(arguments)
     bench = Bench(load_scorer(), options)
-    print(f"ONNX Runtime {onnxruntime.__version__}, {THREADS} threads. Milliseconds: median (speed-up, paired).")
+    how = "processor time of 1 thread" if options.busy else f"{THREADS} threads"
+    print(f"ONNX Runtime {onnxruntime.__version__}, {how}. Milliseconds: median (speed-up, paired).")
     print("Seconds: whole process, after import, processor time; then peak MB.", flush=True)
     for name, table in TABLES.items():
         if not options.only or name in options.only:
@@ -117,8 +123,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="assets; by default all that a table has")
     parser.add_argument("--peers", type=Path, default=Path(sys.executable), help="interpreter of the other tools")
-    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=[], metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument("--only", action="append", choices=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--seconds", type=float, default=8.0, help="to time the files of one model at one batch size")
+    parser.add_argument("--busy", action="store_true", help="time one thread by the processor, not the clock")
     parser.add_argument("--resnet50", type=Path, help="a ResNet-50 for batches of images of 224×224")
     parser.add_argument("--large", type=Path, help="a large language model, for the time that quantizing takes")
     return parser.parse_args(arguments)
@@ -150,7 +157,7 @@ def static_table(bench: Bench) -> Iterator[str]:
         entries = bench.made(case, STATIC)
         score(case.name, bench.scorer, entries, record=True)
         for batch in (1, 8):
-            time_together(entries, case.first(batch), str(batch), bench.options.seconds)
+            bench.time(entries, case.first(batch), str(batch))
         for entry in entries:
             figures = fidelity(entries[0], entry) if not entry.failure else ()
             latency = [shown(entry, entries[0], str(batch)) for batch in (1, 8)]
@@ -169,7 +176,7 @@ def transformer_table(bench: Bench) -> Iterator[str]:
     for case in bench.cases(TRANSFORMERS):
         entries = bench.made(case, DYNAMIC)
         score(case.name, bench.scorer, entries, record=False)
-        time_together(entries, whole_sentences(case), shape, bench.options.seconds)
+        bench.time(entries, whole_sentences(case), shape)
         for entry in entries:
             yield line(case, entry, scored(entry), size(entry), shown(entry, entries[0], shape), *cost(entry))
 
@@ -205,7 +212,7 @@ def resnet_table(bench: Bench) -> Iterator[str]:
             yield "| ResNet-50 | not measured: give `--resnet50 FILE` |"
             return
         entries = bench.made(case, PLAIN)
-        time_together(entries, case.first(1), "1", bench.options.seconds)
+        bench.time(entries, case.first(1), "1")
         for entry in entries:
             yield line(case, entry, size(entry), shown(entry, entries[0], "1"), *cost(entry))
 

@@ -7,7 +7,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,10 @@ WARM_UP, LEAST_ROUNDS = 3, 15
 SMALLEST_PROBABILITY = 1e-12
 
 
-def open_session(path: Path) -> Any:
+def open_session(path: Path, threads: int) -> Any:
     """Return a CPU session of a file, all optimizations on."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     # Otherwise the threads of one session go on spinning after its run, and slow down the next one's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -34,9 +33,9 @@ def sound(entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry in entries if not entry.failure]
 
 
-def score(name: str, scorer: ModuleType, entries: Sequence[Entry], *, record: bool) -> None:
+def score(name: str, scorer: Any, entries: Sequence[Entry], *, record: bool) -> None:
     """Score files with the scorer of the assets; of classifiers keep the outputs the score was made on."""
-    opened = scorer.session
+    opened: Any = scorer.session
     for entry in sound(entries):
         scorer.session = recording(opened, entry.outputs) if record else opened
         try:
@@ -83,12 +82,18 @@ def log_probabilities(outputs: Array) -> Array:
     return np.asarray(flat - np.log(np.exp(flat).sum(1, keepdims=True)))
 
 
-def time_together(entries: Sequence[Entry], feeds: dict[str, Array], key: str, seconds: float) -> None:
-    """Time all files on ONNX Runtime in turn, so that what else the machine does hits all alike, under a key."""
+def time_together(
+    entries: Sequence[Entry], feeds: dict[str, Array], key: str, seconds: float, *, busy: bool = False
+) -> None:
+    """Time all files on ONNX Runtime in turn, so that what else the machine does hits all alike, under a key.
+
+    On a busy machine by the processor time of one thread, which does not count while others run.
+    """
+    clock = time.thread_time if busy else time.perf_counter
     sessions: list[tuple[Entry, Any]] = []
     for entry in sound(entries):
         try:
-            session = open_session(entry.path)
+            session = open_session(entry.path, 1 if busy else THREADS)
             for _ in range(WARM_UP):
                 session.run(None, feeds)
         except Exception as error:  # any: a file that does not run is a finding
@@ -100,9 +105,9 @@ def time_together(entries: Sequence[Entry], feeds: dict[str, Array], key: str, s
     while rounds < LEAST_ROUNDS or time.perf_counter() < end:
         rounds += 1
         for entry, session in sessions:
-            start = time.perf_counter()
+            start = clock()
             session.run(None, feeds)
-            entry.times[key].append((time.perf_counter() - start) * 1e3)
+            entry.times[key].append((clock() - start) * 1e3)
 
 
 def time_on_openvino(

@@ -32,7 +32,7 @@ WARM_UP, LEAST_ROUNDS = 3, 15
 
 
 def ort_static(method: str) -> Tool:
-    """Return ONNX Runtime's static quantizer: QDQ, U8 activations, S8 weights for each channel, after its preparation."""
+    """Return ONNX Runtime's static quantizer behind its preparation: QDQ, U8 activations, S8 weights by channel."""
 
     def prepare(model: Path, feeds: Feeds, out: Path) -> Callable[[], None]:
         from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
@@ -107,7 +107,11 @@ def nncf_static(model: Path, feeds: Feeds, out: Path) -> Callable[[], None]:
 
     def work() -> None:
         made = nncf.quantize(
-            onnx.load(model), nncf.Dataset(samples), subset_size=len(samples), model_type=kind, target_device=nncf.TargetDevice.CPU
+            onnx.load(model),
+            nncf.Dataset(samples),
+            subset_size=len(samples),
+            model_type=kind,
+            target_device=nncf.TargetDevice.CPU,
         )
         onnx.save(made, out)
 

@@ -17,7 +17,7 @@ SCALE, WEIGHT_SCALE = 0.02, 0.01
 ACTIVATIONS, WEIGHTS, BIASES = 0.7, 0.85, 0.6
 _PRODUCTS = {"Conv": 0, "Gemm": 1, "MatMul": 1}
 _KINDS = (("uint8", 128), ("uint8", 0), ("int8", 0), ("uint16", 32768))
-_FIRST_16_BIT_OPSET = 21
+_FIRST_16_BIT_OPSET, _FIRST_PER_CHANNEL_OPSET = 21, 13
 
 
 def scatter(source: Path, output: Path, seed: int) -> None:
@@ -96,7 +96,7 @@ class _Scattering:
         if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
             axis = 0
         outputs = walk.dims(tensor)[axis]
-        per_channel = self.rng.random() < 0.7
+        per_channel = self.rng.random() < 0.7 and walk.opset(self.model) >= _FIRST_PER_CHANNEL_OPSET
         count = (outputs,) if per_channel else ()
         if self.rng.random() < WEIGHTS:
             codes = self.rng.integers(-60, 60, walk.dims(tensor)).astype(np.int8)

@@ -15,6 +15,7 @@ from graphopt import walk
 from graphopt.analysis import Analysis, AnalysisCache
 from graphopt.backend import Array, Backend
 from graphopt.calibration_cache import CalibrationCache
+from graphopt.content_keys import ContentKeys
 from graphopt.data import Dataset
 from graphopt.errors import BackendError
 from graphopt.fragment import fragment
@@ -104,7 +105,7 @@ class Context:
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
         weigh: Says how a model stands against the original on calibration samples, by the budgets of the run; None
             where the run has none, which a pass that declares `Need.BUDGET` never meets.
-        predicts: Whether notes on layers shall say what error is to be expected of each, as fact `predicted_error`.
+        predicts: Whether notes shall say which share of each layer's outputs is to be noise, as fact `predicted_error`.
         forecast: Where a pass that is to say so puts the weights it makes, or None.
         guarantee: What the pass promises, which decides how its rewrites are compared.
         notes: Remarks so far.
@@ -231,7 +232,15 @@ class Context:
         """
         assert self.data is not None, "the pass did not declare that it needs calibration data"
         try:
-            return observe(self.model, requests, self.data, self.backend, self.calibration, threads=self.threads)
+            return observe(
+                self.model,
+                requests,
+                self.data,
+                self.backend,
+                self.calibration,
+                keys=self.analyse(ContentKeys),
+                threads=self.threads,
+            )
         finally:
             for remark in self.calibration.take_remarks():
                 self.note(remark)

@@ -19,32 +19,36 @@ _DIGEST = "graphopt.content"
 Keys = MutableMapping[ir.Value, str | None]
 
 
-def content_keys(model: ir.Model, values: Iterable[ir.Value]) -> Mapping[ir.Value, str | None]:
-    """Return the keys of values of the model's main graph as it is now, None where one may differ from run to run.
+class ContentKeys:
+    """The keys of values of a model's main graph as it was when made, each computed when first asked for.
 
     A key stands for all that computes a value: operators and their versions, attributes, the bytes of constants, and
     the names and dtypes of the model's inputs. Names of nodes and other values, and what else is in the model, do not
     matter.
+
+    Args:
+        model: The model; must not be edited between two questions.
     """
-    return _ContentKeys(model).of(list(values))
 
-
-class _ContentKeys:
     def __init__(self, model: ir.Model) -> None:
-        self._model = model
         self._functions = model.functions
         self._random = walk.random_functions(model)
         self._bodies: dict[ir.OperatorIdentifier, str | None] = {}
-
-    def of(self, values: Sequence[ir.Value]) -> Mapping[ir.Value, str | None]:
-        """Return the keys of values of the main graph; only what they hang on is read."""
-        keys: Keys = {}
-        for value in self._model.graph.inputs:
+        self._imports = model.opset_imports
+        self._keys: Keys = {}
+        self._left = set(model.graph)
+        for value in model.graph.inputs:
             default = tensor_digest(value.const_value) if value.const_value is not None else ""
-            keys[value] = _hashed("input", value.name, str(value.dtype), default)
-        for node in nodes_between(values, set(self._model.graph)):
-            self._visit(node, keys, self._model.opset_imports)
-        return {value: self._of(value, keys) for value in values}
+            self._keys[value] = _hashed("input", value.name, str(value.dtype), default)
+
+    def of(self, values: Iterable[ir.Value]) -> dict[ir.Value, str | None]:
+        """Return the keys of values, None where one may differ from run to run; only what they hang on is read."""
+        asked = list(values)
+        nodes = nodes_between(asked, self._left)
+        for node in nodes:
+            self._visit(node, self._keys, self._imports)
+        self._left.difference_update(nodes)
+        return {value: self._of(value, self._keys) for value in asked}
 
     def _of(self, value: ir.Value, keys: Keys) -> str | None:
         if value not in keys:

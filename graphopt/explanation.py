@@ -162,7 +162,7 @@ def explain(
         milliseconds=proof.milliseconds if proof else None,
         conversions=proof.conversions if proof else None,
         conversion_milliseconds=proof.conversion_milliseconds if proof else None,
-        in_functions=sum(len(list(graph)) for function in inferred.functions.values() for graph in [function]),
+        in_functions=sum(len(function) for function in inferred.functions.values()),
     )
 
 

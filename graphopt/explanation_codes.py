@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,8 @@ from graphopt.fusion_rules import FusionRules
 
 _DOMAINS = (*walk.ONNX_DOMAINS, "com.microsoft")
 _CODE_LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767)}
+# From a code of int8 to that of uint8 for the same number.
+_SIGNED_TO_UNSIGNED = 128
 # What Clip leaves as it is where it has no limit.
 _NO_LIMIT = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 
@@ -63,12 +66,17 @@ class NotWritten:
 
 def is_quantize(node: ir.Node | None) -> bool:
     """Return whether a node is QuantizeLinear, of ONNX or of ONNX Runtime."""
-    return node is not None and node.op_type == "QuantizeLinear" and node.domain in _DOMAINS
+    return node is not None and node.op_type == "QuantizeLinear" and _is_whole(node)
 
 
 def is_dequantize(node: ir.Node | None) -> bool:
     """Return whether a node is DequantizeLinear, of ONNX or of ONNX Runtime."""
-    return node is not None and node.op_type == "DequantizeLinear" and node.domain in _DOMAINS
+    return node is not None and node.op_type == "DequantizeLinear" and _is_whole(node)
+
+
+def _is_whole(node: ir.Node) -> bool:
+    """Return whether a Q or DQ has what its operator asks for; a model that breaks the standard may lack it."""
+    return node.domain in _DOMAINS and len(node.inputs) > 1 and None not in node.inputs[:2] and bool(node.outputs)
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
@@ -78,7 +86,15 @@ def only_reader(value: ir.Value) -> ir.Node | None:
 
 
 class CodeReader:
-    """Tells in which codes values are read and written under a runtime's rules."""
+    """Tells in which codes values are read and written under a runtime's rules.
+
+    Runtimes first carry each Q up across moves that nothing else reads, then each DQ down across moves; what they carry
+    becomes a Q and a DQ for each reader. ONNX Runtime 1.31 does so in its QDQPropagationTransformer.
+
+    Args:
+        rules: The runtime's.
+        opset: Version of the ONNX operators the model imports.
+    """
 
     def __init__(self, rules: FusionRules, opset: int) -> None:
         self._rules = rules
@@ -96,38 +112,47 @@ class CodeReader:
     def read_by(self, node: ir.Node, index: int) -> Codes | None:
         """Return the codes a node reads: those of its input, or of a Q that the runtime carries up in front of it."""
         value = node.inputs[index]
-        codes = self.read(value)
-        if codes is not None or value is None or index != 0 or not self._is_move(node):
-            return codes
-        if walk.constant_tensor(value) is not None or (value.producer() is not None and only_reader(value) is not node):
-            return None
-        behind = self.written(node.outputs[0])
-        if isinstance(behind, NotWritten) or not behind.one_grid:
-            return None
-        return replace(behind, dtype=self._rewritten(_dtype_of(behind.node), behind, 1))
+        if value is None or index != 0 or not self._is_move(node) or is_dequantize(value.producer()):
+            return self.read(value)
+        alone = value.producer() is None or only_reader(value) is node
+        behind = self._carried_up(node.outputs[0]) if alone and walk.constant_tensor(value) is None else None
+        return self._between(behind, 1) if behind is not None else self.read(value)
 
     def written(self, value: ir.Value) -> Codes | NotWritten:
         """Return the codes that a value goes into, and nowhere else, or why it does not."""
-        source = self._moved(value)
-        if source is not None and value.is_graph_output():
-            return self._follow(source, value)
-        if value.is_graph_output():
-            return NotWritten("makes an output of the model", "put Q and DQ in front of the output, too")
         takers = [use.node for use in value.uses() if is_quantize(use.node) and use.idx == 0]
-        others = [use for use in value.uses() if not (is_quantize(use.node) and use.idx == 0)]
+        others = [use.node for use in value.uses() if not (is_quantize(use.node) and use.idx == 0)]
+        source = self._moved(value)
+        if value.is_graph_output():
+            fix = "put Q and DQ in front of the output, too"
+            return self._follow(source, value) if source else NotWritten("makes an output of the model", fix)
         if takers and not others:
             return self._taken(takers)
         if takers:
-            names = _ops(use.node for use in others)
-            return NotWritten(f"its result is also read in float, by {names}", "let all read it behind one Q and DQ")
+            why = f"its result is also read in float, by {_ops(others)}"
+            return NotWritten(why, "let all read it behind one Q and DQ")
+        carried = self._carried_up(value)
+        if carried is not None:
+            return carried
         if source is not None and others:
             return self._follow(source, value)
-        if len(others) == 1 and others[0].idx == 0 and self._is_move(others[0].node):
-            behind = self.written(others[0].node.outputs[0])
-            if isinstance(behind, Codes) and behind.one_grid:
-                return replace(behind, dtype=self._rewritten(_dtype_of(behind.node), behind, 1))
-        names = _ops(use.node for use in others) or "nothing"
-        return NotWritten(f"its result is not quantized: {names} reads it in float", "put Q and DQ behind it")
+        why = f"its result is not quantized: {_ops(others) or 'nothing'} reads it in float"
+        return NotWritten(why, "put Q and DQ behind it")
+
+    def _carried_up(self, value: ir.Value) -> Codes | None:
+        """Return the codes of the Q that takes a value, or that the runtime carries up to it across moves."""
+        reader = only_reader(value)
+        if reader is None:
+            takers = [use.node for use in value.uses()]
+            taken = self._taken(takers) if takers and all(map(is_quantize, takers)) else None
+            return taken if isinstance(taken, Codes) and taken.one_grid and not value.is_graph_output() else None
+        if is_quantize(reader):
+            codes = self._taken([reader])
+            return codes if isinstance(codes, Codes) and codes.one_grid else None
+        if not self._is_move(reader) or reader.inputs[0] is not value:
+            return None
+        behind = self._carried_up(reader.outputs[0])
+        return self._between(behind, 1) if behind is not None else None
 
     def tail_of(self, value: ir.Value) -> ir.Node | None:
         """Return the Relu or Clip that alone reads a value, or None."""
@@ -175,11 +200,16 @@ class CodeReader:
         own = _codes(quantize)
         if not own.has_zero or own.zero != codes.zero:
             return codes
-        return replace(codes, dtype=self._rewritten(codes.dtype, codes, _readers(source)))
+        return self._between(codes, _readers(source))
 
-    def _rewritten(self, dtype: str, codes: Codes, readers: int) -> str:
-        single = readers == 1 and codes.has_zero and codes.zero is not None
-        return "uint8" if self._rules.rewrites_int8 and dtype == "int8" and single else dtype
+    def _between(self, codes: Codes, readers: int) -> Codes:
+        """Return codes as they are between a Q and so many DQ: in uint8, if the runtime makes them so."""
+        if not (self._rules.rewrites_int8 and codes.stored == "int8" and readers == 1):
+            return replace(codes, **_own_grid(codes.node))
+        if not codes.has_zero or codes.zero is None:
+            return replace(codes, **_own_grid(codes.node))
+        own = _codes(codes.node)
+        return replace(codes, dtype="uint8", zero=None if own.zero is None else own.zero + _SIGNED_TO_UNSIGNED)
 
     def _moved(self, value: ir.Value) -> Codes | None:
         """Return the codes that a runtime carries over from in front of the move that makes a value."""
@@ -188,13 +218,13 @@ class CodeReader:
             return None
         if value.is_graph_output() and value.uses():
             return None
-        source = self.read(node.inputs[0])
+        source = self.read_by(node, 0)
         return source if source is not None and source.one_grid else None
 
     def _follow(self, source: Codes, value: ir.Value) -> Codes:
-        """Return the codes of a Q and DQ that the runtime puts behind a move: one DQ for each reader."""
-        readers = sum(1 for use in value.uses() if not is_quantize(use.node))
-        return replace(source, dtype=self._rewritten(_dtype_of(source.node), source, readers), constant=False)
+        """Return the codes of a Q and DQ that the runtime puts behind a move: one DQ for each reader, or the output."""
+        readers = sum(1 for use in value.uses() if not is_quantize(use.node)) or 1
+        return replace(self._between(source, readers), constant=False)
 
     def _taken(self, takers: list[ir.Node]) -> Codes | NotWritten:
         first = takers[0]
@@ -207,7 +237,7 @@ class CodeReader:
         readers = sum(_readers(taker.outputs[0]) for taker in takers)
         dequantized = [use.node for use in target.uses() if is_dequantize(use.node)]
         agrees = len(dequantized) == 1 and _codes(dequantized[0]).has_zero
-        return replace(codes, dtype=self._rewritten(codes.dtype, codes, readers)) if agrees else codes
+        return self._between(codes, readers) if agrees else codes
 
     def _is_move(self, node: ir.Node) -> bool:
         return walk.is_onnx_op(node, *self._moves)
@@ -218,7 +248,7 @@ def _graph_of(value: ir.Value) -> ir.Graph | ir.Function | None:
     return producer.graph if producer is not None else None
 
 
-def _ops(nodes: Iterator[ir.Node]) -> str:
+def _ops(nodes: Iterable[ir.Node]) -> str:
     return ", ".join(sorted({node.op_type for node in nodes}))
 
 
@@ -239,6 +269,11 @@ def _codes(node: ir.Node) -> Codes:
         zero=0 if given is None else int(zero.numpy().reshape(-1)[0]) if zero is not None and zero.size == 1 else None,
         has_zero=given is not None,
     )
+
+
+def _own_grid(node: ir.Node) -> dict[str, Any]:
+    own = _codes(node)
+    return {"dtype": own.dtype, "zero": own.zero}
 
 
 def _dtype_of(node: ir.Node) -> str:

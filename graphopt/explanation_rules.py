@@ -158,7 +158,7 @@ class _Predictor:
                 f"no integer kernel for {node.op_type}", "leave Q and DQ away around it: they only cost time"
             )
         if self.opset < rule.since:
-            raise Obstacle(f"takes codes only from opset {rule.since}", f"`--passes opset:version={rule.since},...`")
+            raise Obstacle(f"takes codes only from opset {rule.since}", f"`--passes opset:to={rule.since},...`")
         inputs = [*node.inputs, *bias_of(adder, node)]
         core = adder or node
         codes = self._inputs(rule, node, inputs, core)
@@ -327,7 +327,9 @@ class _Predictor:
         tail = self.codes.tail_of((adder or node).outputs[0])
         if tail is not None and only_reader(tail.outputs[0]) is not None:
             raise Obstacle(f"the {tail.op_type} behind it keeps {rule.kernel} away", f"write {rule.kernel} itself")
-        if any(is_quantize(use.node) for use in (adder or node).outputs[0].uses()):
+        if self._ends_in_codes(adder or node) or any(
+            is_quantize(use.node) for use in (adder or node).outputs[0].uses()
+        ):
             raise Obstacle("its result is quantized and its input is not", "quantize both, or neither")
         return Prediction(node, "weights", rule.kernel)
 
@@ -340,6 +342,8 @@ class _Predictor:
             adder is None
             or not walk.is_onnx_op(adder, "Add")
             or adder.graph is not node.graph
+            or len(adder.inputs) != 2
+            or None in adder.inputs
             or adder.inputs[0] is adder.inputs[1]
         ):
             return None

@@ -26,7 +26,7 @@ from graphopt.standing import Standing
 DEFAULT_SAMPLES = 64
 # How the row of all nodes that read no weight is called.
 OTHERS = "(other nodes)"
-# The fact of a note that says what error a layer is expected to make, as a share of the power of its output.
+# The fact of a note that says which share of a layer's outputs is expected to be noise.
 PREDICTED = "predicted_error"
 
 
@@ -39,7 +39,8 @@ class LayerSensitivity:
         operators: Operators of its nodes.
         elements: How many numbers its weight holds.
         standing: How the model stands with only this layer changed, or None where it does not run.
-        predicted: The error the pass expects at the layer's output, over the power of that output, or None.
+        predicted: The share of the layer's own outputs that the pass expects to be noise, from 0 to 1; None of passes
+            that say none.
         failure: Why the model does not run, or None.
     """
 

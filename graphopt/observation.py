@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.backend import Array, Backend
 from graphopt.calibration_cache import CalibrationCache, entry_name
-from graphopt.content_keys import content_keys
+from graphopt.content_keys import ContentKeys
 from graphopt.data import Batch, Dataset
 from graphopt.dims import Dim, evaluate
 from graphopt.errors import DataError, PassError
@@ -21,9 +21,10 @@ from graphopt.fragment import constant_content, fragment, nodes_between, values_
 from graphopt.shapes import dims_of
 from graphopt.statistics import Accumulator, Result, Statistic
 
-# Bytes of values held at once to be looked at. Values are as a rule in a core's cache only if there are few of them,
-# and what is held is given back to the system and asked for again with every batch: more would not be quicker.
-OBSERVED_BYTES_LIMIT = 64 << 20
+# Bytes of values held at once to be looked at, before a model is run in pieces.
+OBSERVED_BYTES_LIMIT = 128 << 20
+# Batches whose values take more are no quicker: their memory is asked of the system anew each time.
+_BATCH_BYTES = 64 << 20
 LARGEST_BATCH = 32
 # What is assumed of a value whose dtype is not known.
 _USUAL_ITEM_BYTES = 4
@@ -67,6 +68,7 @@ def observe(
     backend: Backend,
     cache: CalibrationCache,
     *,
+    keys: ContentKeys | None = None,
     threads: int = 0,
     limit: int = OBSERVED_BYTES_LIMIT,
 ) -> Observations:
@@ -82,6 +84,7 @@ def observe(
         data: The samples.
         backend: Runs the model.
         cache: What has been observed before; takes what is observed now.
+        keys: Content keys of the model's values, if they are at hand.
         threads: Threads for the backend; 0 leaves it to the runtime.
         limit: Bytes of values looked at together; a single value may take more.
 
@@ -90,7 +93,7 @@ def observe(
         PassError: A value cannot be observed: it is not of the main graph, or holds no numbers.
     """
     found = Observations()
-    wanted = _look_up(model, requests, data, cache, found)
+    wanted = _look_up(model, requests, data, cache, keys or ContentKeys(model), found)
     if wanted:
         _Run(model, wanted, data, backend, threads, limit).run()
     for one in wanted:
@@ -104,10 +107,15 @@ def observe(
 
 
 def _look_up(
-    model: ir.Model, requests: Requests, data: Dataset, cache: CalibrationCache, found: Observations
+    model: ir.Model,
+    requests: Requests,
+    data: Dataset,
+    cache: CalibrationCache,
+    content: ContentKeys,
+    found: Observations,
 ) -> list[_Wanted]:
     """Take what the cache holds and return the rest, in the order of the graph."""
-    keys = content_keys(model, [_observable(value, model) for value in requests])
+    keys = content.of([_observable(value, model) for value in requests])
     wanted = []
     for value in _in_order(model, requests):
         asked = requests[value]
@@ -176,7 +184,7 @@ class _Run:
         sizes = self._sizes(first)
         total = sum(sizes.values())
         if total <= self._limit:
-            self._run_whole(max(1, min(LARGEST_BATCH, self._limit // max(total, 1))))
+            self._run_whole(max(1, min(LARGEST_BATCH, min(self._limit, _BATCH_BYTES) // max(total, 1))))
         else:
             self._run_in_pieces(_groups(self._wanted, sizes, self._limit))
 

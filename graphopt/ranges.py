@@ -274,11 +274,11 @@ def _divergence(counts: Array, end: int, levels: int) -> float:
     """Return how far a distribution cut off at a bin, in so many codes, is from what it stands for."""
     inside = counts[:end]
     reference = _clipped(counts, end)
-    level = np.arange(end) * levels // end
     seen = inside > 0
-    totals = np.bincount(level, inside, minlength=levels)
-    holders = np.bincount(level, seen, minlength=levels)
-    spread = np.where(seen, (totals / np.maximum(holders, 1))[level], 0.0)
+    starts = -(-np.arange(levels) * end // levels)  # level i holds the bins b with b * levels // end == i
+    totals = np.add.reduceat(inside, starts)
+    holders = np.add.reduceat(seen, starts, dtype=np.int64)
+    spread = np.repeat(totals / np.maximum(holders, 1), np.diff(starts, append=end)) * seen
     total = reference.sum()
     if not total:
         return 0.0

@@ -53,8 +53,8 @@ def sensitivity(
     """Apply a lossy pass to one layer at a time and show what each costs, measured and predicted.
 
     The last pass of the pipeline is looked at; those before it run first. Measured is the KL divergence of outputs
-    that are of classes, else the noise, and the task metric; predicted is the error at the layer's own output that the
-    pass expects. Layers the pass leaves alone are named with `-v`.
+    that are of classes, else the noise, and the task metric; predicted is the share of the layer's own outputs that
+    the pass expects to be noise. Layers the pass leaves alone are named with `-v`.
     """
     from graphopt import tables
     from graphopt.layer_sensitivity import sensitivity as run

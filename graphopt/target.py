@@ -86,6 +86,7 @@ class Target:
         integer_ops: Operators with an integer kernel once every input and output is quantized.
         shared_scale_ops: Operators that only move or select values: input and output share one scale.
         dynamic_ops: Operators that pay when activations are quantized on the fly.
+        dynamic_least: A product with fewer inputs or outputs than this is no faster so.
         weight_only_ops: Operators that may read a weight stored as integers.
         fast_ops: Operators with a kernel that beats what they stand for, as ``domain::op`` outside the ONNX domain.
         slow_ops: Operators that lose to what they stand for: not made, and kept from being made by the runtime itself.
@@ -104,6 +105,7 @@ class Target:
     integer_ops: frozenset[str] = field(default_factory=frozenset)
     shared_scale_ops: frozenset[str] = field(default_factory=frozenset)
     dynamic_ops: frozenset[str] = field(default_factory=frozenset)
+    dynamic_least: int = 1
     weight_only_ops: frozenset[str] = field(default_factory=frozenset)
     fast_ops: frozenset[str] = field(default_factory=frozenset)
     slow_ops: frozenset[str] = field(default_factory=frozenset)

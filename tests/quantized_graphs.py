@@ -282,6 +282,25 @@ def moved(
     return b.result(value)
 
 
+def two_moves(first: Any, second: Any, scale: float = SCALE, readers: int = 1) -> onnx.ModelProto:
+    """Return two moves, one after the other, between a DQ and a Q of other codes."""
+    b = Builder()
+    value = b.op("Transpose", [b.qdq(b.input(IMAGE), first)], perm=[0, 2, 3, 1])
+    codes = b.q(b.op("Reshape", [value, b.const(integers(1, -1))]), second, scale)
+    return b.result(*(b.dq(codes, second, scale) for _ in range(readers)))
+
+
+def few_bits_moved() -> onnx.ModelProto:
+    """Return a product with a weight of few bits, and a Q that the runtime carries up to it."""
+    b = Builder()
+    codes = b.const(np.ones((64, 32), np.int32).astype(ml_dtypes.int4))
+    weight = b.op(
+        "DequantizeLinear", [codes, b.const(np.full((2, 32), WEIGHT_SCALE, np.float32))], axis=0, block_size=32
+    )
+    made = b.op("MatMul", [b.input([3, 64]), weight])
+    return b.result(b.qdq(b.op("Reshape", [made, b.const(integers(1, -1))])))
+
+
 def integers(*values: int) -> np.ndarray[Any, Any]:
     """Return int64 indices or sizes."""
     return np.array(values, np.int64)
@@ -453,6 +472,13 @@ def every_case() -> dict[str, Made]:
             cases[f"{' and '.join(ops)}, float {'before' if before else 'behind'}"] = lambda o=ops, b=before: moved(
                 *o, before=b
             )
+    for dtypes in ((np.uint8, np.int8), (np.int8, np.uint8)):
+        name = " and ".join(np.dtype(one).name for one in dtypes)
+        cases[f"two moves, {name}"] = lambda d=dtypes: two_moves(*d)
+        cases[f"two moves of other scales, {name}"] = lambda d=dtypes: two_moves(*d, scale=0.05)
+        cases[f"two moves of other scales, {name}, two readers"] = lambda d=dtypes: two_moves(*d, scale=0.05, readers=2)
+    cases["few bits, Reshape and Q behind"] = few_bits_moved
+    cases["Reshape, int8 to output"] = lambda: unary("Reshape", np.int8, **UNARY["Reshape"], ending="output")
     cases["Transpose of an input"] = lambda: moved("Transpose", before=True, source="input")
     cases["Slice of a constant"] = lambda: moved("Slice", before=True, source="constant")
     cases["Transpose, two readers"] = lambda: moved("Transpose", before=False, readers=2)

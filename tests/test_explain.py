@@ -155,33 +155,26 @@ def test_slow_int8_activations_are_named() -> None:
 
 @on_x86
 def test_operators_of_nested_graphs_are_looked_at() -> None:
-    inner = Builder()
-    made = conv()
-    body = made.graph
-    for value in body.output:
-        value.type.tensor_type.ClearField("shape")
-    b = Builder()
-    data = b.input(IMAGE)
-    nodes = list(body.node)
-    for node in nodes:
-        for at, name in enumerate(node.input):
-            if name == "x0":
-                node.input[at] = data
-    branch = helper.make_graph(nodes, "branch", [], body.output, body.initializer)
-    other = helper.make_graph(
-        [helper.make_node("Erf", [data], ["other"])],
-        "other",
-        [],
-        [helper.make_tensor_value_info("other", TensorProto.FLOAT, None)],
-    )
-    condition = b.const(np.array(True))
-    b.inputs.append(helper.make_tensor_value_info("condition", TensorProto.BOOL, []))
-    name = b.op("If", ["condition"], then_branch=branch, else_branch=other)
-    b.output(name)
-    del inner, condition
-    found = explained(b.model())
-    assert finding(found, "Conv").state in ("integers", "gone")
-    assert finding(found, "Conv").predicted == "integers"
+    inner, outer = conv().graph, Builder()
+    data = outer.input(IMAGE)
+    condition = outer.input([], TensorProto.BOOL)
+    inner.output[0].type.tensor_type.ClearField("shape")
+    taken = helper.make_graph(inner.node, "taken", [], inner.output, inner.initializer)
+    result = helper.make_tensor_value_info("other", TensorProto.FLOAT, None)
+    other = helper.make_graph([helper.make_node("Erf", [data], ["other"])], "other", [], [result])
+    outer.output(outer.op("If", [condition], then_branch=taken, else_branch=other))
+    found = finding(explained(outer.model()), "Conv")
+    assert (found.predicted, found.state) == ("integers", "integers")
+
+
+@pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear", "Add", "MatMul", "Conv"])
+def test_a_node_without_its_inputs_breaks_nothing(op: str) -> None:
+    """The runtime says what is wrong with the model."""
+    proto = {"Add": product(bias="int32"), "MatMul": product()}.get(op) or conv()
+    del next(node for node in proto.graph.node if node.op_type == op).input[1:]
+    found = explained(proto)
+    assert found.proven_by is None
+    assert found.unproven
 
 
 @on_x86

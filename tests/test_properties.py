@@ -30,6 +30,7 @@ from .pass_runs import PassRun, kinds, loaded, outputs_of, run_passes, tensor_na
 PASSES = sorted(registry.table("PASSES"))
 # Options under which a pass does other work than by default.
 VARIANTS = {
+    "cast": ("cast:compute=half", "cast:compute=half:keep=none"),
     "prune": ("prune:pattern=2of4",),
     "quant": ("quant:mode=static", "quant:mode=dynamic", "quant:mode=weights", "quant:mode=static:group=tensor"),
 }
@@ -39,7 +40,12 @@ SPECS = [
     *(spec for name in PASSES for spec in VARIANTS.get(name, ())),
 ]
 # What asks whether the work pays; on graphs as small as the generated ones it never does.
-RELUCTANT = {"quant:mode=weights": ("graphopt.passes.lossy.quant_weights._pays",)}
+RELUCTANT = {
+    "cast": ("graphopt.passes.lossy.stored_halves._pays",),
+    "codebook": ("graphopt.passes.lossy.coded_layers._pays",),
+    "logarithmic": ("graphopt.passes.lossy.coded_layers._pays",),
+    "quant:mode=weights": ("graphopt.passes.lossy.quant_weights._pays",),
+}
 RECIPE_SIZE = 8
 CALIBRATION_SEEDS = range(1, 5)
 TESTED_SEED = 0

@@ -296,19 +296,19 @@ def test_dynamic_products_fuse_and_share_what_they_quantize(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("attributes", ["", "<transB=1>", "<alpha=0.5, beta=2.0>"])
 def test_dynamic_gemm(attributes: str, tmp_path: Path) -> None:
-    weight = random(1, 32, 16)
-    weights = {"w": np.ascontiguousarray(weight.T) if "transB" in attributes else weight, "b": random(2, 16)}
-    result = quantize(model_of(f"y = Gemm{attributes}(x, w, b)", "4,32", weights), None, mode="dynamic")
+    weight = random(1, 64, 32)
+    weights = {"w": np.ascontiguousarray(weight.T) if "transB" in attributes else weight, "b": random(2, 32)}
+    result = quantize(model_of(f"y = Gemm{attributes}(x, w, b)", "4,64", weights), None, mode="dynamic")
     assert fused(result.model, tmp_path)["DynamicQuantizeMatMul"] == 1
     assert result.error < 4 / STEPS
 
 
 def test_dynamic_products_inside_a_subgraph() -> None:
     body = """s = ReduceSum<keepdims=0>(x) z = Greater(s, zero)
-              y = If<then_branch = g1 () => (float[4,8] t) { t = MatMul(x, w) },
-                     else_branch = g2 () => (float[4,8] e) { e = MatMul(x, w) }>(z)"""
-    weights = {"w": random(1, 16, 8), "zero": np.array(0, np.float32)}
-    result = quantize(model_of(body, "4,16", weights), None, mode="dynamic")
+              y = If<then_branch = g1 () => (float[4,32] t) { t = MatMul(x, w) },
+                     else_branch = g2 () => (float[4,32] e) { e = MatMul(x, w) }>(z)"""
+    weights = {"w": random(1, 64, 32), "zero": np.array(0, np.float32)}
+    result = quantize(model_of(body, "4,64", weights), None, mode="dynamic")
     assert result.ops["MatMulInteger"] == 2
     assert sum(value.dtype == ir.DataType.INT8 for value in result.model.graph.initializers.values()) == 1
     assert result.error < 4 / STEPS
@@ -369,6 +369,12 @@ def test_auto_stores_weights_where_the_data_see_too_little() -> None:
     weights = {"w": random(1, 8, 3, 3, 3), "v": random(2, 8, 3, 3, 3), "b": np.array(True)}
     result = quantize(model_of(body, "N,3,8,8", weights), IMAGES)
     assert result.notes[0].startswith("chose `mode=weights`: 100% of the multiplications are inside subgraphs")
+
+
+def test_auto_only_stores_weights_in_formats_without_kernels() -> None:
+    model = model_of("y = Conv(x, w)", "2,16,8,8", {"w": random(1, 16, 16, 3, 3)})
+    result = quantize(model, random(2, 2, 16, 8, 8), weights="int4")
+    assert result.notes[0] == "chose `mode=weights`: `ort-cpu-x86` only stores weights as int4"
 
 
 def test_needs_follow_the_mode() -> None:

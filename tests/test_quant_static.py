@@ -17,7 +17,7 @@ from graphopt.authoring import Context
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.targets import TARGETS
 from graphopt.data import open_data
-from graphopt.errors import GraphoptError, PassError, UsageError
+from graphopt.errors import DataError, GraphoptError, PassError, UsageError
 from graphopt.passes.analyses.selection import Selection
 from graphopt.passes.lossy.quant_plan import StaticPlan
 from graphopt.passes.lossy.quant_preparation import in_opset
@@ -347,3 +347,25 @@ def test_every_kind_of_range(ranges: str) -> None:
     result = quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS), IMAGES, mode="static", ranges=ranges)
     assert result.error < 0.2
     assert result.ops == Counter({"QuantizeLinear": 2, "DequantizeLinear": 4, "Conv": 1, "Pad": 1})
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "p99.99", "kl"])
+def test_values_that_overflow_are_named(ranges: str) -> None:
+    model = model_of("e = Exp(x) y = Conv(e, w)", "N,3,8,8", {"w": random(1, 16, 3, 1, 1)})
+    with pytest.raises(DataError, match="`e` becomes NaN or infinite") as caught:
+        quantize(model, IMAGES * 1000, mode="static", ranges=ranges)
+    assert caught.value.hint
+    assert not made_by(model, "QuantizeLinear")
+
+
+def test_channels_that_are_zero_or_constant_keep_their_values() -> None:
+    weight = random(1, 16, 3, 3, 3)
+    weight[3], weight[4] = 0, 0.25
+    bias = random(2, 16)
+    bias[5] = 0
+    for options in ({}, {"target": "portable", "weights": "uint8"}, {"target": "portable", "weights": "int4"}):
+        model = model_of(CONV, "N,3,8,8", {"w": weight, "b": bias})
+        result = quantize(model, IMAGES, mode="static", **options)
+        assert np.isfinite(result.after).all()
+        empty = result.after[:, 3]
+        assert np.abs(empty - max(bias[3], 0)).max() < 2 * np.ptp(result.before) / STEPS

@@ -89,6 +89,14 @@ def test_tensorrt_fp8() -> None:
     assert walk.opset(model) >= 19
 
 
+def test_tensorrt_fp8_leaves_large_kernels() -> None:
+    model = model_of("y = Conv<pads=[3,3,3,3]>(x, w)", "N,16,8,8", {"w": random(1, 32, 16, 7, 7)})
+    target = TARGETS["tensorrt"]
+    for scheme, left in ((target.static, 0), (target.alternatives[0], 1)):
+        assert scheme is not None
+        assert integer_units(model, target, scheme, Selection()).left.total() == left
+
+
 def test_tensorrt_quantizes_the_identity_branch_of_a_residual_and_leaves_the_other_to_its_conv() -> None:
     body = """a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) c = Conv<pads=[1,1,1,1]>(r, v) s = Add(c, r) q = Relu(s)
               y = Conv<pads=[1,1,1,1]>(q, v)"""

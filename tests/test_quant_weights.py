@@ -101,7 +101,7 @@ def test_formats_and_blocks(code: str, group: str, target: str) -> None:
     assert code in result.notes[-1] or code in result.notes[0]
 
 
-@pytest.mark.parametrize("solver", ["rtn", "mse", "hqq", "gptq", "auto"])
+@pytest.mark.parametrize("solver", ["rtn", "mse", "hqq", "gptq", "awq", "auto"])
 def test_solvers_by_name(solver: str) -> None:
     samples = random(3, 64, 64)
     model = model_of(
@@ -204,6 +204,31 @@ def test_what_the_runtime_makes_of_the_standard_form(tmp_path: Path) -> None:
     result = quantize(model, None, "portable", mode="weights", weights="int4", solver="rtn")
     assert result.ops["DequantizeLinear"] == 2
     assert fused(result.model, tmp_path)["MatMulNBits"] == 2
+
+
+@pytest.mark.parametrize("before", ["m = Mul(x, g)", "m = LayerNormalization(x, g, h)"])
+def test_awq_scales_inputs_without_a_further_operator(before: str) -> None:
+    """One input much larger than the rest: with its factor in the operator before, the layers lose less."""
+    gain = np.ones(64, np.float32)
+    gain[3] = 50
+    weights = {"g": gain, "h": 0.1 * gain, "w": random(1, 64, 48), "v": random(2, 64, 32)}
+    body = f"{before} a = MatMul(m, w) b = MatMul(m, v) y = Concat<axis=1>(a, b)"
+    errors = {}
+    for solver in ("mse", "awq"):
+        model = model_of(body, "N,64", {name: one for name, one in weights.items() if f"{name}" in body})
+        result = quantize(model, random(4, 64, 64), "ort-cuda", mode="weights", weights="int4", solver=solver)
+        assert result.ops["MatMulNBits"] == 2
+        assert sum(result.ops.values()) == 4
+        errors[solver] = float(np.square(result.before - result.after).mean())
+    assert errors["awq"] < 0.5 * errors["mse"]
+
+
+def test_awq_says_where_nothing_takes_the_factors_in() -> None:
+    body = "r = Relu(x) a = MatMul(r, w) m = Mul(a, g) b = MatMul(m, v) c = Neg(m) y = Concat<axis=1>(b, c)"
+    weights = {"w": random(1, 64, 64), "g": random(2, 64), "v": random(3, 64, 64)}
+    result = quantize(model_of(body, "N,64", weights), random(4, 32, 64), mode="weights", weights="int4", solver="awq")
+    assert any("2 weights rounded without data" in note for note in result.notes)
+    assert result.error < 0.2
 
 
 def test_accuracy_level_is_the_targets() -> None:

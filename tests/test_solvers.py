@@ -281,6 +281,18 @@ def test_awq_without_any_input_leaves_the_weights_alone() -> None:
     assert (awq([weight], INT4, nothing, np.zeros(24, np.float32)).factors == 1).all()
 
 
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid.block], ids=str)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rounding_by_blocks_is_rounding(grid: Grid, order: str) -> None:
+    """The fast way, in whatever order a weight is stored, gives what the plain one gives."""
+    weight = np.asarray(problem(0, 40, 64)[0], order=order)  # type: ignore[call-overload]
+    fast = round_to_nearest(weight, grid)
+    plain = round_to_nearest(weight, grid, second_moment=np.eye(64, dtype=np.float32))
+    np.testing.assert_array_equal(fast.codes, plain.codes)
+    np.testing.assert_array_equal(fast.values(), plain.values())
+    assert fast.error == pytest.approx(plain.error, rel=1e-4)
+
+
 def test_rows_are_worked_on_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows are taken at a time, the answer is the same."""
     weight, moment = problem(0, 50, 24)

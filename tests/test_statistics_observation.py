@@ -16,7 +16,7 @@ import pytest
 from graphopt.backend import Array
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.calibration_cache import CalibrationCache
-from graphopt.content_keys import content_keys
+from graphopt.content_keys import ContentKeys
 from graphopt.data import Dataset, open_data
 from graphopt.errors import DataError, PassError
 from graphopt.observation import LARGEST_BATCH, observe
@@ -246,7 +246,7 @@ def test_text_is_refused() -> None:
 
 def keys(model: ir.Model) -> dict[str, str | None]:
     values = [value_of(model, name) for name in NAMES]
-    return {value.name or "": key for value, key in content_keys(model, values).items()}
+    return {value.name or "": key for value, key in ContentKeys(model).of(values).items()}
 
 
 def test_equal_models_have_equal_keys_whatever_their_names() -> None:
@@ -255,7 +255,7 @@ def test_equal_models_have_equal_keys_whatever_their_names() -> None:
         node.name = f"node of {node.op_type}"
     renamed = [value for node in second.graph for value in node.outputs if value.name != "spare"]
     plain = [value for node in first.graph for value in node.outputs if value.name != "spare"]
-    assert list(content_keys(first, plain).values()) == list(content_keys(second, renamed).values())
+    assert list(ContentKeys(first).of(plain).values()) == list(ContentKeys(second).of(renamed).values())
     assert len(set(keys(first).values())) == len(NAMES)
 
 
@@ -278,7 +278,7 @@ def test_what_computes_differently_has_another_key(old: str, new: str, first_cha
     )
     model = net(text=text)
     values = [model.graph.inputs[0], *(value_of(model, name) for name in NAMES[1:])]
-    second = list(content_keys(model, values).values())
+    second = list(ContentKeys(model).of(values).values())
     position = NAMES.index(first_changed)
     assert list(first.values())[:position] == second[:position]
     assert all(a != b for a, b in zip(list(first.values())[position:], second[position:], strict=True))

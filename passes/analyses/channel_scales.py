@@ -84,7 +84,7 @@ class _Search:
     def visit(self, node: ir.Node) -> None:
         """Number the channels of what a node makes; fix those it reads, where it does not scale with them."""
         made = self._made_by(node) if walk.is_onnx_op(node, node.op_type) and not walk.has_references(node) else None
-        if made is None or not _fits(made):
+        if made is None or (node.op_type not in _LINEAR and not _fits(made)):
             for value in walk.values_read(node):
                 self._fix(value)
             return

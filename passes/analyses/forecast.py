@@ -1,4 +1,4 @@
-"""Forecasts: the error a changed layer is expected to make, as a share of the power of its output."""
+"""Forecasts: which share of the outputs of a changed layer is expected to be noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STEP_VARIANCE = 1 / 12
 
 @dataclass(frozen=True)
 class _Before:
-    """A layer as it was: its second moment, or None, and the power of its output."""
+    """A layer as it was: its second moment, or None, and the signal power of each output."""
 
     layer: LinearLayer
     second_moment: Array | None
@@ -34,18 +34,24 @@ class _Before:
 
 @dataclass(frozen=True)
 class _After:
-    """A changed layer: the expected error of its weight alone, and the sum of squares of the new weight."""
+    """A changed layer: for each output the noise of the weights alone, and the sum of squares of the new weights."""
 
-    error: Array
+    noise: Array
     squares: Array
 
 
 class Forecast:
     """What a pass expects of the layers it changes, said as notes with the fact `predicted_error`.
 
-    For y = W x that is E|y − ŷ|² / E|y|²: tr(Δ H Δᵀ) of the weight, and of activations on a grid of step s an error of
-    variance s² / 12 for every input and output (Widrow, Statistical analysis of amplitude-quantized sampled-data
-    systems, 1961). Without calibration data, or where the input cannot be seen, H is the identity.
+    The noise of an output y = w x is δ H δᵀ of its weights, δ = w − ŵ and H = E[x xᵀ], and of activations on a grid of
+    step s an error of variance s² / 12 for each input and for itself (Widrow, Statistical analysis of
+    amplitude-quantized sampled-data systems, 1961). Its signal is w H wᵀ. The fact is noise / (noise + signal), from 0
+    to 1, the mean over outputs, each counting alike: the power of a layer is that of its few largest outputs, by which
+    no small one could be seen to be lost. Measured (Spearman, with the KL of layers put in int8 alone):
+    ResNet-20 0.55 and MobileNet 0.59, where the powers of whole layers give −0.04 and 0.52; SqueezeNet 0 by either.
+
+    Without calibration data, or where the input cannot be seen, H is the identity. What an activation loses that is
+    quantized as it comes, by ranges of its own, is not counted.
 
     Args:
         ctx: The model before it is changed, and its calibration data.
@@ -73,12 +79,12 @@ class Forecast:
         nodes = {node.name: node for node in walk.every_node(model)}
         for name, after in self._after.items():
             before, node = self._before[name], nodes.get(name)
-            error = after.error
+            noise = after.noise
             if node is not None:
-                error = error + _STEP_VARIANCE * _step_before(node, before.layer) ** 2 * after.squares
-                error = error + _STEP_VARIANCE * _step_behind(node) ** 2
-            everything = error + before.power
-            share = np.divide(error, everything, out=np.zeros_like(error), where=everything > 0)
+                noise = noise + _STEP_VARIANCE * _step_before(node, before.layer) ** 2 * after.squares
+                noise = noise + _STEP_VARIANCE * _step_behind(node) ** 2
+            everything = noise + before.power
+            share = np.divide(noise, everything, out=np.zeros_like(noise), where=everything > 0)
             self._ctx.note("forecast", before.layer.node, predicted_error=float(share.mean()))
 
 
@@ -106,7 +112,8 @@ def _powers(matrix: Array, second_moment: Array | None) -> Array:
         return np.asarray(np.square(matrix, dtype=np.float64).sum(axis=1))
     grouped = by_group(matrix, second_moment)
     moments = second_moment.reshape(len(grouped), *second_moment.shape[-2:])
-    return np.asarray(((grouped @ moments) * grouped).sum(axis=-1, dtype=np.float64).reshape(-1))
+    powers = ((grouped @ moments) * grouped).sum(axis=-1, dtype=np.float64).reshape(-1)
+    return np.maximum(powers, 0.0)  # rounding may take nothing below zero
 
 
 def _step_before(node: ir.Node, layer: LinearLayer) -> float:

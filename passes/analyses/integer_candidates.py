@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,21 +12,17 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.target import IntegerScheme, Target
 
-from .linear_layers import LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
+from .linear_layers import LINEAR_OPS, LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
 from .selection import Selection
-from .small_layers import too_small
+from .small_layers import unfit_for_tiles
 
-_LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ACTIVATIONS = ("Relu", "Clip")
-# Kernels of these write floats as well as integers, so their output is quantized only for a reader in integers.
-_FLOAT_OUTPUT_OPS = ("Gemm", "MatMul")
 # Operators that move values of any dtype: where a runtime does not fuse Q and DQ around them, they can be given
 # the integers themselves. Operator -> first version that takes 8-bit integers.
 _ANY_DTYPE_MOVES = {"DepthToSpace": 13, "Pad": 13, "SpaceToDepth": 13, "Split": 2, "Tile": 6}
 _FIRST_VERSIONS = {"MaxPool": 12, "Resize": 10}
-# Operators whose result spans little more than what they read, so that one more rounding is harmless.
-_SUMS = ("Add", "Concat")
-_OPERANDS = {"Add": 2, "Mul": 2, "MatMul": 2}
+# Operators of activations only, and how many they read.
+OPERANDS = {"Add": 2, "Mul": 2, "MatMul": 2}
 
 Kind = Literal["linear", "join", "move", "residual"]
 
@@ -77,7 +73,15 @@ class Unit:
 
 @dataclass
 class Candidates:
-    """Finds the operators that can run in integers, and says why others cannot."""
+    """Finds the operators that can run in integers, and says why others cannot.
+
+    Attributes:
+        model: The model.
+        target: What it will run on.
+        scheme: What integers the target's kernels take.
+        selection: Nodes that may run in integers.
+        obstacles: Why a node that was asked about cannot.
+    """
 
     model: ir.Model
     target: Target
@@ -88,6 +92,7 @@ class Candidates:
     def __post_init__(self) -> None:
         self.opset = walk.opset(self.model)
         self.layers = linear_layers(self.model)
+        self.positions = {node: position for position, node in enumerate(self.model.graph)}
 
     def unit_of(self, node: ir.Node) -> Unit | None:
         """Return a node as a unit, were all around it in integers; None where it cannot be one."""
@@ -107,9 +112,10 @@ class Candidates:
         adder = self._adder(layer) if layer is not None and node.op_type == "MatMul" else None
         if adder is not None and layer is not None:
             layer = replace(layer, bias=next(value for value in adder.inputs if value is not node.outputs[0]))
-        inputs = tuple(_activations(node, kind, layer))
         if kind == "residual":
-            return Unit(node, kind, inputs) if inputs else None
+            identity = self._identity_branch(node)
+            return Unit(node, kind, (identity,)) if identity is not None else None
+        inputs = tuple(_activations(node, kind, layer))
         # A move shares the scale of what it reads, which is wider than what an activation behind it lets through.
         tail = _tail(adder or node) if kind != "move" else None
         unit = Unit(node, kind, inputs, adder, tail, layer, on_integers)
@@ -118,21 +124,28 @@ class Candidates:
             return None
         return unit
 
-    def left(self, units: _Units) -> Counter[tuple[str, str]]:
-        """Count, by operator and reason, what stays float: linear layers, and what reads integers."""
-        left: Counter[tuple[str, str]] = Counter()
-        for node in self.model.graph:
-            if not walk.is_onnx_op(node, node.op_type) or units.hold(node):
-                continue
-            source = node.inputs[0] if node.inputs else None
-            if node.op_type not in _LINEAR_OPS and (source is None or not units.make(source)):
-                continue
-            reason = self.obstacles.get(node)
-            if reason is None and node.outputs[0].dtype in (None, ir.DataType.FLOAT):
-                reason = None if self._kind(node, None) is not None else "no integer kernel on this target"
-            if reason is not None:
-                left[node.op_type, reason] += 1
-        return left
+    def has_kernel(self, node: ir.Node) -> bool:
+        """Return whether the target runs such operators in integers at all."""
+        return self._kind(node, None) is not None
+
+    def _identity_branch(self, node: ir.Node) -> tuple[int, ir.Value] | None:
+        """Return the operand of an Add that is given in integers while a layer's kernel adds it to its own result.
+
+        Of two layers, the one that is computed last takes the Add with it.
+        """
+        fresh = [
+            (self.positions.get(producer, 0), index)
+            for index, value in enumerate(node.inputs)
+            if value is not None
+            and (producer := value.producer()) is not None
+            and as_linear_layer(producer) is not None
+            and _only_reader(producer) is node
+        ]
+        if not fresh:
+            return None
+        other = 1 - max(fresh)[1]
+        value = node.inputs[other]
+        return (other, value) if value is not None and walk.constant_tensor(value) is None else None
 
     def _adder(self, layer: LinearLayer) -> ir.Node | None:
         """Return the Add of a constant per channel behind a MatMul.
@@ -155,7 +168,7 @@ class Candidates:
         if self.scheme.residual and node.op_type == "Add":
             return "residual"
         if node.op_type in self.target.integer_ops:
-            return "linear" if layer is not None or node.op_type in _LINEAR_OPS else "join"
+            return "linear" if layer is not None or node.op_type in LINEAR_OPS else "join"
         if node.op_type in self.target.shared_scale_ops:
             return "move"
         # Only where the target fuses moves at all is it known to keep integers in between.
@@ -189,7 +202,8 @@ class Candidates:
             return f"its weight is also read by {others[0].op_type}"
         if layer.bias is not None and self.scheme.bias == "int32" and not _is_channel_bias(layer):
             return "its bias is no constant per channel"
-        return too_small(layer, self.scheme.least_channels)
+        as_floats = self.scheme.weight.startswith("float")
+        return unfit_for_tiles(layer, self.scheme.least_channels, as_floats=as_floats)
 
     def _version_obstacle(self, node: ir.Node) -> str | None:
         first = _FIRST_VERSIONS.get(node.op_type, _ANY_DTYPE_MOVES.get(node.op_type, 1))
@@ -220,7 +234,8 @@ def _is_product(value: ir.Value | None) -> bool:
     return all(walk.constant_tensor(factor) is None for factor in producer.inputs)
 
 
-def _is_quantized(value: ir.Value) -> bool:
+def is_quantized(value: ir.Value) -> bool:
+    """Return whether a value is quantized by the model as it stands."""
     return any(walk.is_onnx_op(use.node, "QuantizeLinear") for use in value.uses())
 
 
@@ -243,36 +258,10 @@ def _activations(node: ir.Node, kind: Kind, layer: LinearLayer | None) -> Iterat
     if layer is not None:
         yield 1 - layer.weight_index, layer.input
         return
-    if kind == "residual":
-        yield from _identity_branch(node)
-        return
-    count = len(node.inputs) if node.op_type == "Concat" else _OPERANDS.get(node.op_type, 1)
+    count = len(node.inputs) if node.op_type == "Concat" else OPERANDS.get(node.op_type, 1)
     for index, value in enumerate(node.inputs[: 1 if kind == "move" else count]):
         if value is not None:
             yield index, value
-
-
-def _identity_branch(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
-    """Yield the operand of an Add that stays in integers while the kernel of the layer behind the other one adds it.
-
-    Of two layers, the one that is computed last takes the Add with it.
-    """
-    order = {producer: index for index, producer in enumerate(node.graph or ())}
-    fresh = [
-        (order[producer], index)
-        for index, value in enumerate(node.inputs)
-        if value is not None
-        and (producer := value.producer()) in order
-        and producer is not None
-        and as_linear_layer(producer) is not None
-        and _only_reader(producer) is node
-    ]
-    if not fresh or node.inputs[0] is node.inputs[1]:
-        return
-    other = 1 - max(fresh)[1]
-    value = node.inputs[other]
-    if value is not None and walk.constant_tensor(value) is None and len(node.inputs) == _OPERANDS["Add"]:
-        yield other, value
 
 
 def _reaches_subgraph(values: Iterable[ir.Value], moves: frozenset[str]) -> bool:

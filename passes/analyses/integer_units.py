@@ -15,20 +15,15 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.target import IntegerScheme, Target
 
-from .integer_candidates import LINEAR_OPS, OPERANDS, Candidates, Unit, is_quantized
+from .integer_candidates import OPERANDS, Candidates, Unit, is_quantized
+from .linear_layers import LINEAR_OPS
 from .selection import Selection
 
-_LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_ACTIVATIONS = ("Relu", "Clip")
 # Kernels of these write floats as well as integers, so their output is quantized only for a reader in integers.
 _FLOAT_OUTPUT_OPS = ("Gemm", "MatMul")
-# Operators that move values of any dtype: where a runtime does not fuse Q and DQ around them, they can be given
-# the integers themselves. Operator -> first version that takes 8-bit integers.
-_ANY_DTYPE_MOVES = {"DepthToSpace": 13, "Pad": 13, "SpaceToDepth": 13, "Split": 2, "Tile": 6}
-_FIRST_VERSIONS = {"MaxPool": 12, "Resize": 10}
 # Operators whose result spans little more than what they read, so that one more rounding is harmless.
 _SUMS = ("Add", "Concat")
-_OPERANDS = {"Add": 2, "Mul": 2, "MatMul": 2}
+
 
 @dataclass(frozen=True)
 class IntegerUnits:
@@ -48,7 +43,7 @@ class IntegerUnits:
 
     def quantizes_output(self, unit: Unit) -> bool:
         """Return whether a unit's output becomes integers where it is made, not only where it is read."""
-        if not self.scheme.quantize_outputs or any(_is_quantized(value) for value in unit.outputs):
+        if not self.scheme.quantize_outputs or any(is_quantized(value) for value in unit.outputs):
             return False
         if unit.kind != "linear" or any(value in self.wanted for value in unit.outputs):
             return True
@@ -68,13 +63,13 @@ def integer_units(model: ir.Model, target: Target, scheme: IntegerScheme, select
     in integers anyway; as such operators lean on each other, all are assumed to and those that do not are dropped
     until nothing changes.
     """
-    search = _Search(model, target, scheme, selection)
-    units = _Units(unit for node in model.graph if (unit := search.unit_of(node)) is not None)
+    candidates = Candidates(model, target, scheme, selection)
+    units = _Units(unit for node in model.graph if (unit := candidates.unit_of(node)) is not None)
     while rejected := [unit for unit in units.by_node.values() if unit.kind != "linear" and not _pays(unit, units)]:
         units.drop(rejected)
     chosen = tuple(units.by_node.values())
     wanted = frozenset(value for unit in chosen for value in unit.read())
-    return IntegerUnits(chosen, search.left(units), wanted, scheme)
+    return IntegerUnits(chosen, _left(model, candidates, units), wanted, scheme)
 
 
 class _Units:
@@ -115,7 +110,7 @@ def _pays(unit: Unit, units: _Units) -> bool:
     if any(units.reading(value) for value in unit.outputs):
         varying = [value for value in values if walk.constant_tensor(value) is None]
         # To quantize one operand for the sake of the other gains no time, and rounds what was never rounded.
-        decides = all if unit.node.op_type in _OPERANDS else any
+        decides = all if unit.node.op_type in OPERANDS else any
         return decides(_held(value, units) for value in varying)
     # Leaving integers once, behind it, is cheaper than once for each of the values it joins.
     return unit.node.op_type in _SUMS and len(set(values)) > 1 and all(units.make(value) for value in values)
@@ -126,3 +121,18 @@ def _held(value: ir.Value, units: _Units) -> bool:
     return units.make(value) or any(reader.kind == "linear" for reader in units.reading(value))
 
 
+def _left(model: ir.Model, candidates: Candidates, units: _Units) -> Counter[tuple[str, str]]:
+    """Count, by operator and reason, what stays float: linear layers, and what reads integers."""
+    left: Counter[tuple[str, str]] = Counter()
+    for node in model.graph:
+        if not walk.is_onnx_op(node, node.op_type) or units.hold(node):
+            continue
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type not in LINEAR_OPS and (source is None or not units.make(source)):
+            continue
+        reason = candidates.obstacles.get(node)
+        if reason is None and node.outputs[0].dtype in (None, ir.DataType.FLOAT):
+            reason = None if candidates.has_kernel(node) else "no integer kernel on this target"
+        if reason is not None:
+            left[node.op_type, reason] += 1
+    return left

@@ -44,7 +44,7 @@ class Gram:
     @classmethod
     def of(cls, layer: LinearLayer, rows: int = ROWS_PER_SAMPLE) -> Gram:
         """Return what a layer reads; of a layer of which `takes_rows` holds."""
-        return cls(_reading(layer), layer, rows)
+        return cls(reading(layer), layer, rows)
 
     @property
     def key(self) -> str:
@@ -123,7 +123,7 @@ def in_portions(layers: Iterable[LinearLayer], limit: int = SUMS_LIMIT) -> list[
     held = 0
     counted: set[tuple[ir.Value, str]] = set()
     for layer in layers:
-        key = layer.input, _reading(layer)
+        key = layer.input, reading(layer)
         size = 0 if key in counted else group_count(layer) * inputs_of(layer) ** 2 * _SUM_BYTES
         if not portions or (size and held + size > limit):
             portions.append([])
@@ -150,7 +150,7 @@ def _is_observable(layer: LinearLayer, ctx: Context) -> bool:
     return takes_rows(layer) and layer.node.graph is ctx.model.graph
 
 
-def _reading(layer: LinearLayer) -> str:
+def reading(layer: LinearLayer) -> str:
     """Return what decides which rows of its input a layer reads: the operator, the window, and on which side W is."""
     attributes = layer.node.attributes
     parts: Sequence[object] = (layer.node.op_type, layer.weight_index, inputs_of(layer))

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.ranges import Range
 
-from .integer_units import IntegerUnits, clip_bounds
+from .integer_candidates import clip_bounds
+from .integer_units import IntegerUnits
 
 
 def shared_spans(units: IntegerUnits, spans: Mapping[ir.Value, Range]) -> dict[ir.Value, Range]:

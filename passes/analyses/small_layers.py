@@ -1,4 +1,4 @@
-"""Linear layers too small for kernels that multiply codes in tiles."""
+"""Linear layers that kernels which multiply codes in tiles do not suit: too small, mostly."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from .linear_layers import LinearLayer
 # What divides the channels of the small convolutions such kernels take all the same, and their least kernel if grouped.
 _SMALLER_TILE = 8
 _LEAST_GROUPED_KERNEL = 3
+# Kernels of convolutions in 8-bit floats hold no more positions than this.
+_LARGEST_KERNEL_OF_FLOATS = 32
 
 
-def too_small(layer: LinearLayer, least: int) -> str | None:
-    """Return why a layer is too small for kernels whose tiles have so many rows and columns, or None if it is not.
+def unfit_for_tiles(layer: LinearLayer, least: int, *, as_floats: bool = False) -> str | None:
+    """Return why a layer does not fit kernels whose tiles have so many rows and columns, or None if it does.
 
-    The rules NVIDIA's ModelOpt leaves layers in float by (``graph_utils.py``), which TensorRT runs slower in int8.
+    The rules NVIDIA's ModelOpt leaves layers in float by (``graph_utils.py``), which TensorRT runs slower in 8 bits.
 
     Args:
         layer: The layer.
-        least: The fewest inputs and outputs that fill a tile.
+        least: The fewest inputs and outputs that fill a tile; up to 1, every layer fits.
+        as_floats: Whether the codes are floats.
     """
     if least <= 1:
         return None
+    if as_floats and layer.node.op_type in ("Conv", "ConvTranspose"):
+        tensor = walk.constant_tensor(layer.weight)
+        assert tensor is not None, "a linear layer has a constant weight"
+        if math.prod(walk.dims(tensor)[2:]) > _LARGEST_KERNEL_OF_FLOATS:
+            return f"a kernel of more than {_LARGEST_KERNEL_OF_FLOATS} positions"
     if layer.node.op_type in ("Conv", "ConvTranspose"):
         return _small_convolution(layer, least)
     tensor = walk.constant_tensor(layer.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from graphopt.options import opt
 from graphopt.statistics import MinMax
 
 from ..analyses.channel_scales import FIXED, ChannelAxis, Scaling, channel_scalings
-from ..analyses.channels import ChannelView
+from ..analyses.channels import ChannelView, view_of
 
 _RULE = "equalize"
 # Channels within this share of the value's range are left, so that a second run finds nothing to do.
@@ -43,10 +44,14 @@ class Equalize(Pass):
 
     most: float = opt(64.0, help="largest factor; channels that would need more are left", low=1.0, high=1e6)
 
+    headroom: float = opt(2.0, help="how much room above what was seen a scaled channel keeps", low=1.0, high=64.0)
+
     name = "equalize"
     guarantee = Guarantee.EQUIVALENT
     needs = frozenset({Need.CANONICAL, Need.CALIBRATION_OPTIONAL})
-    edits = {_RULE: "W₂ f(W₁ x) = (W₂ S⁻¹) f(S W₁ x)  for diagonal S > 0 and homogeneous f"}
+    edits: ClassVar[Mapping[str, str]] = {
+        _RULE: "W₂ f(W₁ x) = (W₂ S⁻¹) f(S W₁ x)  for diagonal S > 0 and homogeneous f"
+    }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Scale what can be scaled."""
@@ -72,6 +77,7 @@ class Equalize(Pass):
             span = spans.get(known.value)
             if span is not None and not _is_inner(known.value):
                 np.minimum.at(factors, known.channels, _room(span))
+        factors /= self.headroom
         # What has been seen of a channel that hardly ever speaks says little of its range.
         factors[(factors < _CLOSE) | (factors > self.most)] = 1.0
         factors[FIXED] = 1.0
@@ -182,7 +188,8 @@ def _scaled_weights(scaling: Scaling, factors: Array) -> dict[ir.Value, Array] |
     for value, (view, factor) in scales.items():
         if (factor == 1.0).all():
             continue
-        content = view.scaled(factor)
+        current = view_of(view.node)  # what another scaling may have left in the weight
+        content = current.scaled(factor) if current is not None else None
         if content is None:
             return None
         results[value] = content

@@ -28,7 +28,7 @@ _OWN_SQNR = {"float16": 71.0, "bfloat16": 53.0}
 
 @dataclass(frozen=True)
 class Cast(Pass):
-    """Compute in float16 or bfloat16 where that is safe, or only store weights so."""
+    """Compute in float16 or bfloat16 where that is safe, or only store weights so; inputs and outputs stay float32."""
 
     to: Literal["float16", "bfloat16"] = opt("float16", help="the half format")
     compute: Literal["auto", "half", "float32"] = opt(
@@ -42,7 +42,6 @@ class Cast(Pass):
     margin: float = opt(
         24.0, help="dB a node may lose, by itself, beyond the rounding of the format; for what is measured", low=0
     )
-    keep_io: bool = opt(True, help="inputs and outputs of the model stay float32")
     include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
     exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")
 
@@ -78,7 +77,7 @@ class Cast(Pass):
             _refuse_nothing(plan, model, self.to)
             return
         before = _stored_bytes(model)
-        lowering = Lowering(ctx, plan, self.keep_io)
+        lowering = Lowering(ctx, plan)
         lowering.run(model)
         ctx.analyse(shapes.infer_shapes)
         _summarise(plan, lowering, before, _stored_bytes(model), ctx)
@@ -106,7 +105,7 @@ class Cast(Pass):
         by_operator = self.keep in ("auto", "operators")
 
         def plan(measured: dict[ir.Node, str]) -> CastPlan:
-            return plan_cast(model, dtype, selection, by_operator=by_operator, measured=measured, keep_io=self.keep_io)
+            return plan_cast(model, dtype, selection, by_operator=by_operator, measured=measured)
 
         first = plan({})
         if self.keep not in ("auto", "measured") or ctx.data is None or not first.ports:

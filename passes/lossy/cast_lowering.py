@@ -26,14 +26,12 @@ class Lowering:
     Attributes:
         ctx: Where edits are made.
         plan: What computes in which format.
-        keep_io: Whether inputs and outputs of the model stay float32.
         casts: How many Casts were put in.
         clamped: How many constants stood for infinity and were brought into the range.
     """
 
     ctx: Context
     plan: CastPlan
-    keep_io: bool
     casts: int = 0
     clamped: int = 0
     _halves: set[ir.Value] = field(default_factory=set)
@@ -48,10 +46,8 @@ class Lowering:
         with self.ctx.rewriter.edit(_RULE, *self.plan.ports):
             for node, ports in self.plan.ports.items():
                 self._halves.update(node.outputs[index] for index in ports.outputs)
-            if not self.keep_io:
-                self._halves.update(value for value in model.graph.inputs if self._is_port(value))
             for graph in list(walk.graphs_within(model.graph)):
-                self._settle_outputs(graph, is_main=graph is model.graph)
+                self._settle_outputs(graph)
             for node in nodes:
                 self._settle_inputs(node)
                 self._settle_attribute(node)
@@ -61,28 +57,17 @@ class Lowering:
             for value in self._halves:
                 _stamp(value, self.plan.dtype)
 
-    def _is_port(self, value: ir.Value) -> bool:
-        return is_float(value) and not value.is_initializer()
-
-    def _settle_outputs(self, graph: ir.Graph | ir.Function, *, is_main: bool) -> None:
-        """Let what a graph returns be of the format that is read outside, under the same name."""
-        narrow = is_main and not self.keep_io
+    def _settle_outputs(self, graph: ir.Graph | ir.Function) -> None:
+        """Let what a graph returns stay float32, under the same name."""
         for value in list(dict.fromkeys(graph.outputs)):
-            if not is_float(value) or (value in self._halves) == narrow or value.producer() is None:
+            if value not in self._halves:
                 continue
-            cast = self._cast(value, self.plan.dtype if narrow else ir.DataType.FLOAT)
-            if narrow:
-                # An output is declared float32 until all who read it know better.
-                cast.type = ir.TensorType(ir.DataType.FLOAT)
+            cast = self._cast(value, ir.DataType.FLOAT)
             self.ctx.rewriter.replace(value, cast)
             producer = cast.producer()
             assert producer is not None, "a Cast makes it"
             self.ctx.rewriter.set_input(producer, 0, value)
-            if narrow:
-                self._halves.add(cast)
-                self._narrow[value], self._wide[cast] = cast, value
-            else:
-                self._narrow[cast], self._wide[value] = value, cast
+            self._narrow[cast], self._wide[value] = value, cast
 
     def _settle_inputs(self, node: ir.Node) -> None:
         """Let a node read each float in the format it computes in."""

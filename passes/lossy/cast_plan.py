@@ -58,7 +58,6 @@ def plan_cast(
     *,
     by_operator: bool,
     measured: Mapping[ir.Node, str],
-    keep_io: bool,
 ) -> CastPlan:
     """Return what is to compute in a half format.
 
@@ -68,7 +67,6 @@ def plan_cast(
         selection: Nodes that may.
         by_operator: Whether nodes stay that are known to lose or overflow.
         measured: Nodes that stay because of what was measured, and why.
-        keep_io: Whether inputs and outputs of the model stay float32.
     """
     plan = CastPlan(dtype)
     known_risks = risks(model) if by_operator else {}
@@ -84,7 +82,7 @@ def plan_cast(
                 plan.kept[node] = why
             elif not isinstance(ports, str):
                 plan.ports[node] = ports
-    for node in _surrounded(model, plan, keep_io):
+    for node in _surrounded(model, plan):
         del plan.ports[node]
         plan.kept[node] = "between others in float32"
     return plan
@@ -122,7 +120,7 @@ def _constant_reason(node: ir.Node, plan: CastPlan) -> str | None:
     return None
 
 
-def _surrounded(model: ir.Model, plan: CastPlan, keep_io: bool) -> set[ir.Node]:
+def _surrounded(model: ir.Model, plan: CastPlan) -> set[ir.Node]:
     """Return the nodes that stay in float32 because computing them in halves would take more casts than it spares.
 
     The nodes that may be of either format are cut in two by a minimum cut: what crosses is cast, each value once.
@@ -139,13 +137,10 @@ def _surrounded(model: ir.Model, plan: CastPlan, keep_io: bool) -> set[ir.Node]:
         network.add(node, _HALF, _FLOAT_COST)
     for value in _float_values(model):
         producer = value.producer()
-        if producer is not None:
-            maker = side(producer, value.index() in _outputs(plan, producer))
-        else:
-            maker = _FLOAT if keep_io or value.graph is not model.graph else _HALF
+        maker = side(producer, producer is not None and value.index() in _outputs(plan, producer))
         readers = {side(use.node, use.idx in _inputs(plan, use.node)) for use in value.uses()}
         if value.is_graph_output():
-            readers.add(_FLOAT if keep_io or value.graph is not model.graph else _HALF)
+            readers.add(_FLOAT)
         _connect(network, value, maker, readers)
     return {node for node in network.near_side(_FLOAT, _HALF) if node in free}
 

@@ -31,7 +31,7 @@ class CodebookWeights(Pass):
     block: int = opt(64, help="consecutive inputs that share a scale, even", low=8, high=4096)
     solver: Literal["auto", "rtn", "mse", "gptq"] = opt(
         "auto",
-        help="nearest entry (rtn), scales that lose least (mse), errors made up for (gptq); auto: gptq if there are data",
+        help="nearest entry (rtn), scales that lose least (mse), errors made up for (gptq); auto: gptq with data",
     )
     form: Literal["auto", "table", "MatMulBnb4"] = opt(
         "auto",
@@ -65,7 +65,7 @@ class CodebookWeights(Pass):
         refuse_quantized(model, self.name)
         by_operator = self._by_operator(ctx)
         solver = self.solver if self.solver != "auto" else "gptq" if ctx.data is not None else "mse"
-        coding = Coding(_BOOKS[self.format], _BITS, self.block, solver)
+        coding = Coding(_BOOKS[self.format], _BITS, self.block, solver, by_operator)
         layers = coded_layers(model, ctx, selection, coding)
         if not layers:
             ctx.note("no weight is smaller stored as codes")

@@ -24,6 +24,8 @@ from ..solvers.objective import output_error
 # What the nodes, names and shapes that bring a weight back to float take in a file, roughly.
 _OVERHEAD_BYTES = 1024
 _FLOAT_BYTES = 4
+# Block sizes of MatMulBnb4.
+_DIRECT_BLOCKS: tuple[int, ...] = tuple(2**power for power in range(4, 13))
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,26 @@ class Coding:
         bits: Bits a code takes in the file.
         block: Consecutive inputs that share a scale; 0 for all inputs of an output.
         solver: ``rtn`` nearest entries, ``mse`` with searched scales, ``gptq`` with errors made up for.
+        direct: Whether an operator is to compute on the codes where it can.
     """
 
     book: Codebook
     bits: int
     block: int
     solver: str
+    direct: bool = False
 
     def block_of(self, inputs: int) -> int:
-        """Return the block size for a row of so many inputs: a short row is one block, of whole bytes."""
+        """Return the block size for a row of so many inputs: blocks of even size, in whole bytes.
+
+        What computes on codes wants powers of two that divide the row, and gets the largest, if there is one.
+        """
+        powers = [size for size in _DIRECT_BLOCKS if size <= self.block and inputs % size == 0]
+        if self.direct and powers:
+            return max(powers)
+        blocks = -(-inputs // self.block) if self.block else 1
         per_byte = 8 // self.bits
-        whole = -(-inputs // per_byte) * per_byte
-        return min(self.block, whole) if self.block else whole
+        return -(-inputs // (blocks * per_byte)) * per_byte
 
     def stored_bytes(self, outputs: int, inputs: int) -> int:
         """Return what codes and scales of a weight take."""

@@ -214,7 +214,7 @@ def codes_in_byte(book: Codebook) -> int:
 
 
 def packed(codes: Array, in_byte: int) -> Array:
-    """Return codes [outputs, inputs] as uint8 [outputs, inputs / in_byte]; of a byte, the first code has the high bits."""
+    """Return codes [outputs, inputs] as uint8 [outputs, inputs / in_byte]; a byte's first code has its high bits."""
     bits = 8 // in_byte
     result = np.zeros((codes.shape[0], codes.shape[1] // in_byte), np.uint8)
     for place in range(in_byte):

@@ -30,7 +30,7 @@ class Logarithmic(Pass):
     nearest: Literal["value", "logarithm"] = opt("value", help="what is nearest: the value, or its logarithm")
     solver: Literal["auto", "rtn", "mse", "gptq"] = opt(
         "auto",
-        help="nearest entry (rtn), scales that lose least (mse), errors made up for (gptq); auto: gptq if there are data",
+        help="nearest entry (rtn), scales that lose least (mse), errors made up for (gptq); auto: gptq with data",
     )
     include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
     exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")

@@ -21,7 +21,7 @@ from .mixed_search import Move, OutOfTrials, Raised, fewest, in_order
 _MOST_TRIALS = 48
 # Layers measured one by one; of larger models, those that are predicted to cost most.
 _MOST_MEASURED = 96
-# The fact of a note that says what error a layer is expected to make.
+# The fact of a note that says which share of a layer's outputs is expected to be noise.
 _PREDICTED = "predicted_error"
 
 
@@ -49,7 +49,7 @@ class Measured:
     Attributes:
         layer: The layer.
         cost: Divergence of the model with this layer alone on the coarsest rung; estimated where it was not tried.
-        predicted: The error its own solver expects, or None.
+        predicted: The share of its outputs that is expected to be noise, or None.
         tried: Whether the cost was measured.
     """
 
@@ -235,7 +235,9 @@ class _Search:
         )
         for index in chosen:
             one = self.layers[index]
-            predicted = f", {one.predicted:.3g} predicted at its output" if one.predicted is not None else ""
+            predicted = (
+                f"; {one.predicted:.1%} of its outputs predicted to be noise" if one.predicted is not None else ""
+            )
             self.ctx.note(
                 f"`{one.layer.name}` in {self.rungs[raised[index]].name}: alone in {self.rungs[0].name} it costs "
                 f"{one.cost:.3g}{predicted}"

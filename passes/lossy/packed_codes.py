@@ -7,6 +7,7 @@ import numpy as np
 from graphopt.backend import Array
 
 from ..solvers.grid import Grid
+from ..solvers.rows import by_rows
 
 _BYTE_BITS = 8
 
@@ -20,15 +21,34 @@ def packed_codes(codes: Array, grid: Grid) -> Array:
         grid: Their grid, with blocks.
     """
     assert grid.block is not None, "only blocks are packed"
-    outputs, inputs = codes.shape
-    middle = 1 << grid.bits - 1
-    unsigned = codes.astype(np.int8, copy=False).view(np.uint8) + np.uint8(middle) if grid.symmetric else codes
-    if inputs % grid.block:
+    middle = np.uint8(1 << grid.bits - 1)
+    if codes.flags.f_contiguous and codes.shape[1] % grid.block == 0 and grid.bits < _BYTE_BITS:
+        return _packed_columns(codes.T, grid, middle).reshape(len(codes), -1, grid.block * grid.bits // _BYTE_BITS)
+    parts = by_rows(_packed_rows, codes, grid=grid, middle=middle)
+    return np.concatenate(parts).reshape(len(codes), -1, grid.block * grid.bits // _BYTE_BITS)
+
+
+def _packed_columns(columns: Array, grid: Grid, middle: np.uint8) -> Array:
+    """Return packed codes [outputs, bytes] of codes stored [inputs, outputs]: packed first, a byte is moved once."""
+    each = _BYTE_BITS // grid.bits
+    unsigned = columns.view(np.uint8).reshape(-1, each, columns.shape[1])
+    moved = middle if grid.symmetric else np.uint8(0)
+    mask = np.uint8((1 << grid.bits) - 1)
+    result = (unsigned[:, 0] + moved) & mask
+    for place in range(1, each):
+        result |= ((unsigned[:, place] + moved) & mask) << np.uint8(grid.bits * place)
+    return np.ascontiguousarray(result.T)
+
+
+def _packed_rows(codes: Array, *, grid: Grid, middle: np.uint8) -> Array:
+    unsigned = codes.view(np.uint8)
+    if grid.symmetric:
+        unsigned = (unsigned + middle) & np.uint8((1 << grid.bits) - 1)
+    missing = -codes.shape[1] % (grid.block or 1)
+    if missing:
         # What is multiplied by these is zero, or not there, so any code does; the middle one reads best.
-        unsigned = np.pad(unsigned, ((0, 0), (0, -inputs % grid.block)), constant_values=middle)
-    return packed(unsigned & np.uint8((1 << grid.bits) - 1), grid.bits).reshape(
-        outputs, -1, grid.block * grid.bits // 8
-    )
+        unsigned = np.pad(unsigned, ((0, 0), (0, missing)), constant_values=middle)
+    return packed(unsigned, grid.bits)
 
 
 def packed(codes: Array, bits: int) -> Array:
@@ -38,10 +58,12 @@ def packed(codes: Array, bits: int) -> Array:
         return codes
     if codes.shape[-1] % each:
         codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % each)])
-    result = codes[..., ::each].copy()
+    # As many codes as go into a byte are one number of as many bytes, whose codes are moved together.
+    wide = np.ascontiguousarray(codes).view(f"<u{each}")
+    result = wide.copy()
     for place in range(1, each):
-        result |= codes[..., place::each] << np.uint8(bits * place)
-    return result
+        result |= wide >> wide.dtype.type((_BYTE_BITS - bits) * place)
+    return result.astype(np.uint8)
 
 
 def unpacked(data: Array, bits: int, count: int) -> Array:

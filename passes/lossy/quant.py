@@ -126,7 +126,10 @@ class Quant(Pass):
         static, dynamic = ctx.target.static is not None, bool(ctx.target.dynamic_ops)
         mode: Mode = "weights"
         nested = _nested_share(model)
-        if share >= 0.5 and nested > 0.5:
+        kernels = {scheme.weight for scheme in (ctx.target.static, *ctx.target.alternatives) if scheme is not None}
+        if self.weights is not None and self.weights not in kernels:
+            reason = f"`{ctx.target.name}` only stores weights as {self.weights}"
+        elif share >= 0.5 and nested > 0.5:
             reason = f"{nested:.0%} of the multiplications are inside subgraphs or functions, out of sight of the data"
         elif share >= 0.5 and ctx.data is None:
             reason = f"{in_convolutions}, whose activation ranges need calibration data, and none was given"

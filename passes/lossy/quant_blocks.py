@@ -11,11 +11,13 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Context
+from graphopt.backend import Array
 from graphopt.errors import PassError
 from graphopt.report import show_bytes
 
 from ..analyses.selection import Selection
 from ..solvers.grid import GridWeight
+from ..solvers.rows import by_rows
 from .integer_weights import weight_tensor
 from .runtime_blocks import can_lower_to_runtime, lower_to_runtime
 from .standard_blocks import can_lower_to_standard, lower_to_standard
@@ -46,7 +48,8 @@ def quantize_blocks(model: ir.Model, ctx: Context, selection: Selection, plan: W
     """
     run = _Run(ctx, plan, {node: place for place, node in enumerate(walk.every_node(model))})
     weights = run.choose(selection)
-    with WeightRounding(ctx, plan.solver) as rounding:
+    matrices = [StoredMatrix(weight, all_readers(weight, run.order)[0]) for weight in weights]
+    with WeightRounding(ctx, plan.solver, matrices, plan) as rounding:
         for weight in weights:
             run.store(weight, rounding)
         run.summarise(rounding)
@@ -120,7 +123,7 @@ class _Run:
         plan = self._plan_of(matrix)
         assert plan is not None, "checked when it was chosen"
         tensor, layer = weight_tensor(matrix.layer), matrix.layer
-        if not np.isfinite(layer.matrix()).all():
+        if not all(by_rows(_is_finite, layer.matrix())):
             raise PassError(f"weight `{weight.name}` holds NaN or infinity", hint="repair the model first")
         found = rounding.solve(matrix, plan)
         self._remember(matrix, plan, found, tensor)
@@ -158,11 +161,10 @@ class _Run:
             self.ctx.note(f"no weight is smaller stored as {self.plan.code}")
             return
         if rounding.blind:
-            self.ctx.left(
-                f"{rounding.blind} weights rounded without data: what they multiply is in a subgraph or function, or "
-                "several layers share them",
-                weights=rounding.blind,
-            )
+            why = "what they multiply is in a subgraph or function, or several layers share them"
+            if rounding.solver == "awq":
+                why = "no Mul by a constant or normalization before them takes the factors in, for all that reads it"
+            self.ctx.left(f"{rounding.blind} weights rounded without data: {why}", weights=rounding.blind)
         formats = Counter(f"{one['format']} by {one['group']}" for one in self.stored)
         before, after = (sum(one[key] for one in self.stored) for key in ("bytes_before", "bytes"))
         readers = ", ".join(f"{count} {operator}" for operator, count in self.readers.most_common())
@@ -184,6 +186,10 @@ class _Run:
         level = self.plan.scheme.accuracy_level
         words = {0: "in the input's type", 1: "in float32", 2: "in float16", 3: "in bfloat16", 4: "in int8"}
         return f"MatMulNBits may compute {words[level]} (`accuracy_level={level}`)"
+
+
+def _is_finite(rows: Array) -> bool:
+    return bool(np.isfinite(rows).all())
 
 
 def _can_lower(reader: WeightReader, plan: WeightPlan) -> str | None:

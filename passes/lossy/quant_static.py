@@ -13,16 +13,18 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.ranges import Range
 
-from ..analyses.integer_units import IntegerUnits, Unit
+from ..analyses.integer_candidates import Unit
+from ..analyses.integer_units import IntegerUnits
 from ..analyses.selection import Selection
 from ..analyses.shared_scales import shared_spans
 from .integer_weights import release
 from .quant_plan import StaticPlan
 from .quant_preparation import rewrite_means
-from .static_formats import ActivationGrid, activation_grid, dtype_of, encode, is_float
+from .static_formats import ActivationGrid, activation_grid, dtype_of, encode, is_float, limits
 from .static_weights import Rounding, StaticWeights, missing_channels
 
 _RULE = "quant-static"
+_CODES_OF_FLOATS = 1 << 16
 # The first version of Pad that pads codes.
 _FIRST_PAD_OF_CODES = 13
 
@@ -58,7 +60,12 @@ def _grids(units: IntegerUnits, ctx: Context, plan: StaticPlan) -> dict[ir.Value
     values = units.values()
     constants = {value: tensor.numpy() for value in values if (tensor := walk.constant_tensor(value)) is not None}
     varying = [value for value in values if value not in constants]
-    observed = ctx.ranges(varying, plan.method) if varying else {}
+    code = plan.scheme.activation
+    lowest, highest = limits(code)
+    # Float codes are the finer the nearer to zero: clipping spares them next to no error of rounding, as of 16 bits.
+    codes = _CODES_OF_FLOATS if is_float(code) else int(highest - lowest) + 1
+    symmetric = plan.scheme.activation_symmetric
+    observed = ctx.ranges(varying, plan.method, codes=codes, symmetric=symmetric) if varying else {}
     spans = {value: _span_of(array) for value, array in constants.items()}
     spans.update((value, observed[value.name or ""]) for value in varying)
     return {value: activation_grid(span, plan.scheme) for value, span in shared_spans(units, spans).items()}

@@ -46,12 +46,13 @@ class SequentialMoments:
 
     Args:
         ctx: Calibration data and the model; neither changed yet.
-        compare: Whether the model as it was is run too.
+        compare: Whether the model as it was is run too, which is what `mean_before` and `cross` come from.
+        cross: Whether `cross` is wanted.
         limit: The most rows of each sample that are looked at, evenly spaced; None for all.
     """
 
-    def __init__(self, ctx: Context, *, compare: bool, limit: int | None = None) -> None:
-        self._graph, self._limit = ctx.model.graph, limit
+    def __init__(self, ctx: Context, *, compare: bool, cross: bool = True, limit: int | None = None) -> None:
+        self._graph, self._limit, self._cross = ctx.model.graph, limit, cross
         self._stack = ExitStack()
         self._now = self._stack.enter_context(ctx.walkthrough())
         self._before = None
@@ -94,14 +95,13 @@ class SequentialMoments:
             if references is not None:
                 (reference,) = next(references)
                 original = layer_rows(layer, reference, limit=self._limit)
-                cross = _added(cross, original.transpose(0, 2, 1) @ rows)
+                if self._cross:
+                    cross = _added(cross, original.transpose(0, 2, 1) @ rows)
                 mean_before = _added(mean_before, original.sum(axis=1))
         if second is None or mean is None or count == 0 or not np.isfinite(second).all():
             return None
-        if cross is None or mean_before is None or not np.isfinite(cross).all():
-            return Moments(second / np.float32(count), None, count, mean / np.float32(count), None)
         over = np.float32(count)
-        return Moments(second / over, cross / over, count, mean / over, mean_before / over)
+        return Moments(second / over, _finite(cross, over), count, mean / over, _finite(mean_before, over))
 
     def close(self) -> None:
         """Let go of everything kept."""
@@ -117,9 +117,14 @@ class SequentialMoments:
 
 
 def _key(layer: LinearLayer, name: str) -> str:
-    """Products that read one value the same way share its moments."""
+    """Layers that read a value the same way share its moments: products of one side, windows of one kind."""
     across = layer.node.attributes.get_int("transA" if layer.weight_index == 1 else "transB", 0)
-    return f"{name}|{layer.node.op_type}|{layer.weight_index}|{across}"
+    tensor = walk.constant_tensor(layer.weight)
+    window = ""
+    if layer.node.op_type in ("Conv", "ConvTranspose") and tensor is not None:
+        settings = sorted(f"{attribute.name}={attribute.value}" for attribute in layer.node.attributes.values())
+        window = f"{walk.dims(tensor)[1:]}|{'|'.join(settings)}"
+    return f"{name}|{layer.node.op_type}|{layer.weight_index}|{across}|{window}"
 
 
 def _added(total: Array | None, part: Array) -> Array:
@@ -127,3 +132,7 @@ def _added(total: Array | None, part: Array) -> Array:
         return part
     total += part
     return total
+
+
+def _finite(total: Array | None, count: np.float32) -> Array | None:
+    return total / count if total is not None and np.isfinite(total).all() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,11 @@ def nearest(task: WeightTask) -> RoundedWeight:
 def searched(task: WeightTask) -> RoundedWeight:
     """Round to the scales that lose least of the weight itself."""
     return RoundedWeight(mse(task.matrix(), task.grid, least_scales=task.least_scales), task.bias)
+
+
+def without_data(rounder: Rounder) -> Rounding:
+    """Return a way to open a rounder that looks at nothing but the weight."""
+    return lambda ctx: nullcontext(rounder)
 
 
 def weight_grid(scheme: IntegerScheme, group: str | int, layer: LinearLayer) -> Grid:

@@ -36,7 +36,7 @@ def store_halves(model: ir.Model, ctx: Context, selection: Selection, dtype: ir.
     noise = signal = 0.0
     for value in list(walk.initializers(model)):
         tensor = walk.constant_tensor(value)
-        if tensor is None or tensor.dtype is not ir.DataType.FLOAT or tensor.nbytes < _LEAST_BYTES:
+        if tensor is None or tensor.dtype is not ir.DataType.FLOAT or not _pays(tensor):
             continue
         readers = [use.node for use in value.uses()]
         if value.is_graph_output() or not readers:
@@ -61,6 +61,11 @@ def store_halves(model: ir.Model, ctx: Context, selection: Selection, dtype: ir.
         bytes_after=before // 2,
         relative_error=(noise / signal) ** 0.5 if signal else 0.0,
     )
+
+
+def _pays(tensor: ir.TensorProtocol) -> bool:
+    """Return whether a constant is worth a Cast."""
+    return tensor.nbytes >= _LEAST_BYTES
 
 
 def _store(value: ir.Value, tensor: ir.TensorProtocol, dtype: ir.DataType, ctx: Context) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
@@ -15,6 +17,7 @@ from ..solvers.hqq import hqq
 from ..solvers.objective import DAMPING
 from ..solvers.refinement import refine
 from ..solvers.scale_search import mse
+from .input_scaling import scale_inputs
 from .sequential_moments import Moments, SequentialMoments
 from .weight_plan import Solver, WeightPlan
 from .weight_readers import StoredMatrix
@@ -26,13 +29,16 @@ class WeightRounding:
     Args:
         ctx: The model, not changed yet, and calibration data where the solver needs any.
         solver: Who decides; with ``auto``, GPTQ where there are data and the search for the best scales where not.
+        matrices: Every matrix to be solved, in graph order.
+        plan: The format of those that are no tables.
     """
 
-    def __init__(self, ctx: Context, solver: Solver) -> None:
+    def __init__(self, ctx: Context, solver: Solver, matrices: Sequence[StoredMatrix], plan: WeightPlan) -> None:
         self.ctx = ctx
         self.solver = settled(solver, has_data=ctx.data is not None)
         self.blind = 0
         self._moments = SequentialMoments(ctx, compare=True) if self.solver == "gptq" else None
+        self._scaled = scale_inputs(matrices, plan, ctx) if self.solver == "awq" else {}
         # What each node reads, by the names of the model as it is now.
         self._names = {node: [value.name if value else "" for value in node.inputs] for node in ctx.model.graph}
 
@@ -43,6 +49,9 @@ class WeightRounding:
             return round_to_nearest(weight, plan.grid)
         if self.solver == "hqq":
             return hqq(weight, plan.grid)
+        if self.solver == "awq":
+            self.blind += matrix.weight not in self._scaled and not matrix.is_table
+            return self._scaled.get(matrix.weight) or mse(weight, plan.grid)
         moments = self._moments_of(matrix)
         if moments is None:
             return mse(weight, plan.grid)

@@ -8,6 +8,7 @@ import numpy as np
 
 from graphopt.backend import Array
 
+from .nearest_blocks import nearest_in_blocks
 from .objective import output_error
 from .rows import by_rows
 
@@ -68,12 +69,7 @@ class Grid:
 
     def encode(self, matrix: Array, scales: Array, zero_points: Array | None = None) -> Array:
         """Return the nearest codes, [outputs, inputs], for scales and zero points [outputs or 1, blocks]."""
-        inputs = matrix.shape[-1]
-        codes = matrix / self.spread(scales, inputs)
-        if zero_points is not None:
-            codes += self.spread(zero_points, inputs)
-        np.rint(codes, out=codes)
-        return np.clip(codes, self.lowest, self.highest, out=codes).astype(self.dtype)
+        return self._nearest(matrix, scales, zero_points)[1]
 
     def decode(self, codes: Array, scales: Array, zero_points: Array | None = None) -> Array:
         """Return Ŵ, float32 [outputs, inputs]."""
@@ -83,6 +79,26 @@ class Grid:
             values -= self.spread(zero_points, inputs)
         values *= self.spread(scales, inputs)
         return values
+
+    def round(self, matrix: Array, scales: Array, zero_points: Array | None = None) -> tuple[Array, Array]:
+        """Return the nearest codes and Ŵ − W, [outputs, inputs] each, with few temporaries."""
+        levels, codes = self._nearest(matrix, scales, zero_points)
+        if zero_points is not None:
+            levels -= zero_points[..., None]
+        levels *= scales[..., None]
+        levels -= blocked(matrix, self)
+        return codes, levels.reshape(len(matrix), -1)[:, : matrix.shape[1]]
+
+    def _nearest(self, matrix: Array, scales: Array, zero_points: Array | None) -> tuple[Array, Array]:
+        """Return the nearest codes as floats [outputs, blocks, block], and as codes [outputs, inputs]."""
+        levels = np.divide(blocked(matrix, self), scales[..., None])
+        if zero_points is not None:
+            levels += zero_points[..., None]
+        np.rint(levels, out=levels)
+        np.maximum(levels, np.float32(self.lowest), out=levels)
+        np.minimum(levels, np.float32(self.highest), out=levels)
+        codes = levels.astype(self.dtype, order="C").reshape(len(matrix), -1)
+        return levels, codes[:, : matrix.shape[1]]
 
 
 # A scale for each output, symmetric: what integer kernels compute on.
@@ -130,6 +146,11 @@ def round_to_nearest(
             throughout takes this scale, or 1 where it is zero too.
     """
     matrix = weight.astype(np.float32, copy=False)
+    whole = grid.block is not None and matrix.size > 0 and matrix.shape[1] % grid.block == 0
+    if whole and second_moment is None and (matrix.flags.c_contiguous or matrix.flags.f_contiguous):
+        codes, scales, zero_points, error = nearest_in_blocks(matrix, grid, reaching)
+        stored = None if zero_points is None else zero_points.astype(np.uint8)
+        return GridWeight(grid, codes, scales, stored, error)
     scales, zero_points = spanning(matrix, grid)
     scales, raised = raised_to(matrix, scales, least_scales)
     return finish(matrix, grid, scales, zero_points, second_moment, raised)
@@ -157,9 +178,7 @@ def finish(
 def _encoded(
     matrix: Array, scales: Array, zero_points: Array | None, *, grid: Grid, keep: bool
 ) -> tuple[Array, float, Array | None]:
-    codes = grid.encode(matrix, scales, zero_points)
-    difference = grid.decode(codes, scales, zero_points)
-    np.subtract(matrix, difference, out=difference)
+    codes, difference = grid.round(matrix, scales, zero_points)
     return codes, output_error(difference), difference if keep else None
 
 

@@ -1,0 +1,95 @@
+"""Rounding layer by layer: what a layer reads in integers decides its codes, and its bias takes what is left."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from graphopt.errors import UsageError
+from graphopt.passes.lossy.layer_rounding import rounding_of
+
+from .pass_runs import loaded, outputs_of, run_passes
+
+RNG = np.random.default_rng(0)
+# Channels that hang together, as they do in trained networks: what rounding loses in one, others can make up for.
+MIXING = RNG.normal(size=(6, 6)) * 0.3 + 1.0
+
+
+def samples(count: int) -> list[dict[str, np.ndarray]]:
+    """Return inputs [1, 6, 8, 8] with a mean that is not zero."""
+    return [
+        {"x": np.einsum("ij,njhw->nihw", MIXING, RNG.normal(0.3, 1, size=(1, 6, 8, 8))).astype(np.float32)}
+        for _ in range(count)
+    ]
+
+
+def network(*, bias: bool = True, group: int = 1) -> onnx.ModelProto:
+    """Return Conv, Relu, Conv, Relu, Conv."""
+    shapes = [(12, 6 // group, 3, 3), (12, 12 // group, 3, 3), (4, 12, 1, 1)]
+    nodes, constants, value = [], [], "x"
+    for index, shape in enumerate(shapes):
+        weight = (RNG.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        constants.append(numpy_helper.from_array(weight, f"w{index}"))
+        inputs = [value, f"w{index}"]
+        if bias:
+            constants.append(numpy_helper.from_array(RNG.normal(size=shape[0]).astype(np.float32), f"b{index}"))
+            inputs.append(f"b{index}")
+        last = index == len(shapes) - 1
+        attributes = {} if last else {"group": group}
+        nodes.append(helper.make_node("Conv", inputs, ["y" if last else f"c{index}"], f"conv{index}", **attributes))
+        if not last:
+            nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"], f"relu{index}"))
+            value = f"r{index}"
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4, 4, 4])],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def errors(proto: onnx.ModelProto, spec: str) -> tuple[float, float]:
+    """Return mean squared error and mean squared error of the channel means, on samples never calibrated with."""
+    model = run_passes(loaded(proto), spec, data=samples(16)).model
+    differences = np.concatenate(
+        [outputs_of(model, feed)["y"] - outputs_of(proto, feed)["y"] for feed in samples(48)]
+    ).astype(np.float64)
+    return float(np.square(differences).mean()), float(np.square(differences.mean(axis=(0, 2, 3))).mean())
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_loses_less_than_rounding_to_nearest(group: int) -> None:
+    proto = network(group=group)
+    # Four bits, so that what the weights lose stands out from what activations do.
+    nearest = errors(proto, "quant:mode=static:solver=rtn:weights=int4")[0]
+    assert errors(proto, "quant:mode=static:solver=gptq:weights=int4")[0] < 0.8 * nearest
+
+
+def test_bias_takes_the_mean_of_the_error() -> None:
+    proto = network()
+    nearest, compensated = (errors(proto, f"quant:mode=static:solver={solver}")[1] for solver in ("rtn", "gptq"))
+    assert compensated < nearest
+
+
+def test_layers_without_a_bias_get_none() -> None:
+    model = run_passes(loaded(network(bias=False)), "quant:mode=static", data=samples(4)).model
+    for node in model.graph:
+        assert node.op_type != "Conv" or len([value for value in node.inputs if value is not None]) == 2
+
+
+def test_codes_are_the_same_twice() -> None:
+    proto, data = network(), samples(4)
+    one, other = (run_passes(loaded(proto), "quant:mode=static", data=data).model for _ in range(2))
+    for name, value in one.graph.initializers.items():
+        assert value.const_value is not None
+        np.testing.assert_array_equal(value.const_value.numpy(), other.graph.initializers[name].const_value.numpy())
+
+
+def test_a_solver_of_another_mode_is_refused() -> None:
+    with pytest.raises(UsageError, match="has no `solver=hqq`") as caught:
+        rounding_of("hqq")
+    assert "rtn" in caught.value.hint

@@ -14,6 +14,7 @@ openvino, onnxsim and torch; without it this one stands in, and what it lacks is
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -222,7 +223,8 @@ def openvino_table(bench: Bench) -> Iterator[str]:
     yield from head("The same files on OpenVINO", "model", "tool", "MB", "batch 1, ms", "batch 8, ms")
     with tempfile.TemporaryDirectory() as folder:
         resnet = resnet_case(bench, folder)
-        for case in (*bench.cases(CLASSIFIERS), *([resnet] if resnet is not None else [])):
+        # A case's folder is there while its turn lasts.
+        for case in itertools.chain(bench.cases(CLASSIFIERS), [resnet] if resnet is not None else []):
             entries = bench.made(case, OPENVINO)
             for batch in (1, 8):
                 given = (entries, case.data, batch, str(batch), bench.options.seconds, bench.options.peers)

@@ -14,7 +14,7 @@ from graphopt.backend import Array, Inspectable
 from graphopt.choices import ModelLike, find_backend, find_target, open_model
 from graphopt.data import open_data
 from graphopt.errors import BackendError, DataError
-from graphopt.explanation_codes import is_dequantize, is_quantize
+from graphopt.explanation_codes import captured_behind_moves, is_dequantize, is_quantize
 from graphopt.explanation_proof import Proof, Ran, numbered, prove
 from graphopt.explanation_rules import Prediction, predict
 from graphopt.generated import generated_feeds
@@ -188,6 +188,8 @@ def _prove(
     missing = runtime.missing()
     if missing is not None:
         return None, None, missing.message
+    if captured_behind_moves(model, target.fusions):
+        return None, None, "the runtime would end the process: a nested graph reads what a move makes of codes"
     if not isinstance(runtime, Inspectable):
         return None, None, f"backend `{runtime.describe()}` does not tell what it runs"
     try:

@@ -85,6 +85,28 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def captured_behind_moves(model: ir.Model, rules: FusionRules) -> bool:
+    """Return whether a nested graph reads what a runtime carries a DQ across.
+
+    ONNX Runtime 1.31 takes the capture for an input of the If, Loop or Scan, and ends the process.
+    """
+    moves = [op for op, _ in rules.propagates]
+    nodes = [node for graph in walk.graphs_within(model.graph) for node in graph]
+    waiting = [value for node in nodes if is_dequantize(node) for value in node.outputs]
+    seen: set[ir.Value] = set()
+    while waiting:
+        value = waiting.pop()
+        for use in value.uses():
+            if not walk.is_onnx_op(use.node, *moves) or use.idx != 0:
+                continue
+            for behind in set(use.node.outputs) - seen:
+                if any(inner.node.graph is not use.node.graph for inner in behind.uses()):
+                    return True
+                seen.add(behind)
+                waiting.append(behind)
+    return False
+
+
 class CodeReader:
     """Tells in which codes values are read and written under a runtime's rules.
 

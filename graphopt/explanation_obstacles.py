@@ -32,6 +32,13 @@ def check_surplus(rule: Fusion, index: int) -> None:
         raise Obstacle(f"input {index} is dequantized, too", "let it be what it was")
 
 
+def check_stored_whole(rule: Fusion, first: Codes) -> None:
+    """Refuse a table that is dequantized as a whole, in every run, for the rows that are read of it."""
+    if rule.op == "Gather" and first.constant:
+        why = "the whole table is dequantized in every run"
+        raise Obstacle(why, "GatherBlockQuantized, or a Gather of the codes with the rows scaled behind it")
+
+
 def check_other_dtypes(rule: Fusion, first: Codes, reads: Sequence[Codes], second: Codes | None) -> None:
     """Refuse dtypes that do not go with those of the first input."""
     if rule.weights is None:

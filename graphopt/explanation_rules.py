@@ -17,6 +17,7 @@ from graphopt.explanation_obstacles import (
     check_factors,
     check_other_dtypes,
     check_product,
+    check_stored_whole,
     check_surplus,
     check_weight,
     is_scalar,
@@ -116,6 +117,8 @@ class _Predictor:
         return any(isinstance(self.codes.written(value), Codes) for value in node.outputs)
 
     def _advice(self, node: ir.Node) -> str:
+        if f"com.microsoft::DynamicQuantize{node.op_type}" in self.rules.written and node.op_type == "LSTM":
+            return "DynamicQuantizeLSTM, written as such"
         if node.op_type in ("LSTM", "GRU", "RNN") or (not self.target.static and not self.target.weight_only):
             return "no integer kernel on this target"
         if self.target.static is not None and self.rules.of(node.op_type) is not None:
@@ -177,9 +180,15 @@ class _Predictor:
         if codes:
             codes[0] = self.codes.read_by(node, 0)
         present = next((code for code in codes if code is not None), None)
-        if present is not None:
-            self._check_dtype(rule, codes[0] or present)
         wanted = range(len(inputs)) if rule.reads is None else rule.reads
+        leading = codes[wanted[0]] if len(wanted) and wanted[0] < len(codes) else None
+        if leading is not None:
+            if not self._ends_in_codes(core):
+                check_stored_whole(rule, leading)
+            self._check_dtype(rule, leading)
+        elif len(codes) > 1 and codes[1] is not None and codes[1].constant and 1 in wanted and rule.weights is not None:
+            why = "only its weight is in codes, and dequantized in every run"
+            raise Obstacle(why, "codes for its input, too, or the weight in float")
         for index, value in enumerate(inputs):
             if value is None or (codes[index] is not None and index in (*wanted, rule.bias)):
                 continue

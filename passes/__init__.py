@@ -41,6 +41,7 @@ PASSES = {
     "reciprocals": "graphopt.passes.exact.reciprocals:Reciprocals",
     "repeats": "graphopt.passes.exact.repeats:Repeats",
     "sequences": "graphopt.passes.exact.sequences:Sequences",
+    "smooth-quant": "graphopt.passes.exact.smooth_quant:SmoothQuant",
     "split-slices": "graphopt.passes.exact.split_slices:SplitSlices",
 }
 

@@ -34,7 +34,7 @@ from .shape_motifs import (
     shape_slice,
     shape_tile,
 )
-from .transformer_motifs import heads_attention, residual_norm, written_activation, written_norm
+from .transformer_motifs import heads_attention, normalized_product, residual_norm, written_activation, written_norm
 
 if TYPE_CHECKING:
     from .graph_generator import Builder, Value
@@ -937,6 +937,7 @@ MOTIFS: Mapping[str, Motif] = {
     "written_activation": Motif(written_activation, weight=9),
     "written_norm": Motif(written_norm),
     "residual_norm": Motif(residual_norm, opsets=range(17, 1000)),
+    "normalized_product": Motif(normalized_product, opsets=range(17, 1000)),
     "heads_attention": Motif(heads_attention),
     "group_norm": Motif(group_norm),
     "norm_of_any_type": Motif(norm_of_any_type),

@@ -290,6 +290,19 @@ def two_moves(first: Any, second: Any, scale: float = SCALE, readers: int = 1) -
     return b.result(*(b.dq(codes, second, scale) for _ in range(readers)))
 
 
+def table_in_codes() -> onnx.ModelProto:
+    """Return an embedding whose rows go on in codes."""
+    b = Builder()
+    table = b.dq(b.const(np.ones((64, 16), np.uint8)))
+    return b.result(b.qdq(b.op("Gather", [table, b.input([2], TensorProto.INT64)])))
+
+
+def weight_in_codes(op: str, shape: tuple[int, ...], data: list[int]) -> onnx.ModelProto:
+    """Return an operator in float with its weight in codes."""
+    b = Builder()
+    return b.result(b.op(op, [b.input(data), b.weight(shape, 0)]))
+
+
 def few_bits_moved() -> onnx.ModelProto:
     """Return a product with a weight of few bits, and a Q that the runtime carries up to it."""
     b = Builder()
@@ -332,14 +345,12 @@ UNARY: dict[str, dict[str, Any]] = {
 # Operators that stay in float, Q and DQ around them or not.
 FLOAT_ONLY: dict[str, dict[str, Any]] = {
     "Clip": {"inputs": (np.float32(0), np.float32(6))},
-    "Elu": {},
     "Erf": {},
     "GatherND": {"inputs": (np.zeros((1, 2), np.int64),)},
     "GlobalMaxPool": {},
     "HardSigmoid": {},
     "InstanceNormalization": {"inputs": (np.ones(16, np.float32), np.ones(16, np.float32))},
     "LayerNormalization": {"inputs": (np.ones(8, np.float32),)},
-    "Neg": {},
     "Pad": {"inputs": (integers(0, 0, 1, 1, 0, 0, 1, 1),)},
     "ReduceMean": {"inputs": (integers(2, 3),)},
     "ReduceSum": {"inputs": (integers(1),)},
@@ -477,8 +488,10 @@ def every_case() -> dict[str, Made]:
         cases[f"two moves, {name}"] = lambda d=dtypes: two_moves(*d)
         cases[f"two moves of other scales, {name}"] = lambda d=dtypes: two_moves(*d, scale=0.05)
         cases[f"two moves of other scales, {name}, two readers"] = lambda d=dtypes: two_moves(*d, scale=0.05, readers=2)
+    cases["Gather of a table in codes"] = table_in_codes
+    cases["weight of a conv in codes"] = lambda: weight_in_codes("Conv", (16, 16, 1, 1), IMAGE)
     cases["few bits, Reshape and Q behind"] = few_bits_moved
-    cases["Reshape, int8 to output"] = lambda: unary("Reshape", np.int8, **UNARY["Reshape"], ending="output")
+    cases["Reshape, int8 to output"] = lambda: unary("Reshape", np.int8, **UNARY["Reshape"], ending="output", opset=13)
     cases["Transpose of an input"] = lambda: moved("Transpose", before=True, source="input")
     cases["Slice of a constant"] = lambda: moved("Slice", before=True, source="constant")
     cases["Transpose, two readers"] = lambda: moved("Transpose", before=False, readers=2)

@@ -30,7 +30,10 @@ from graphopt.shapes import forget_inferred, infer_shapes
 from graphopt.verify import Signature, problems_of, verify
 
 from .command_line import fill, optimize, run
-from .pass_runs import BACKEND, TARGET, kinds, loaded, outputs_of, to_bytes
+from .pass_runs import BACKEND, TARGET, kinds, loaded, outputs_of, to_bytes, weigh_by_noise
+
+# More than there is to lose.
+ANY_NOISE_DB = 1e4
 
 LAYERS = 300
 CHAIN = (
@@ -75,8 +78,10 @@ def prefix(model: ir.Model, passes: Any, limit: int | None, data: Any = None) ->
     """Run passes over a clone, up to an edit."""
     clone = model.clone()
     dataset = open_data(data, clone) if data is not None else None
-    setting = Setting(registry.find("TARGETS", TARGET), registry.backend(BACKEND), threads=1, data=dataset)
-    manager = PassManager(schedule(Pipeline.of(passes), has_data=dataset is not None), setting, edit_limit=limit)
+    weigh = weigh_by_noise(clone, dataset, ANY_NOISE_DB) if dataset is not None else None
+    setting = Setting(registry.find("TARGETS", TARGET), registry.backend(BACKEND), threads=1, data=dataset, weigh=weigh)
+    steps = schedule(Pipeline.of(passes), has_data=dataset is not None, has_budget=dataset is not None)
+    manager = PassManager(steps, setting, edit_limit=limit)
     infer_shapes(clone)
     manager.run(clone)
     forget_inferred(clone)

@@ -214,7 +214,9 @@ def test_data_forms_agree(model: Path, tmp_path: Path) -> None:
     bytes_of = set()
     for index, data in enumerate((tmp_path / "data.npz", _folder_of_npz(tmp_path), _function(tmp_path))):
         output = tmp_path / f"{index}.onnx"
-        assert run("optimize", model, "--passes", "quant:mode=static", "--data", data, "-o", output).code == 0
+        # By rounding alone: sums that solvers go by differ in their last bits with how samples come together.
+        passes = "quant:mode=static:solver=rtn"
+        assert run("optimize", model, "--passes", passes, "--data", data, "-o", output).code == 0
         bytes_of.add(output.read_bytes())
     assert len(bytes_of) == 1
 

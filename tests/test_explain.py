@@ -26,7 +26,19 @@ from graphopt.generated import generated_feeds
 from graphopt.shapes import infer_shapes
 
 from .command_line import run
-from .quantized_graphs import IMAGE, Builder, conv, every_case, fan_out, few_bits, join, moved, product, unary
+from .quantized_graphs import (
+    IMAGE,
+    Builder,
+    conv,
+    every_case,
+    fan_out,
+    few_bits,
+    join,
+    moved,
+    product,
+    unary,
+    weight_in_codes,
+)
 
 X86 = "ort-cpu-x86"
 CASES = every_case()
@@ -99,6 +111,8 @@ def test_a_wrong_rule_shows_as_a_disagreement() -> None:
         (lambda: product("Gemm", zero=False), "Gemm", "the DQ of input 1 has no zero point"),
         (lambda: product("Gemm", bias="int32", beta=0.5), "Gemm", "`beta` is not 1"),
         (lambda: product(tail=True, ending="float"), "MatMul", "a Relu and no Q follows it"),
+        (lambda: few_bits(op="Gather"), "Gather", "the whole table is dequantized in every run"),
+        (lambda: weight_in_codes("Conv", (16, 16, 1, 1), IMAGE), "Conv", "only its weight is in codes"),
         (lambda: few_bits(block=8), "MatMul", "blocks of 8 along axis 0"),
         (lambda: few_bits(readers=2), "MatMul", "its DQ has several readers"),
         (lambda: few_bits(tail=True), "MatMul", "the Relu behind it keeps MatMulNBits away"),
@@ -165,6 +179,21 @@ def test_operators_of_nested_graphs_are_looked_at() -> None:
     outer.output(outer.op("If", [condition], then_branch=taken, else_branch=other))
     found = finding(explained(outer.model()), "Conv")
     assert (found.predicted, found.state) == ("integers", "integers")
+
+
+@on_x86
+def test_a_model_that_would_end_the_process_is_not_run() -> None:
+    b = Builder()
+    condition = b.input([], TensorProto.BOOL)
+    moved_value = b.op("Transpose", [b.qdq(b.input(IMAGE))], perm=[0, 2, 3, 1])
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        result = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+        branches[name] = helper.make_graph([helper.make_node("Erf", [moved_value], [name])], name, [], [result])
+    b.output(b.op("If", [condition], **branches))
+    found = explained(b.model())
+    assert found.proven_by is None
+    assert "end the process" in found.unproven
 
 
 @pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear", "Add", "MatMul", "Conv"])

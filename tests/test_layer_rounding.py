@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.errors import UsageError
 from graphopt.passes.lossy.layer_rounding import rounding_of
+from graphopt.passes.solvers.grid import Grid
 
 from .pass_runs import loaded, outputs_of, run_passes
 
@@ -62,17 +63,27 @@ def errors(proto: onnx.ModelProto, spec: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("group", [1, 2])
-def test_loses_less_than_rounding_to_nearest(group: int) -> None:
-    proto = network(group=group)
+def test_loses_less_than_rounding_to_nearest(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Four bits, so that what the weights lose stands out from what activations do.
-    nearest = errors(proto, "quant:mode=static:solver=rtn:weights=int4")[0]
-    assert errors(proto, "quant:mode=static:solver=gptq:weights=int4")[0] < 0.8 * nearest
+    monkeypatch.setattr("graphopt.passes.lossy.static_weights.weight_grid", lambda *_: Grid(bits=4))
+    proto = network(group=group)
+    nearest, compensated = (errors(proto, f"quant:mode=static:solver={solver}")[0] for solver in ("rtn", "gptq"))
+    assert compensated < 0.8 * nearest
 
 
 def test_bias_takes_the_mean_of_the_error() -> None:
     proto = network()
     nearest, compensated = (errors(proto, f"quant:mode=static:solver={solver}")[1] for solver in ("rtn", "gptq"))
     assert compensated < nearest
+
+
+def test_ada_round_goes_on_from_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.passes.lossy.static_weights.weight_grid", lambda *_: Grid(bits=3))
+    proto = network()
+    gptq, further = (errors(proto, f"quant:mode=static:solver={solver}")[0] for solver in ("gptq", "ada-round"))
+    assert further < 1.1 * gptq
+    with pytest.raises(UsageError, match="has no `solver=ada-round`"):
+        run_passes(loaded(proto), "quant:mode=weights:solver=ada-round")
 
 
 def test_layers_without_a_bias_get_none() -> None:

@@ -34,7 +34,7 @@ ATTENTION = """q0 = MatMul(x, wq) q1 = Add(q0, bq) q2 = Reshape(q1, split) q = T
     k0 = MatMul(x, wk) k1 = Add(k0, bk) k2 = Reshape(k1, split) k = Transpose<perm=[0,2,3,1]>(k2)
     v0 = MatMul(x, wv) v1 = Add(v0, bv) v2 = Reshape(v1, split) v = Transpose<perm=[0,2,1,3]>(v2)
     s = MatMul(q, k) t = Mul(s, quarter) p = Softmax<axis=-1>(t) c = MatMul(p, v)
-    j = Transpose<perm=[0,2,1,3]>(c) y = Reshape(j, join)"""
+    j = Transpose<perm=[0,2,1,3]>(c) o = Reshape(j, join) y = Relu(o)"""
 ATTENTION_WEIGHTS = {
     **{f"w{name}": random(seed, WIDTH, WIDTH, scale=0.2) for seed, name in enumerate("qkv")},
     **{f"b{name}": random(seed + 3, WIDTH) for seed, name in enumerate("qkv")},
@@ -65,8 +65,8 @@ def test_a_gelu_behind_a_float_product_takes_the_bias() -> None:
 
 def test_attention_behind_integer_products_leaves_them_their_biases(tmp_path: Path) -> None:
     feed = random(9, 2, 4, WIDTH)
-    before = run(model_of(ATTENTION, f"2,4,{WIDTH}", ATTENTION_WEIGHTS), feed)
-    model = run_passes(model_of(ATTENTION, f"2,4,{WIDTH}", ATTENTION_WEIGHTS), "quant:mode=dynamic,O2").model
+    before = run(model_of(ATTENTION, f"n,s,{WIDTH}", ATTENTION_WEIGHTS), feed)
+    model = run_passes(model_of(ATTENTION, f"n,s,{WIDTH}", ATTENTION_WEIGHTS), "quant:mode=dynamic,O2").model
     attention = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
     assert len(attention.inputs) == 3 or attention.inputs[3] is None
     ran = fused(model, tmp_path)
@@ -77,7 +77,7 @@ def test_attention_behind_integer_products_leaves_them_their_biases(tmp_path: Pa
 
 
 def test_attention_behind_float_products_takes_their_biases() -> None:
-    model = run_passes(model_of(ATTENTION, f"2,4,{WIDTH}", ATTENTION_WEIGHTS), "O2").model
+    model = run_passes(model_of(ATTENTION, f"n,s,{WIDTH}", ATTENTION_WEIGHTS), "O2").model
     attention = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
     assert attention.inputs[3] is not None
 

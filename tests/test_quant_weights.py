@@ -363,11 +363,16 @@ def test_what_a_target_cannot_read_is_refused(options: dict[str, str], target: s
     assert caught.value.hint
 
 
-def test_a_weight_with_nan_is_an_error() -> None:
-    weight = random(1, 64, 64)
-    weight[3, 4] = np.nan
-    with pytest.raises(PassError, match="NaN"):
-        quantize(model_of("y = MatMul(x, w)", "3,64", {"w": weight}), None, mode="weights", weights="int4")
+@pytest.mark.parametrize("solver", ["rtn", "mse"])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_a_weight_with_nan_or_infinity_is_an_error(number: float, solver: str) -> None:
+    for inputs in (64, 50):
+        weight = random(1, inputs, 64)
+        weight[3, 4] = number
+        model = model_of("y = MatMul(x, w)", f"3,{inputs}", {"w": weight})
+        ctx = Context(model, Rewriter(model), TARGETS["ort-cpu-x86"], OnnxRuntime())
+        with pytest.raises(PassError, match="NaN"):
+            Quant(mode="weights", weights="int4", solver=solver).run(model, ctx)  # type: ignore[arg-type]
 
 
 def test_twice_is_refused() -> None:

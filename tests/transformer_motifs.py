@@ -46,6 +46,15 @@ def residual_norm(b: Builder) -> Value:
     return b.op("Add", normal, total, bound=normal.bound + total.bound) if b.chance(0.3) else normal
 
 
+def normalized_product(b: Builder) -> Value:
+    """A product that alone reads a LayerNormalization, whose factors differ thirtyfold."""
+    x = b.pick(where=lambda shape: len(shape) > 1 and isinstance(shape[-1], int) and shape[-1] > 1, fresh=("batch", 4))
+    width = x.shape[-1]
+    factors = b.const(np.geomspace(0.05, 1.5, width).astype(np.float32))
+    normal = b.op("LayerNormalization", x, factors, b.weight(width), epsilon=0.01, bound=2.0 * width)
+    return b.op("MatMul", normal, b.weight(width, 4), bound=2.0 * width**2)
+
+
 def heads_attention(b: Builder) -> Value:
     """Attention of several heads: rotated or not, masked or not, grouped or not."""
     x = b.pick(rank=3, where=lambda s: isinstance(s[2], int), fresh=(2, 3, 4))

@@ -20,6 +20,8 @@ _HOMOGENEOUS = frozenset({"Abs", "Identity", "LeakyRelu", "Neg", "Relu"})
 # The same over positions, which are the axes from 2 up.
 _POOLS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"})
 _SCALING_REDUCTIONS = frozenset(REDUCTIONS) - {"ReduceLogSum", "ReduceLogSumExp", "ReduceProd", "ReduceSumSquare"}
+# What ends in a factor, and maybe an offset, of each channel along the last axis.
+_NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Stands for all channels that must stay as they are.
 FIXED = 0
@@ -47,7 +49,7 @@ class Scaling:
     Attributes:
         values: Where the channels are.
         writers: Layers that make them, and the channels each of their outputs is.
-        biases: Constants added to them: the constant, and the channels of its numbers.
+        biases: Constants that scale along: what is added to them, or a normalization's factors and offsets.
         readers: Layers that read them, and the channels each of their inputs is.
     """
 
@@ -60,9 +62,9 @@ class Scaling:
 def channel_scalings(model: ir.Model) -> list[Scaling]:
     """Return the channels of the main graph that can be scaled, those that hang together in one.
 
-    Channels begin at the outputs of a linear layer and end at the inputs of others. In between may be what is
-    homogeneous of degree one: Relu, pooling, sums, Concat, what moves values. Channels that reach anything else, or an
-    input or output of the model, are fixed.
+    Channels begin at the outputs of a linear layer or a normalization and end at the inputs of linear layers. In
+    between may be what is homogeneous of degree one: Relu, pooling, sums, Concat, what moves values. Channels that
+    reach anything else, or an input or output of the model, are fixed.
     """
     search = _Search(model)
     for node in model.graph:
@@ -95,6 +97,8 @@ class _Search:
     def _made_by(self, node: ir.Node) -> ChannelAxis | None:
         if node.op_type in _LINEAR:
             return self._linear(node)
+        if node.op_type in _NORMALIZATIONS:
+            return self._normalized(node)
         source = self.known.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
         match node.op_type:
             case "Add" | "Sub":
@@ -123,12 +127,13 @@ class _Search:
 
     def _linear(self, node: ir.Node) -> ChannelAxis | None:
         view, x, y = view_of(node), node.inputs[0], node.outputs[0]
-        rank = len(y.shape) if y.shape is not None else view.least_rank if view is not None else 0
         if view is None or x is None or view.weight_is_shared or walk.constant_tensor(x) is not None:
             return None
-        if (node.op_type == "MatMul" and len(view.dims) != 2) or node.attributes.get_int("transA", 0):
+        if (node.op_type == "MatMul" and len(view.dims) != 2) or node.attributes.get_int("transA", 0) != 0:
             return None
-        if node.op_type in ("Gemm", "MatMul") and y.shape is None:
+        # A convolution or matrix keeps the rank of what it is applied to; a vector times a matrix is left.
+        rank = len(x.shape) if x.shape is not None else 0
+        if rank < 2:
             return None
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if bias is not None and not _is_free(bias, view.bias_vector(bias), view.outputs):
@@ -143,6 +148,22 @@ class _Search:
         if bias is not None:
             self.biases.append((bias, channels))
         return ChannelAxis(y, rank + view.axis, channels)
+
+    def _normalized(self, node: ir.Node) -> ChannelAxis | None:
+        """Its factors and offsets, scaled, scale what it makes; what it reads it does not let through."""
+        y, constants = node.outputs[0], [value for value in node.inputs[1:] if value is not None]
+        if node.inputs[0] is not None:
+            self._fix(node.inputs[0])
+        rank = len(y.shape) if y.shape is not None else 0
+        size = y.shape[-1] if y.shape is not None and rank else None
+        last = node.attributes.get_int("axis", -1) in (-1, rank - 1)
+        if not last or not isinstance(size, int) or not constants or len(node.outputs) > 1:
+            return None
+        if not all(_is_free(value, per_channel(value, size, -1, rank), size) for value in constants):
+            return None
+        channels = self._fresh(size)
+        self.biases.extend((value, channels) for value in constants)
+        return ChannelAxis(y, rank - 1, channels)
 
     def _sum(self, node: ir.Node) -> ChannelAxis | None:
         left, right = node.inputs
@@ -197,9 +218,9 @@ class _Search:
             return None
         filling = node.inputs[2] if len(node.inputs) > 2 else None
         tensor = walk.constant_tensor(filling)
-        if (filling is not None and (tensor is None or tensor.numpy().any())) or node.attributes.get_float(
-            "value", 0.0
-        ):
+        # Older opsets have the filling as an attribute.
+        number = node.attributes.get_float("value", 0.0) if tensor is None else float(np.abs(tensor.numpy()).max())
+        if (filling is not None and tensor is None) or number != 0.0:
             return None
         before, behind = pads[source.axis], pads[source.axis + len(pads) // 2]
         if min(before, behind) < 0:
@@ -243,7 +264,7 @@ class _Search:
             for owner, numbers in getattr(self, name):
                 for part, channels in parts.of(leaders[numbers]):
                     getattr(found[part], name).append((owner, channels))
-        return [scaling for _, scaling in sorted(found.items()) if scaling.writers and scaling.readers]
+        return [scaling for _, scaling in sorted(found.items()) if scaling.readers]
 
 
 class _Parts:

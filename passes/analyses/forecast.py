@@ -15,12 +15,15 @@ from graphopt.backend import Array
 
 from ..solvers.objective import by_group
 from .linear_layers import LinearLayer
-from .second_moments import gram
+from .second_moments import ROWS_PER_SAMPLE, gram
 
 # Operators that runtimes run as part of the layer before them, which is then quantized behind them.
 _TAILS = ("Add", "Clip", "Relu")
 # A rounding error is spread evenly over one step.
 _STEP_VARIANCE = 1 / 12
+# Rows of all samples together: a power is then known to about a hundredth, and a solver's moments would be of no more
+# use here.
+_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Forecast:
     def __init__(self, ctx: Context, layers: Iterable[LinearLayer]) -> None:
         self._ctx = ctx
         named = [layer for layer in layers if layer.node.name]
-        moments = gram(ctx, named) if ctx.data is not None else {}
+        moments = gram(ctx, named, rows=_rows_of(len(ctx.data))) if ctx.data is not None else {}
         self._before = {layer.node.name: _as_it_was(layer, moments.get(layer)) for layer in named}
         self._after: dict[str, _After] = {}
 
@@ -102,6 +105,11 @@ def forecasting(ctx: Context, model: ir.Model, layers: Iterable[LinearLayer]) ->
         ctx.forecast = None
 
 
+def _rows_of(samples: int) -> int:
+    """Return how many rows of each sample are looked at."""
+    return max(1, min(ROWS_PER_SAMPLE, _ROWS // samples))
+
+
 def _as_it_was(layer: LinearLayer, second_moment: Array | None) -> _Before:
     return _Before(layer, second_moment, _powers(layer.matrix().astype(np.float32, copy=False), second_moment))
 
@@ -113,7 +121,7 @@ def _powers(matrix: Array, second_moment: Array | None) -> Array:
     grouped = by_group(matrix, second_moment)
     moments = second_moment.reshape(len(grouped), *second_moment.shape[-2:])
     powers = ((grouped @ moments) * grouped).sum(axis=-1, dtype=np.float64).reshape(-1)
-    return np.maximum(powers, 0.0)  # rounding may take nothing below zero
+    return np.asarray(np.maximum(powers, 0.0))  # rounding may take nothing below zero
 
 
 def _step_before(node: ir.Node, layer: LinearLayer) -> float:

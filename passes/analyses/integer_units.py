@@ -128,7 +128,8 @@ def _left(model: ir.Model, candidates: Candidates, units: _Units) -> Counter[tup
         if not walk.is_onnx_op(node, node.op_type) or units.hold(node):
             continue
         source = node.inputs[0] if node.inputs else None
-        if node.op_type not in LINEAR_OPS and (source is None or not units.make(source)):
+        reads_integers = source is not None and units.make(source) and candidates.scheme.quantize_outputs
+        if node.op_type not in LINEAR_OPS and not reads_integers:
             continue
         reason = candidates.obstacles.get(node)
         if reason is None and node.outputs[0].dtype in (None, ir.DataType.FLOAT):

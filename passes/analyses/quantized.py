@@ -12,6 +12,7 @@ _QUANTIZED_OPS = frozenset(
         "DequantizeLinear",
         "DynamicQuantizeLinear",
         "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
         "MatMulInteger",
         "MatMulBnb4",
         "MatMulIntegerToFloat",

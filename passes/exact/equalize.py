@@ -56,7 +56,7 @@ class Equalize(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Scale what can be scaled."""
         ctx.analyse(shapes.infer_shapes)
-        scalings = channel_scalings(model)
+        scalings = [found for found in channel_scalings(model) if found.writers]
         if not scalings:
             ctx.note("no channels can be scaled: between layers lies what is not homogeneous, or nothing")
             return
@@ -64,7 +64,7 @@ class Equalize(Pass):
         changed = channels = 0
         for scaling in scalings:
             factors = self._factors(scaling, spans)
-            moved = _apply(scaling, factors, ctx) if factors is not None else 0
+            moved = apply_factors(scaling, factors, ctx, _RULE) if factors is not None else 0
             changed, channels = changed + bool(moved), channels + moved
         by = "observed" if ctx.data is not None else "estimated from the weights, as there is no data"
         ctx.note(f"{channels} channels of {changed} values scaled; ranges {by}", channels=channels, values=changed)
@@ -154,22 +154,30 @@ def _magnitude_of(view: ChannelView, inputs: Array) -> Array:
     axes = tuple(range(weight.ndim))
     match view.node.op_type:
         case "Conv":
-            return np.sqrt(squares.sum(axes[1:]))
+            sums = squares.sum(axes[1:])
         case "ConvTranspose":
             groups = view.outputs // view.dims[1]
             per_group = squares.reshape(groups, -1, view.dims[1], *view.dims[2:])
-            return np.sqrt(per_group.sum((1, *range(3, per_group.ndim)))).reshape(-1)
+            sums = per_group.sum((1, *range(3, per_group.ndim))).reshape(-1)
         case _:
-            return np.sqrt(squares.sum(0 if view.over_outputs(np.ones(view.outputs)).shape[0] == 1 else 1))
+            sums = squares.sum(0 if view.over_outputs(np.ones(view.outputs)).shape[0] == 1 else 1)
+    return np.asarray(np.sqrt(sums))
 
 
-def _apply(scaling: Scaling, factors: Array, ctx: Context) -> int:
-    """Scale the channels, as one edit, and return how many; none where a weight would leave its dtype's range."""
+def apply_factors(scaling: Scaling, factors: Array, ctx: Context, rule: str) -> int:
+    """Scale channels, as one edit, and return how many; none where a weight would leave its dtype's range.
+
+    Args:
+        scaling: The channels.
+        factors: The factor of each channel by its number.
+        ctx: Where the edit is made.
+        rule: What the edit is called.
+    """
     weights = _scaled_weights(scaling, factors)
     if weights is None:
         ctx.left("some channels stay as they are: scaled weights would leave the range of their dtype")
         return 0
-    with ctx.rewriter.edit(_RULE, *(view.node for view, _ in (*scaling.writers, *scaling.readers))):
+    with ctx.rewriter.edit(rule, *(view.node for view, _ in (*scaling.writers, *scaling.readers))):
         for value, content in weights.items():
             ctx.rewriter.set_weight(value, content)
     return int(np.count_nonzero(factors != 1.0))

@@ -98,7 +98,9 @@ class Cast(Pass):
                 hint="`cast:to=bfloat16:compute=float32` stores weights so; float16 runs everywhere",
             )
         if not fast:
-            ctx.note(f"`{ctx.target.name}` computes no faster in {self.to}: only the file is smaller")
+            ctx.note(
+                f"`{ctx.target.name}` has no fast kernels for {self.to}: the file is smaller, and runs are slower there"
+            )
         return True
 
     def _plan(self, model: ir.Model, ctx: Context, selection: Selection, dtype: ir.DataType) -> CastPlan:

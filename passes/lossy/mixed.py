@@ -20,7 +20,7 @@ from .mixed_search import Move, OutOfTrials, Raised, fewest, in_order
 # Models tried after the layers were measured one by one. A path of a thousand moves is halved in ten.
 _MOST_TRIALS = 48
 # Layers measured one by one; of larger models, those that are predicted to cost most.
-_MOST_MEASURED = 96
+_MOST_MEASURED = 48
 # The fact of a note that says which share of a layer's outputs is expected to be noise.
 _PREDICTED = "predicted_error"
 

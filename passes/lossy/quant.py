@@ -59,7 +59,9 @@ class Quant(Pass):
         None,
         help="what shares a weight scale: tensor, channel, or so many inputs (16 to 256); by default as the target",
     )
-    solver: Literal["auto", "rtn", "mse", "gptq", "awq", "hqq"] = opt("auto", help="how weights are rounded")
+    solver: Literal["auto", "rtn", "mse", "gptq", "ada-round", "awq", "hqq"] = opt(
+        "auto", help="how weights are rounded: ada-round (static) goes on from gptq until no code can be changed"
+    )
     ranges: str = opt(
         "auto", help="how activation ranges are read off the data: auto, minmax, average, p99.99, kl, mse or sqnr"
     )
@@ -177,6 +179,8 @@ class Quant(Pass):
         quantize_weights(model, ctx, selection, weights)
 
     def _run_weights(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
+        if self.solver == "ada-round":
+            raise UsageError("pass `quant:mode=weights` has no `solver=ada-round`", hint="use `solver=gptq`")
         plan = weight_plan(ctx.target, self.weights, group, self.solver)
         if plan is not None:
             if walk.opset(model) < plan.opset:

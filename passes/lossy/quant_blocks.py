@@ -123,9 +123,11 @@ class _Run:
         plan = self._plan_of(matrix)
         assert plan is not None, "checked when it was chosen"
         tensor, layer = weight_tensor(matrix.layer), matrix.layer
-        if not all(by_rows(_is_finite, layer.matrix())):
+        # Rounding alone gets through whatever it is given, and what it cannot say makes its error none.
+        finite = rounding.solver == "rtn" or all(by_rows(_is_finite, layer.matrix()))
+        found = rounding.solve(matrix, plan) if finite else None
+        if found is None or not np.isfinite(found.error):
             raise PassError(f"weight `{weight.name}` holds NaN or infinity", hint="repair the model first")
-        found = rounding.solve(matrix, plan)
         self._remember(matrix, plan, found, tensor)
         with self.ctx.rewriter.edit(_RULE, layer.node):
             if plan.uses_runtime_operator:

@@ -178,7 +178,8 @@ def finish(
 def _encoded(
     matrix: Array, scales: Array, zero_points: Array | None, *, grid: Grid, keep: bool
 ) -> tuple[Array, float, Array | None]:
-    codes, difference = grid.round(matrix, scales, zero_points)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity make the error what they are
+        codes, difference = grid.round(matrix, scales, zero_points)
     return codes, output_error(difference), difference if keep else None
 
 

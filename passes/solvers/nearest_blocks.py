@@ -26,7 +26,8 @@ def nearest_in_blocks(matrix: Array, grid: Grid, reaching: Reaching) -> tuple[Ar
     that nothing is read or written across memory.
 
     Args:
-        matrix: float32 [outputs, inputs], inputs a multiple of the block; contiguous either way.
+        matrix: float32 [outputs, inputs], inputs a multiple of the block; contiguous either way. Where it holds NaN
+            or infinity, the error is not finite.
         grid: A grid with blocks.
         reaching: Gives scales and zero points for the extremes of blocks.
     """
@@ -49,7 +50,8 @@ def nearest_in_blocks(matrix: Array, grid: Grid, reaching: Reaching) -> tuple[Ar
         error = 0.0
         for start in own:
             part = slice(start, start + step)
-            error += _round(cut[part], levels, axis, grid, reaching, codes[part], scales[part], zeros, part)
+            with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity make the error what they are
+                error += _round(cut[part], levels, axis, grid, reaching, codes[part], scales[part], zeros, part)
         return error
 
     threads = min(len(starts), os.cpu_count() or 1)

@@ -320,7 +320,7 @@ class Run:
 
     @property
     def _content_is_shown(self) -> bool:
-        return self.is_lossy or self.request.detailed
+        return (self.is_lossy and self.request.verify != "off") or self.request.detailed
 
     @property
     def _work_is_shown(self) -> bool:

@@ -16,6 +16,7 @@ import graphopt
 from graphopt.errors import PassError, UsageError
 from graphopt.options import to_text
 from graphopt.passes import MixedQuant
+from graphopt.passes.analyses.linear_layers import linear_layers
 from graphopt.pipeline import Pipeline
 
 from .command_line import FEATURES, classifier, fill, optimize, samples
@@ -58,6 +59,11 @@ def kept(result: graphopt.Result) -> list[str]:
     return [one["layer"] for one in facts["kept"]]
 
 
+def in_float(result: graphopt.Result) -> int:
+    """Return how many products read their weight as it was."""
+    return sum(layer.weight.name in ("w0", "w1", "w2", "w3") for layer in linear_layers(result.model))
+
+
 def mixed(model: ir.Model | Path, options: str, budget: str, data: Any = None) -> graphopt.Result:
     given = data if data is not None else {"x": samples(80)["x"]}
     return graphopt.optimize(model, f"mixed-quant:{options}", data=given, budget=budget, metric="kl")
@@ -67,9 +73,7 @@ def test_a_layer_with_an_outlier_is_kept_and_no_other() -> None:
     result = mixed(deep(hard=1), "mode=dynamic", "kl=0.01")
     assert kept(result) == ["layer2"]  # which reads the outlier
     assert result.report.after.metrics["kl"] <= 0.01
-    operators = [node.op_type for node in result.model.graph]
-    assert operators.count("MatMul") == 1
-    assert operators.count("MatMulInteger") == 3
+    assert in_float(result) == 1
     with pytest.raises(graphopt.VerificationError, match="over budget"):
         graphopt.optimize(
             deep(hard=1), "quant:mode=dynamic", data={"x": samples(80)["x"]}, budget="kl=0.01", metric="kl"
@@ -138,7 +142,7 @@ def test_layers_without_names_of_their_own_stay_on_the_coarsest_rung_and_that_is
 def test_excluded_layers_stay_float_and_count_for_nothing() -> None:
     result = mixed(deep(hard=1), "mode=dynamic:exclude=layer0", "kl=0.01")
     assert kept(result) == ["layer2"]
-    assert [node.op_type for node in result.model.graph].count("MatMulInteger") == 2
+    assert in_float(result) == 2
 
 
 def test_budget_on_top1_without_labels_to_choose_by_is_held() -> None:

@@ -219,7 +219,11 @@ class _Search:
         filling = node.inputs[2] if len(node.inputs) > 2 else None
         tensor = walk.constant_tensor(filling)
         # Older opsets have the filling as an attribute.
-        number = node.attributes.get_float("value", 0.0) if tensor is None else float(np.abs(tensor.numpy()).max())
+        number = (
+            node.attributes.get_float("value", 0.0)
+            if tensor is None
+            else float(np.abs(tensor.numpy()).max(initial=0.0))
+        )
         if (filling is not None and tensor is None) or number != 0.0:
             return None
         before, behind = pads[source.axis], pads[source.axis + len(pads) // 2]

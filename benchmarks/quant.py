@@ -42,9 +42,9 @@ STATIC = (
 TRANSFORMERS = ("minilm", "gutenberg_lm")
 DYNAMIC = (
     *peers("ORT dynamic", "ORT min-max", "NNCF", "onnxsim dynamic"),
-    graphopt("O2"),
-    graphopt("quant:mode=dynamic"),
-    graphopt("quant:mode=dynamic,O2"),
+    graphopt("O2", calibrates=False),
+    graphopt("quant:mode=dynamic", calibrates=False),
+    graphopt("quant:mode=dynamic,O2", calibrates=False),
     graphopt("quant:mode=static,O2"),
 )
 PLAIN = (*peers("ORT min-max", "NNCF"), graphopt("quant:mode=static"))
@@ -52,9 +52,10 @@ OPENVINO = (*peers("NNCF"), graphopt("quant:mode=static"), graphopt("quant:mode=
 WEIGHTS = (
     *peers("ORT RTN", "ORT RTN symmetric", "ORT HQQ", "ORT GPTQ symmetric"),
     *peers("NNCF int4", "NNCF int4 AWQ", "onnxsim int4", "onnxsim int4 GPTQ"),
-    *(graphopt(f"{INT4}:solver={solver}") for solver in ("rtn", "mse", "hqq", "awq", "gptq")),
+    *(graphopt(f"{INT4}:solver={solver}", calibrates=False) for solver in ("rtn", "mse", "hqq")),
+    *(graphopt(f"{INT4}:solver={solver}") for solver in ("awq", "gptq")),
 )
-SIZE = (*peers("ORT RTN symmetric"), graphopt(f"{INT4}:solver=rtn"))
+SIZE = (*peers("ORT RTN symmetric"), graphopt(f"{INT4}:solver=rtn", calibrates=False))
 
 
 @dataclass
@@ -68,10 +69,19 @@ class Case:
 
     @property
     def data(self) -> Path:
-        """The samples as a file, written on first use."""
-        path = self.folder / "data.npz"
+        """The samples as a file."""
+        return self.written("data.npz", self.feeds)
+
+    @property
+    def sample(self) -> Path:
+        """The first of them as a file."""
+        return self.written("sample.npz", self.first(1))
+
+    def written(self, name: str, feeds: dict[str, Array]) -> Path:
+        """Return the file of some samples, written on first use."""
+        path = self.folder / name
         if not path.exists():
-            np.savez(path, **self.feeds)  # type: ignore[arg-type]
+            np.savez(path, **feeds)  # type: ignore[arg-type]
         return path
 
     def first(self, count: int) -> dict[str, Array]:
@@ -102,7 +112,8 @@ class Bench:
         """Return the model itself, and what each tool makes of it."""
         entries = [Entry("fp32", case.model)]
         for place, tool in enumerate(tools):
-            entries.append(run(tool, case.model, case.data, case.folder / str(place), self.options.peers))
+            given = (case.data, case.sample, case.folder / str(place), self.options.peers)
+            entries.append(run(tool, case.model, *given))
         return entries
 
 

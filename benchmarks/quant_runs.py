@@ -40,15 +40,19 @@ print("\\n" + json.dumps([seconds, peak]))
 
 @dataclass(frozen=True)
 class Tool:
-    """A quantizer: what the table calls it, and graphopt's arguments, or None for a peer that goes by this name."""
+    """A quantizer: what the table calls it, and graphopt's arguments, or None for a peer that goes by this name.
+
+    graphopt is given data only where it calibrates, as it scores what it made on them.
+    """
 
     name: str
     own: tuple[str, ...] | None = None
+    calibrates: bool = True
 
 
-def graphopt(passes: str, *arguments: str) -> Tool:
+def graphopt(passes: str, *arguments: str, calibrates: bool = True) -> Tool:
     """Return graphopt with a pipeline, and with further arguments of its command."""
-    return Tool(" ".join((f"{GRAPHOPT} `{passes}`", *arguments)), ("--passes", passes, *arguments))
+    return Tool(" ".join((f"{GRAPHOPT} `{passes}`", *arguments)), ("--passes", passes, *arguments), calibrates)
 
 
 def peers(*names: str) -> tuple[Tool, ...]:
@@ -90,15 +94,24 @@ class Entry:
         return sum(file.stat().st_size for file in self.path.parent.glob(f"{self.path.name}*"))
 
 
-def run(tool: Tool, model: Path, data: Path, folder: Path, interpreter: Path) -> Entry:
-    """Run a tool once in a new process and return what it made, or why it made nothing."""
+def run(tool: Tool, model: Path, data: Path, sample: Path, folder: Path, interpreter: Path) -> Entry:
+    """Run a tool once in a new process and return what it made, or why it made nothing.
+
+    Args:
+        tool: The tool.
+        model: What it quantizes.
+        data: What it calibrates on.
+        sample: One sample of it, which graphopt scores its result on: nothing of the data is held back then.
+        folder: Where it works; made new.
+        interpreter: The peers' Python.
+    """
     folder.mkdir(parents=True)
     out = folder / "model.onnx"
     entry = Entry(tool.name, out)
     if tool.own is not None:
         given = ["optimize", str(model), *tool.own, "--verify", "structure", "-q", "-o", str(out)]
-        # What calibrates is scored here too, so that nothing of it is held back.
-        given += ["--data", str(data), "--eval", str(data), "--threads", "2", "--no-reproducers"]
+        given += ["--threads", "2", "--no-reproducers"]
+        given += ["--data", str(data), "--eval", str(sample)] if tool.calibrates else []
         command = [sys.executable, "-c", OWN, *given]
     else:
         command = [str(interpreter), str(PEER_SCRIPT), "make", tool.name, str(model), str(data), str(out)]

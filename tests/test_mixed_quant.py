@@ -89,16 +89,16 @@ def test_where_the_budget_holds_without_nothing_is_kept_and_no_layer_is_tried_al
 
 def test_the_report_says_what_was_kept_and_why(tmp_path: Path) -> None:
     model = tmp_path / "net.onnx"
-    graphopt.save(deep(hard=0), model)
+    graphopt.save(deep(hard=1), model)
     np.savez(tmp_path / "data.npz", x=samples(80)["x"])
     arguments = ("--passes", "mixed-quant:mode=dynamic", "--data", tmp_path / "data.npz", "--budget", "kl=0.01")
     outcome, report = optimize(model, *arguments, "--metric", "kl")
     assert outcome.code == 0, outcome.err
     assert "1 in float of 4 layers" in outcome.out
-    assert "`layer1` in float: alone in int8 it costs" in outcome.out
+    assert "`layer2` in float: alone in int8 it costs" in outcome.out
     notes = report["steps"][-1]["notes"]
     (one,) = next(note["kept"] for note in notes if "kept" in note)
-    assert one["layer"] == "layer1"
+    assert one["layer"] == "layer2"
     assert json.dumps(one)
 
 

@@ -40,6 +40,9 @@ class Equalize(Pass):
     Quantization Through Weight Equalization and Bias Correction, 2019). Their scales make two weights equally hard to
     round; where each output channel has a weight scale of its own it is the activations that gain. So each channel is
     scaled as far as no value's range grows. Ranges are observed, or estimated from the weights without data.
+
+    Not a part of `quant`, as it does not always pay: a channel scaled to the full range is cut off as soon as it gets
+    louder than it was on the samples, which is what ``headroom`` is for.
     """
 
     most: float = opt(64.0, help="largest factor; channels that would need more are left", low=1.0, high=1e6)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
+from graphopt.explanation_products import fits_gemm
 from graphopt.target import IntegerScheme, Target
 
 from .linear_layers import LINEAR_OPS, LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
@@ -148,9 +149,10 @@ class Candidates:
         return (other, value) if value is not None and walk.constant_tensor(value) is None else None
 
     def _adder(self, layer: LinearLayer) -> ir.Node | None:
-        """Return the Add of a constant per channel behind a MatMul.
+        """Return the Add of a constant per channel behind a MatMul, where the two run as one integer kernel.
 
-        ONNX Runtime makes a Gemm of the two, and an integer Gemm only if the bias is in integers too.
+        ONNX Runtime makes a Gemm of them if their shapes are known, and an integer Gemm only if the bias is in
+        integers too. Elsewhere the Add stays in float, and to bring its bias there in each run only costs time.
         """
         adder = _only_reader(layer.node)
         if self.scheme.bias != "int32" or adder is None or not walk.is_onnx_op(adder, "Add"):
@@ -161,6 +163,8 @@ class Candidates:
         bias, product = walk.constant_tensor(biases[0]), layer.node.outputs[0].shape
         # A bias of more axes than the product would add axes to the result.
         if bias is None or product is None or len(bias.shape) > len(product):
+            return None
+        if self.target.fusions.joins_bias and not fits_gemm(layer.node, biases[0]):
             return None
         return adder if _is_channel_bias(replace(layer, bias=biases[0])) else None
 

@@ -102,6 +102,9 @@ class Context:
         seed: Seed of everything random.
         threads: Threads for the backend; 0 leaves it to the runtime.
         data: Calibration samples, or None.
+        reference: The model as it was before the first lossy pass of the run, weights shared with it; None for that
+            pass and those before it. A node that an exact pass changed since has no origins there: it may compute
+            something else now than the node of its name does.
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
         weigh: Says how a model stands against the original on calibration samples, by the budgets of the run; None
             where the run has none, which a pass that declares `Need.BUDGET` never meets.
@@ -122,6 +125,7 @@ class Context:
     seed: int = 0
     threads: int = 0
     data: Dataset | None = None
+    reference: ir.Model | None = None
     check_rewrite: RewriteCheck | None = None
     weigh: Callable[[ir.Model], Standing] | None = None
     predicts: bool = False
@@ -266,13 +270,17 @@ class Context:
             for value in wanted
         }
 
-    def walkthrough(self, model: ir.Model | None = None) -> Walkthrough:
+    def walkthrough(self, model: ir.Model | None = None, *, data: Dataset | None = None) -> Walkthrough:
         """Return a walkthrough of the calibration samples, through the model as it is being changed, or another one.
 
         A pass that corrects each layer for the layers changed before it goes through a clone of the model beside it.
+
+        Args:
+            model: The model to go through, by default the one being changed.
+            data: Some of the calibration samples, by default all.
         """
         assert self.data is not None, "the pass did not declare that it needs calibration data"
-        return Walkthrough(model or self.model, self.data, self.backend, threads=self.threads)
+        return Walkthrough(model or self.model, data or self.data, self.backend, threads=self.threads)
 
     def evaluate(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[Array]:
         """Compute values that hang on constants alone, by the backend's own kernels, one by one as they stand.

@@ -82,7 +82,7 @@ class CandidateJudge:
             BackendError: The runtime refuses the model.
         """
         kept = self._reference()
-        tally = _Tally(self.metrics, self._first_is_of_classes)
+        tally = Tally(self.metrics, self._first_is_of_classes)
         with self._backend.open(model, threads=self._threads) as session:
             for index, batch in enumerate(self.data.batches(CANDIDATE_BATCH)):
                 tally.update(session.run(batch.feeds), kept.read(index), batch)
@@ -93,7 +93,7 @@ class CandidateJudge:
     def _reference(self) -> _KeptOutputs:
         """Run the original at the first call, and keep what it gives."""
         if self._kept is None:
-            kept, tally = _KeptOutputs(), _Tally(self.metrics, self._first_is_of_classes)
+            kept, tally = _KeptOutputs(), Tally(self.metrics, self._first_is_of_classes)
             with self._backend.open(self._original, threads=self._threads) as session:
                 self._use_fewer(session)
                 for batch in self.data.batches(CANDIDATE_BATCH):
@@ -188,8 +188,13 @@ class _KeptOutputs:
         return {name: np.load(one) if isinstance(one, Path) else one for name, one in batch.items()}
 
 
-class _Tally:
-    """Adds up everything measured of one model."""
+class Tally:
+    """Adds up everything measured of one model against another.
+
+    Args:
+        metrics: What to score by besides divergence.
+        first_is_of_classes: Whether the first output is taken for one that holds a score per class.
+    """
 
     def __init__(self, metrics: Sequence[type[Metric]], first_is_of_classes: bool) -> None:
         # These two are read off what is measured of each output.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from graphopt import walk
+from graphopt import provenance, walk
 from graphopt.analysis import AnalysisCache
 from graphopt.authoring import Context, Guarantee, Note, Pass
 from graphopt.backend import Backend
@@ -18,7 +18,7 @@ from graphopt.instruments import Instrument
 from graphopt.pipeline import Step
 from graphopt.report import PassRecord, StepRecord
 from graphopt.rewrite_check import RewriteCheck
-from graphopt.rewriter import EditLimitReached, Journal, Rewriter, let_go_of_loose_nodes
+from graphopt.rewriter import Edit, EditLimitReached, Journal, Rewriter, let_go_of_loose_nodes
 from graphopt.shapes import infer_shapes
 from graphopt.standing import Standing
 from graphopt.summary import approximate_bytes
@@ -73,6 +73,9 @@ class PassManager:
         self.stopped = False
         self._analyses = AnalysisCache()
         self._measured: tuple[int, tuple[int, int]] | None = None
+        # Kept only where a later lossy pass may look at it.
+        self._keeps_reference = sum(one.guarantee is Guarantee.LOSSY for step in steps for one in step.passes) > 1
+        self._reference: ir.Model | None = None
 
     def run(self, model: ir.Model) -> list[StepRecord]:
         """Run the steps and return their records.
@@ -156,12 +159,15 @@ class PassManager:
             seed=self.setting.seed,
             threads=self.setting.threads,
             data=self.setting.data,
+            reference=self._reference,
             check_rewrite=self.setting.check_rewrite,
             weigh=self.setting.weigh,
             guarantee=one.guarantee,
             analyses=self._analyses,
             calibration=self.setting.calibration,
         )
+        if self._keeps_reference and self._reference is None and one.guarantee is Guarantee.LOSSY:
+            self._reference = model.clone()
         try:
             one.run(model, context)
         except EditLimitReached:
@@ -178,11 +184,21 @@ class PassManager:
                 f"pass `{one.name}` failed: {in_words(error)}",
                 hint="this is a mistake of the pass, not yours; `-v` shows where; leave it out, or report it",
             ) from error
+        if self._reference is not None and one.guarantee is not Guarantee.LOSSY and rewriter.edits:
+            _part_from_edited(self._reference, self.journal.edits[-rewriter.edits :])
         self._analyses.keep(one.preserves, since, rewriter.version)
         _fold_in(record, one, rewriter.edits, context)
         for instrument in self.instruments:
             instrument.pass_finished(one, model, rewriter.edits)
         return rewriter.edits
+
+
+def _part_from_edited(reference: ir.Model, edits: Sequence[Edit]) -> None:
+    """Take the origins of nodes whose counterparts were edited: these may compute something else now."""
+    names = {name for edit in edits for name in edit.nodes}
+    for node in walk.every_node(reference):
+        if walk.label(node) in names:
+            provenance.record(node, ())
 
 
 def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> None:

@@ -22,6 +22,8 @@ class IntegerScheme:
         quantize_outputs: Whether what a kernel writes is quantized at once; where not, only what it reads is.
         residual: Whether an Add of two branches is given its identity branch quantized, and the other in float.
         least_channels: A weight with fewer inputs or outputs than this stays float, as its kernel would be slower.
+        least_depthwise: A depthwise convolution with fewer channels is slower in codes than in float, and stays float
+            where a chain of codes begins or ends with it.
         channel_multiple: Kernels of convolutions read so many input channels at a time: zeros make up what is missing.
         blocks: Sizes of blocks of inputs that may have a scale of their own; none where a kernel takes no blocks.
     """
@@ -35,6 +37,7 @@ class IntegerScheme:
     quantize_outputs: bool = True
     residual: bool = False
     least_channels: int = 1
+    least_depthwise: int = 1
     channel_multiple: int = 1
     blocks: tuple[int, ...] = ()
 

@@ -10,11 +10,13 @@ from typing import Any
 from graphopt.registry import Preset, resolve
 
 PASSES = {
+    "ada-round": "graphopt.passes.lossy.ada_round:AdaRound",
     "cast": "graphopt.passes.lossy.cast:Cast",
     "chains": "graphopt.passes.exact.chains:Chains",
     "codebook": "graphopt.passes.lossy.codebook:CodebookWeights",
     "common-subexpressions": "graphopt.passes.exact.common_subexpressions:CommonSubexpressions",
     "control-flow": "graphopt.passes.exact.control_flow:ControlFlow",
+    "correct-bias": "graphopt.passes.lossy.correct_bias:CorrectBias",
     "dead-code": "graphopt.passes.exact.dead_code:DeadCode",
     "equalize": "graphopt.passes.exact.equalize:Equalize",
     "flatten-rows": "graphopt.passes.exact.rows:FlattenRows",

@@ -77,15 +77,6 @@ def test_bias_takes_the_mean_of_the_error() -> None:
     assert compensated < nearest
 
 
-def test_ada_round_goes_on_from_gptq(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.passes.lossy.static_weights.weight_grid", lambda *_: Grid(bits=3))
-    proto = network()
-    gptq, further = (errors(proto, f"quant:mode=static:solver={solver}")[0] for solver in ("gptq", "ada-round"))
-    assert further < 1.1 * gptq
-    with pytest.raises(UsageError, match="has no `solver=ada-round`"):
-        run_passes(loaded(proto), "quant:mode=weights:solver=ada-round")
-
-
 def test_layers_without_a_bias_get_none() -> None:
     model = run_passes(loaded(network(bias=False)), "quant:mode=static", data=samples(4)).model
     for node in model.graph:

@@ -34,8 +34,10 @@ VARIANTS = {
     "prune": ("prune:pattern=2of4",),
     "quant": ("quant:mode=static", "quant:mode=dynamic", "quant:mode=weights", "quant:mode=static:group=tensor"),
 }
+# What compares with the model before a lossy pass, which is to go before it.
+BEHIND = {"ada-round": "quant:mode=static", "correct-bias": "prune"}
 SPECS = [
-    *PASSES,
+    *(f"{BEHIND[name]},{name}" if name in BEHIND else name for name in PASSES),
     *sorted(registry.table("PRESETS")),
     *(spec for name in PASSES for spec in VARIANTS.get(name, ())),
 ]
@@ -85,8 +87,8 @@ def test_pass_keeps_the_properties(spec: str, monkeypatch: pytest.MonkeyPatch) -
         edits = check_properties(spec, recipe).edits
         edited[any(edit.pass_name in names for edit in edits)] += 1
 
-    # What is scheduled before the pass does not count.
-    names = {one.name for step in Pipeline.parse(spec).steps for one in step.passes}
+    # What goes before the pass does not count.
+    names = {one.name for one in Pipeline.parse(spec).steps[-1].passes}
     edited: Counter[bool] = Counter()
     holds()
     for seed in range(MORE_RECIPES):

@@ -15,11 +15,15 @@ import pytest
 
 import graphopt
 from graphopt import walk
+from graphopt.authoring import Context
+from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.targets import TARGETS
 from graphopt.passes.analyses.integer_units import integer_units
 from graphopt.passes.analyses.selection import Selection
+from graphopt.passes.raising.runtime_operators import RuntimeOperators
+from graphopt.rewriter import Rewriter
 
-from .quant_runs import STEPS, Array, fused, model_of, quantize, random
+from .quant_runs import STEPS, Array, fused, model_of, quantize, random, run
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs onnxruntime")
 
@@ -214,13 +218,78 @@ def test_what_is_given_out_is_float_and_what_gains_nothing_is_left(body: str, tm
     assert ran["DequantizeLinear"] == (2 if "Add" in body else 1)  # the runtime makes one for each reader
 
 
+ATTENTION = "q = MatMul(x, w) t = Transpose<perm=[0,2,1]>(x) s = MatMul(q, t) p = Mul(s, c)"
+
+
 def test_products_of_two_activations_run_in_integers(tmp_path: Path) -> None:
-    body = "q = MatMul(x, w) t = Transpose<perm=[0,2,1]>(x) s = MatMul(q, t) y = Softmax(s)"
-    samples = random(2, 8, 8, 32)
-    result = quantize(model_of(body, "N,8,32", {"w": random(1, 32, 32)}), samples, mode="static")
+    samples, constants = random(2, 8, 8, 32), {"w": random(1, 32, 32), "c": np.float32(0.5).reshape(())}
+    result = quantize(model_of(f"{ATTENTION} y = Tanh(p)", "N,8,32", constants), samples, mode="static")
     ran = fused(result.model, tmp_path)
     assert ran["QLinearMatMul"] + ran["MatMulIntegerToFloat"] == 2
     assert ran["MatMul"] == 0
+
+
+@pytest.mark.parametrize(("target", "in_float"), [("ort-cpu-x86", 2), ("ort-cpu-arm", 0)])
+def test_attention_stays_float_where_the_runtime_has_it_as_one_operator(target: str, in_float: int) -> None:
+    body = f"{ATTENTION} e = Softmax(p) y = MatMul(e, x)"
+    constants = {"w": random(1, 32, 32), "c": np.float32(0.5).reshape(())}
+    result = quantize(model_of(body, "N,8,32", constants), random(2, 8, 8, 32), target, mode="static")
+    products = [node for node in result.model.graph if node.op_type == "MatMul"]
+    assert sum(not is_quantized(node.inputs[1]) for node in products) == in_float
+    assert any("attention" in note for note in result.notes) == bool(in_float)
+
+
+@pytest.mark.parametrize(("rows", "bias_in_codes"), [("N,4,32", False), ("6,32", True)])
+def test_a_product_takes_its_bias_in_codes_only_where_the_runtime_joins_the_two(
+    rows: str, bias_in_codes: bool, tmp_path: Path
+) -> None:
+    model = model_of("p = MatMul(x, w) y = Add(p, b)", rows, {"w": random(1, 32, 32), "b": random(2, 32)})
+    samples = random(3, *(6 if size == "N" else int(size) for size in rows.split(",")))
+    result = quantize(model, samples, mode="static")
+    (adder,) = [node for node in result.model.graph if node.op_type == "Add"]
+    assert is_quantized(adder.inputs[1]) == bias_in_codes
+    assert fused(result.model, tmp_path)["DequantizeLinear"] == 0
+
+
+def test_runtime_operators_give_an_integer_product_its_bias(tmp_path: Path) -> None:
+    weights = {"w": random(1, 32, 32), "b": random(2, 32)}
+    model = model_of("p = MatMul(x, w) a = Add(p, b) y = Tanh(a)", "N,4,32", weights)
+    result = quantize(model, random(3, 6, 4, 32), mode="static")
+    before = run(result.model, random(4, 2, 4, 32))
+    ctx = Context(result.model, Rewriter(result.model), TARGETS["ort-cpu-x86"], OnnxRuntime(), threads=1)
+    RuntimeOperators().run(result.model, ctx)
+    assert dict(fused(result.model, tmp_path)) == {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1, "Tanh": 1}
+    np.testing.assert_allclose(run(result.model, random(4, 2, 4, 32)), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "in_float"),
+    [
+        # It is at the beginning, with the narrow layer before it.
+        ("a = Conv(x, f) d = Conv<group=16>(a, d16) b = Relu(d) y = Conv(b, w32)", 2),
+        # It is at the end.
+        ("a = Conv(x, w32) b = Conv(a, n) d = Conv<group=16>(b, d16) y = Tanh(d)", 1),
+        # It is in between.
+        ("a = Conv(x, w32) b = Conv(a, n) d = Conv<group=16>(b, d16) y = Conv(d, w32of16)", 0),
+        # It is wide enough.
+        ("a = Conv(x, w32) d = Conv<group=32>(a, d32) y = Tanh(d)", 0),
+        # One output of several channels is no depthwise convolution.
+        ("a = Conv(x, w32) y = Conv(a, one)", 0),
+    ],
+)
+def test_narrow_depthwise_convolutions_stay_float_at_the_ends_of_integers(body: str, in_float: int) -> None:
+    weights = {
+        "f": random(1, 16, 16, 1, 1),
+        "w32": random(2, 32, 16, 1, 1),
+        "w32of16": random(2, 32, 16, 1, 1),
+        "n": random(3, 16, 32, 1, 1),
+        "one": random(4, 1, 32, 1, 1),
+        "d16": random(5, 16, 1, 3, 3),
+        "d32": random(6, 32, 1, 3, 3),
+    }
+    result = quantize(model_of(body, "N,16,8,8", weights), IMAGES, mode="static")
+    convolutions = [node for node in result.model.graph if node.op_type == "Conv"]
+    assert sum(not is_quantized(node.inputs[1]) for node in convolutions) == in_float
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ PRODUCTS = {
     "matrix": ("y = MatMul(x, w)", "2,5,64", (64, 48), False),
     "row times matrix": ("y = MatMul(x, w)", "1,64", (64, 48), False),
     "gemm": ("y = Gemm(x, w, b)", "6,64", (64, 48), False),
+    "gemm and a row": ("y = Gemm(x, w, b)", "6,64", (64, 48), False),
     "gemm transposed": ("y = Gemm<transB=1>(x, w, b)", "6,64", (48, 64), True),
     "gemm with alpha": ("y = Gemm<alpha=0.5, transB=1>(x, w)", "6,64", (48, 64), True),
     "through a transpose": ("t = Transpose<perm=[1,0]>(w) y = MatMul(x, t)", "2,5,64", (48, 64), True),
@@ -67,12 +68,17 @@ def test_products_compute_what_the_codes_say(name: str, target: str) -> None:
     body, shape, (rows, columns), outputs_first = PRODUCTS[name]
     matrix = on_grid(1, rows, columns) if outputs_first else on_grid(1, columns, rows).T
     weights = {"w": np.ascontiguousarray(matrix)} | ({"b": random(2, 48)} if ", b)" in body else {})
+    if name == "gemm and a row":
+        weights["b"] = weights["b"].reshape(1, 48)
     result = quantize(model_of(body, shape, weights), None, target, mode="weights", weights="int4", solver="rtn")
     assert result.error < TOLERANCE[target]
     assert "w" not in result.model.graph.initializers
     expected = {"DequantizeLinear"} if target == "portable" else {"MatMulNBits"}
     assert expected <= set(result.ops)
     assert "MatMul" not in result.ops or target == "portable"
+    # ONNX Runtime makes no MatMulNBits of a Gemm with another bias than a vector.
+    biases = [node.inputs[2] for node in result.model.graph if node.op_type == "Gemm" and len(node.inputs) > 2]
+    assert all(value is not None and value.shape is not None and len(value.shape) == 1 for value in biases)
 
 
 @pytest.mark.parametrize("target", FORMS)

@@ -13,15 +13,16 @@ from graphopt import walk
 from graphopt.explanation_products import fits_gemm
 from graphopt.target import IntegerScheme, Target
 
+from .attention_products import is_attention_product
 from .linear_layers import LINEAR_OPS, LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
 from .selection import Selection
 from .small_layers import unfit_for_tiles
 
 _ACTIVATIONS = ("Relu", "Clip")
+_ATTENTION = "com.microsoft::MultiHeadAttention"
 # Operators that move values of any dtype: where a runtime does not fuse Q and DQ around them, they can be given
 # the integers themselves. Operator -> first version that takes 8-bit integers.
 _ANY_DTYPE_MOVES = {"DepthToSpace": 13, "Pad": 13, "SpaceToDepth": 13, "Split": 2, "Tile": 6}
-_FIRST_VERSIONS = {"MaxPool": 12, "Resize": 10}
 # Operators of activations only, and how many they read.
 OPERANDS = {"Add": 2, "Mul": 2, "MatMul": 2}
 
@@ -188,6 +189,11 @@ class Candidates:
             return "its weight is no constant"
         if layer is None and node.op_type == "MatMul" and not self.scheme.quantize_outputs:
             return "a product of two activations, which the runtime fuses with what is around it in float"
+        if layer is None and _ATTENTION in self.target.fast_ops and is_attention_product(node):
+            # MiniLM, 8×64 tokens: 2.01× against 1.99× as it stands, 2.83× against 2.74× once it is MultiHeadAttention.
+            return "a product of attention, which costs less as a whole in float"
+        if node.op_type == "Add" and self._adds_bias(node):
+            return "adds a bias, which costs less in float"
         if not _is_float32(node, layer):
             return "not known to be float32"
         if layer is not None:
@@ -197,6 +203,19 @@ class Candidates:
         if node.op_type == "Mul" and any(_is_product(value) for value in node.inputs):
             return "multiplies a product, whose rounding grows with it"
         return self._version_obstacle(node)
+
+    def _adds_bias(self, node: ir.Node) -> bool:
+        """Return whether an Add gives a MatMul its bias, where the runtime's kernel of the product may end in floats.
+
+        In integers, the sum would be rounded once more without it.
+        """
+        product = self.target.fusions.of("MatMul")
+        if product is None or product.writes == "codes" or sum(map(_is_constant, node.inputs)) != 1:
+            return False
+        makers = [value.producer() for value in node.inputs if value is not None and not _is_constant(value)]
+        return any(
+            maker is not None and maker.op_type == "MatMul" and as_linear_layer(maker) is not None for maker in makers
+        )
 
     def _weight_obstacle(self, layer: LinearLayer) -> str | None:
         if layer.weight_index == 0:
@@ -210,7 +229,8 @@ class Candidates:
         return unfit_for_tiles(layer, self.scheme.least_channels, as_floats=as_floats)
 
     def _version_obstacle(self, node: ir.Node) -> str | None:
-        first = _FIRST_VERSIONS.get(node.op_type, _ANY_DTYPE_MOVES.get(node.op_type, 1))
+        rule = self.target.fusions.of(node.op_type)
+        first = max(rule.since if rule is not None else 1, _ANY_DTYPE_MOVES.get(node.op_type, 1))
         if self.opset < first:
             return f"takes integers only from opset {first}"
         if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest":
@@ -220,6 +240,10 @@ class Candidates:
         if node.op_type == "Pad" and not _pads_zeros(node):
             return "pads with other values than zero"
         return None
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return walk.constant_tensor(value) is not None
 
 
 def _is_mean(layer: LinearLayer) -> bool:

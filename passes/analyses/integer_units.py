@@ -16,7 +16,7 @@ from graphopt import walk
 from graphopt.target import IntegerScheme, Target
 
 from .integer_candidates import OPERANDS, Candidates, Unit, is_quantized
-from .linear_layers import LINEAR_OPS
+from .linear_layers import LINEAR_OPS, LinearLayer
 from .selection import Selection
 
 # Kernels of these write floats as well as integers, so their output is quantized only for a reader in integers.
@@ -65,8 +65,12 @@ def integer_units(model: ir.Model, target: Target, scheme: IntegerScheme, select
     """
     candidates = Candidates(model, target, scheme, selection)
     units = _Units(unit for node in model.graph if (unit := candidates.unit_of(node)) is not None)
-    while rejected := [unit for unit in units.by_node.values() if unit.kind != "linear" and not _pays(unit, units)]:
-        units.drop(rejected)
+    _drop_what_pays_not(units)
+    slow = _slow_ends(units, scheme.least_depthwise)
+    units.drop(slow)
+    _drop_what_pays_not(units)
+    why = f"leads to or is a depthwise convolution of fewer than {scheme.least_depthwise} channels, slower in integers"
+    candidates.obstacles.update((unit.node, why) for unit in slow)
     chosen = tuple(units.by_node.values())
     wanted = frozenset(value for unit in chosen for value in unit.read())
     return IntegerUnits(chosen, _left(model, candidates, units), wanted, scheme)
@@ -100,6 +104,56 @@ class _Units:
         if node in self.by_node or node in self.by_end:
             return True
         return any(unit.core is node for unit in self.by_node.values() if unit.adder is not None)
+
+
+def _drop_what_pays_not(units: _Units) -> None:
+    while rejected := [unit for unit in units.by_node.values() if unit.kind != "linear" and not _pays(unit, units)]:
+        units.drop(rejected)
+
+
+def _slow_ends(units: _Units, least: int) -> list[Unit]:
+    """Return the units that chains of integers are faster without, at the end or the beginning of one.
+
+    Those are depthwise convolutions of few channels, and what comes before them from where values enter integers, if
+    it is as narrow: values then enter behind them, as cheaply. In between, two more conversions cost what is gained.
+    """
+    slow: dict[Unit, None] = {}
+    for unit in units.by_node.values():
+        if unit.kind == "linear" and not any(units.make(value) for value in unit.read()):
+            slow.update(dict.fromkeys(_slow_beginning(unit, units, least)))
+        elif _is_slow_depthwise(unit, least) and not any(units.reading(value) for value in unit.outputs):
+            slow[unit] = None
+    return list(slow)
+
+
+def _slow_beginning(first: Unit, units: _Units, least: int) -> list[Unit]:
+    """Return the units from one on, each alone in reading the one before, up to the last slow one among narrow ones."""
+    chain: list[Unit] = []
+    length, unit = 0, first
+    while unit.layer is None or _outputs(unit.layer) < least:
+        chain.append(unit)
+        if _is_slow_depthwise(unit, least):
+            length = len(chain)
+        readers = list(dict.fromkeys(reader for value in unit.outputs for reader in units.reading(value)))
+        if len(readers) != 1 or readers[0] in chain:
+            break
+        unit = readers[0]
+    return chain[:length]
+
+
+def _is_slow_depthwise(unit: Unit, least: int) -> bool:
+    if unit.layer is None or unit.node.op_type != "Conv":
+        return False
+    outputs = _outputs(unit.layer)
+    # A single channel is a depthwise convolution of its own, where it reads one.
+    is_depthwise = unit.layer.channels == 1 and unit.node.attributes.get_int("group", 1) == outputs
+    return is_depthwise and outputs < least
+
+
+def _outputs(layer: LinearLayer) -> int:
+    tensor = walk.constant_tensor(layer.weight)
+    assert tensor is not None, "a linear layer has a constant weight"
+    return walk.dims(tensor)[layer.output_axis]
 
 
 def _pays(unit: Unit, units: _Units) -> bool:

@@ -44,15 +44,26 @@ def reads_stored_integers(node: ir.Node) -> bool:
 
 
 def is_rescaled_product(value: ir.Value) -> bool:
-    """Return whether a value is an integer product as floats: Mul(Cast(MatMulInteger(...)), scale).
+    """Return whether a value is an integer product as floats: Mul(Cast(MatMulInteger(...)), scale), or as good as it.
 
     A runtime that computes all of it in one kernel adds a bias behind it there, at no cost.
     """
+    if is_dequantized_product(value):
+        return True
     rescale = value.producer()
     if rescale is None or not walk.is_onnx_op(rescale, "Mul"):
         return False
     casts = [one.producer() for one in rescale.inputs if one is not None]
     return any(_casts_a_total(cast) for cast in casts if cast is not None)
+
+
+def is_dequantized_product(value: ir.Value) -> bool:
+    """Return whether a value is a MatMul of two values dequantized for it."""
+    product = value.producer()
+    if product is None or not walk.is_onnx_op(product, "MatMul"):
+        return False
+    makers = [factor.producer() for factor in product.inputs if factor is not None]
+    return all(maker is not None and walk.is_onnx_op(maker, "DequantizeLinear") for maker in makers)
 
 
 def _casts_a_total(node: ir.Node) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from graphopt.backend import Array
 from graphopt.errors import UsageError
 
 from ..solvers.gptq import gptq
-from ..solvers.rounding import descend
 from .sequential_moments import Moments, SequentialMoments
 from .static_weights import RoundedWeight, Rounding, WeightTask, nearest, searched, without_data
 
@@ -23,7 +21,7 @@ _ROWS_OF_A_SAMPLE = 64
 
 
 @contextmanager
-def compensated(ctx: Context, *, descends: bool = False) -> Iterator[_Compensation]:
+def compensated(ctx: Context) -> Iterator[_Compensation]:
     """Open a rounder that makes up for rounding: by the weights still to be rounded, and by the bias.
 
     The objective is what is left of E‖W x + b − Ŵ x̂ − b̂‖², with x̂ what the layer reads in the model being quantized.
@@ -33,10 +31,9 @@ def compensated(ctx: Context, *, descends: bool = False) -> Iterator[_Compensati
 
     Args:
         ctx: Calibration data and the model, not lowered yet.
-        descends: Whether the codes GPTQ finds are improved one by one until none can be (`rounding.descend`).
     """
     with SequentialMoments(ctx, compare=True, cross=False, limit=_ROWS_OF_A_SAMPLE) as moments:
-        yield _Compensation(moments, descends)
+        yield _Compensation(moments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +41,6 @@ class _Compensation:
     """A rounder that asks what its layer reads."""
 
     moments: SequentialMoments
-    descends: bool
 
     def __call__(self, task: WeightTask) -> RoundedWeight:
         """Round a weight and correct its bias; to nearest where nothing is known of what the layer reads."""
@@ -55,8 +51,6 @@ class _Compensation:
             return nearest(task)
         moment = found.second if task.bias is None else _covariance(found)
         weight = gptq(matrix, task.grid, moment, least_scales=task.least_scales)
-        if self.descends:
-            weight = descend(matrix, weight, moment)
         if task.bias is None or found.mean_before is None:
             return RoundedWeight(weight, task.bias)
         shift = _means(matrix, found.mean_before) - _means(weight.values(), found.mean)
@@ -85,7 +79,6 @@ def rounding_of(solver: str) -> Rounding:
     known: dict[str, Rounding] = {
         "auto": compensated,
         "gptq": compensated,
-        "ada-round": partial(compensated, descends=True),
         "rtn": without_data(nearest),
         "mse": without_data(searched),
     }

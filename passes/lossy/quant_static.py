@@ -11,7 +11,8 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
-from graphopt.ranges import Range
+from graphopt.ranges import Range, RangeMethod
+from graphopt.target import IntegerScheme
 
 from ..analyses.integer_candidates import Unit
 from ..analyses.integer_units import IntegerUnits
@@ -22,9 +23,12 @@ from .quant_plan import StaticPlan
 from .quant_preparation import rewrite_means
 from .static_formats import ActivationGrid, activation_grid, dtype_of, encode, is_float, limits
 from .static_weights import Rounding, StaticWeights, missing_channels
+from .tuned_ranges import tuned_spans
 
 _RULE = "quant-static"
 _CODES_OF_FLOATS = 1 << 16
+# What tuning starts from besides the plan's method.
+_LEAST_ERROR, _EVERYTHING = RangeMethod("mse"), RangeMethod()
 # The first version of Pad that pads codes.
 _FIRST_PAD_OF_CODES = 13
 
@@ -60,15 +64,28 @@ def _grids(units: IntegerUnits, ctx: Context, plan: StaticPlan) -> dict[ir.Value
     values = units.values()
     constants = {value: tensor.numpy() for value in values if (tensor := walk.constant_tensor(value)) is not None}
     varying = [value for value in values if value not in constants]
-    code = plan.scheme.activation
-    lowest, highest = limits(code)
+    fixed = {value: _span_of(array) for value, array in constants.items()}
+
+    def spans(method: RangeMethod) -> dict[ir.Value, Range]:
+        return shared_spans(units, fixed | _observed(varying, ctx, plan.scheme, method))
+
+    chosen = spans(plan.method)
+    if plan.tuned and varying:
+        chosen = tuned_spans(ctx, [chosen, spans(_LEAST_ERROR)], spans(_EVERYTHING), plan.scheme)
+    return {value: activation_grid(span, plan.scheme) for value, span in chosen.items()}
+
+
+def _observed(
+    values: list[ir.Value], ctx: Context, scheme: IntegerScheme, method: RangeMethod
+) -> dict[ir.Value, Range]:
+    """Return the range of each value by itself."""
+    if not values:
+        return {}
+    lowest, highest = limits(scheme.activation)
     # Float codes are the finer the nearer to zero: clipping spares them next to no error of rounding, as of 16 bits.
-    codes = _CODES_OF_FLOATS if is_float(code) else int(highest - lowest) + 1
-    symmetric = plan.scheme.activation_symmetric
-    observed = ctx.ranges(varying, plan.method, codes=codes, symmetric=symmetric) if varying else {}
-    spans = {value: _span_of(array) for value, array in constants.items()}
-    spans.update((value, observed[value.name or ""]) for value in varying)
-    return {value: activation_grid(span, plan.scheme) for value, span in shared_spans(units, spans).items()}
+    codes = _CODES_OF_FLOATS if is_float(scheme.activation) else int(highest - lowest) + 1
+    observed = ctx.ranges(values, method, codes=codes, symmetric=scheme.activation_symmetric)
+    return {value: observed[value.name or ""] for value in values}
 
 
 def _span_of(array: Array) -> Range:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
@@ -82,8 +83,19 @@ def _multiply(reader: WeightReader, stored: _Stored, ctx: Context) -> None:
     if reader.transpose is not None:
         weight = make("Transpose", [weight], {"perm": [1, 0]})
     ctx.rewriter.set_input(reader.node, reader.layer.weight_index, weight)
+    _flatten_bias(reader, ctx)
     if reader.transpose is not None and not reader.transpose.outputs[0].uses():
         ctx.rewriter.erase(reader.transpose)
+
+
+def _flatten_bias(reader: WeightReader, ctx: Context) -> None:
+    """Let a Gemm read its bias [1, outputs] as a vector, as ONNX Runtime 1.31 makes no MatMulNBits of it otherwise."""
+    tensor = walk.constant_tensor(reader.layer.bias)
+    if reader.node.op_type != "Gemm" or tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != 1:
+        return
+    vector = ctx.rewriter.const(ir.tensor(tensor.numpy().reshape(-1)), "bias", near=reader.node)
+    ctx.rewriter.set_input(reader.node, 2, vector)
+    release(ctx.rewriter, reader.layer.bias)
 
 
 def _look_up(reader: WeightReader, stored: _Stored, ctx: Context) -> None:

@@ -146,11 +146,13 @@ class StaticWeights:
             more_channels: How many input channels of zeros its input was given.
 
         Raises:
-            PassError: The weight holds NaN or infinity.
+            PassError: The weight or the bias holds NaN or infinity.
         """
         node = layer.node
         alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
         bias = self._bias_of(layer, beta)
+        if bias is not None and not np.isfinite(bias).all():
+            raise PassError(f"bias of {walk.label(node)} holds NaN or infinity", hint="repair the model first")
         own = weight_grid(self.scheme, self.plan.group, layer)
         # Sums of products with several scales are of no grid that a bias could be on.
         in_integers = bias is not None and self.scheme.bias == "int32" and own.block is None

@@ -15,7 +15,7 @@ from graphopt.pattern import Match, Miss, Rule
 from graphopt.target import Target
 
 from ..analyses.quantized import is_rescaled_product
-from . import activations, chains, heads, rotary, runtime_attention
+from . import activations, chains, heads, integer_products, rotary, runtime_attention
 
 _DOMAIN = "com.microsoft"
 
@@ -31,6 +31,7 @@ class RuntimeOperators(RewritePass):
     def rules(self, target: Target) -> Sequence[Rule]:
         """Return the rules for operators that the target runs fast, and against those it should not make."""
         rules: dict[str, tuple[Rule, ...]] = {
+            "MatMulIntegerToFloat": (integer_products.IntegerProduct(),),
             "GroupQueryAttention": (runtime_attention.GroupQueryAttention(),),
             "MultiHeadAttention": (runtime_attention.MultiHeadAttention(),),
             "RotaryEmbedding": (RotaryEmbedding(),),

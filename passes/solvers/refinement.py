@@ -10,11 +10,10 @@ from graphopt.backend import Array
 
 from .grid import SMALLEST_SCALE, GridWeight
 from .objective import DAMPING, by_group, output_error
+from .rounding import levels_of, swept
 
 # Rounds of scales and codes. The first gives most of it, a third next to nothing.
 _ROUNDS = 2
-# Columns after which the gradient of all others is updated, by one matrix product.
-_COLUMNS = 128
 # Numbers held at a time while scales are fitted.
 _ELEMENTS = 1 << 24
 # A fitted scale further from the present one than this share of it is noise of a system that says little about it.
@@ -60,18 +59,13 @@ def _refined(rows: Array, found: GridWeight, moment: Array) -> GridWeight:
     for _ in range(_ROUNDS):
         if not found.grid.tensor:
             found = replace(found, scales=_fitted(rows, found, moment))
-        found = replace(found, codes=_descended(rows, found, moment))
+        found = replace(found, codes=swept(rows, found, moment))
     return found
-
-
-def _levels(found: GridWeight) -> Array:
-    """Return codes − zero points, float32 [outputs, inputs]."""
-    return found.grid.decode(found.codes, np.ones_like(found.scales), found.zero_points)
 
 
 def _fitted(rows: Array, found: GridWeight, moment: Array) -> Array:
     """Return the scales of the least error for the present codes; of an output that gains nothing, the present ones."""
-    levels = _levels(found)
+    levels = levels_of(found)
     outputs, inputs = levels.shape
     blocks, block = found.scales.shape[1], found.grid.block or inputs
     scales = found.scales.copy()
@@ -98,32 +92,3 @@ def _costs(rows: Array, levels: Array, scales: Array, found: GridWeight, moment:
     difference = rows - levels * found.grid.spread(scales, levels.shape[1])
     costs: Array = np.einsum("oi,oi->o", difference @ moment, difference)
     return costs
-
-
-def _descended(rows: Array, found: GridWeight, moment: Array) -> Array:
-    """Return codes, each in turn the best while the others stay; by columns, those of the largest inputs first."""
-    grid, inputs = found.grid, rows.shape[1]
-    order = np.argsort(-np.diagonal(moment), kind="stable")
-    permuted = moment[np.ix_(order, order)]
-    levels = np.ascontiguousarray(_levels(found).T[order])
-    scales = np.broadcast_to(grid.spread(found.scales, inputs), rows.shape).T[order]
-    zeros = np.zeros_like(levels)
-    if found.zero_points is not None:
-        zeros = np.broadcast_to(grid.spread(found.zero_points, inputs), rows.shape).T[order].astype(np.float32)
-    # gradient[j] = (Δ H)ⱼ of every output, kept up to date
-    gradient = permuted @ (rows.T[order] - levels * scales)
-    for start in range(0, inputs, _COLUMNS):
-        end = min(start + _COLUMNS, inputs)
-        local, moved = gradient[start:end], np.zeros((end - start, len(rows)), np.float32)
-        for column in range(start, end):
-            scale = scales[column]
-            best = levels[column] + local[column - start] / (permuted[column, column] * scale)
-            best = np.clip(np.rint(best), grid.lowest - zeros[column], grid.highest - zeros[column])
-            moved[column - start] = (best - levels[column]) * scale
-            levels[column] = best
-            local -= permuted[start:end, column, None] * moved[column - start]
-        gradient[:start] -= permuted[:start, start:end] @ moved
-        gradient[end:] -= permuted[end:, start:end] @ moved
-    codes = np.empty_like(found.codes)
-    codes[:, order] = (levels + zeros).T.astype(grid.dtype)
-    return codes

@@ -8,11 +8,15 @@ import numpy as np
 
 from graphopt.backend import Array
 
-from .grid import GridWeight
+from .grid import Grid, GridWeight
 from .objective import DAMPING, by_group, output_error
 
 # Sweeps over all columns; few codes still move after the third.
 _SWEEPS = 8
+# Columns after which the gradient of all others is updated, by one matrix product.
+_COLUMNS = 128
+# Up to this share of the outputs it pays to pick them out.
+_FEW = 0.25
 
 
 def descend(weight: Array, start: GridWeight, second_moment: Array, *, damping: float = DAMPING) -> GridWeight:
@@ -36,35 +40,87 @@ def descend(weight: Array, start: GridWeight, second_moment: Array, *, damping: 
     grouped = by_group(matrix, second_moment)
     moments = second_moment.reshape(len(grouped), *second_moment.shape[-2:])
     outputs, inputs = grouped.shape[1:]
-    scales = np.broadcast_to(start.grid.spread(start.scales, inputs), matrix.shape)
-    for group, moment in enumerate(moments):
+    for group, (rows, moment) in enumerate(zip(grouped, moments, strict=True)):
         part = slice(group * outputs, (group + 1) * outputs)
         mean = np.float32(np.diagonal(moment).mean()) or np.float32(1)
         damped = moment.astype(np.float32) + np.float32(damping) * mean * np.eye(inputs, dtype=np.float32)
-        values = start.grid.decode(start.codes, start.scales, start.zero_points)[part]
-        _sweep(codes[part], values - matrix[part], scales[part], damped, start)
+        codes[part] = swept(rows, _part_of(start, part), damped, sweeps=_SWEEPS)
     found = replace(start, codes=codes)
     error = output_error(matrix - found.values(), second_moment)
     before = output_error(matrix - start.values(), second_moment)
     return replace(found, error=error) if error <= before else replace(start, error=before)
 
 
-def _sweep(codes: Array, difference: Array, scales: Array, moment: Array, start: GridWeight) -> None:
-    """Change codes [outputs, inputs] in place; the difference is Ŵ − W."""
-    gradient = difference @ moment
-    diagonal = np.diagonal(moment)
-    for _ in range(_SWEEPS):
-        moved = False
-        for column in range(codes.shape[1]):
-            steps = np.rint(-gradient[:, column] / (diagonal[column] * scales[:, column]))
-            wanted = np.clip(codes[:, column] + steps, start.grid.lowest, start.grid.highest)
-            change = wanted - codes[:, column]
-            rows = np.flatnonzero(change)
-            if not len(rows):
+def _part_of(start: GridWeight, part: slice) -> GridWeight:
+    """Return the rows of a solution that a slice takes; what all outputs share stays."""
+    own = slice(None) if start.grid.tensor else part
+    zeros = None if start.zero_points is None else start.zero_points[own]
+    return replace(start, codes=start.codes[part], scales=start.scales[own], zero_points=zeros)
+
+
+def swept(rows: Array, found: GridWeight, moment: Array, *, sweeps: int = 1) -> Array:
+    """Return codes, each in turn the best while the others stay; by columns, those of the largest inputs first.
+
+    Args:
+        rows: W, float32 [outputs, inputs], of one group.
+        found: Codes to begin with, and their scales.
+        moment: H, float32 [inputs, inputs]; no number on its diagonal is zero.
+        sweeps: The most sweeps over all columns; none follows one that changed nothing.
+    """
+    grid, inputs = found.grid, rows.shape[1]
+    order = np.argsort(-np.diagonal(moment), kind="stable")
+    permuted = moment[np.ix_(order, order)]
+    levels = np.ascontiguousarray(levels_of(found).T[order])
+    scales = np.broadcast_to(grid.spread(found.scales, inputs), rows.shape).T[order]
+    zeros = np.zeros_like(levels)
+    if found.zero_points is not None:
+        zeros = np.broadcast_to(grid.spread(found.zero_points, inputs), rows.shape).T[order].astype(np.float32)
+    # gradient[j] = (Δ H)ⱼ of every output, kept up to date
+    gradient = permuted @ (rows.T[order] - levels * scales)
+    for left in reversed(range(sweeps)):
+        if not _sweep(levels, gradient, scales, zeros, permuted, grid, again=left > 0):
+            break
+    codes = np.empty_like(found.codes)
+    codes[:, order] = (levels + zeros).T.astype(grid.dtype)
+    return codes
+
+
+def _sweep(
+    levels: Array, gradient: Array, scales: Array, zeros: Array, moment: Array, grid: Grid, *, again: bool
+) -> bool:
+    """Move levels [inputs, outputs] in place, and return whether any moved; the gradient too, for the next sweep."""
+    inputs, any_moved = len(levels), False
+    for start in range(0, inputs, _COLUMNS):
+        end = min(start + _COLUMNS, inputs)
+        local, moved = gradient[start:end], np.zeros((end - start, levels.shape[1]), np.float32)
+        for column in range(start, end):
+            scale = scales[column]
+            best = levels[column] + local[column - start] / (moment[column, column] * scale)
+            best = np.clip(np.rint(best), grid.lowest - zeros[column], grid.highest - zeros[column])
+            change = best - levels[column]
+            outputs = _some_or_all(change)
+            if outputs is None:
                 continue
-            moved = True
-            codes[rows, column] = wanted[rows].astype(codes.dtype)
-            shift = (change[rows] * scales[rows, column]).astype(np.float32)
-            gradient[rows] += shift[:, None] * moment[column]
-        if not moved:
-            return
+            moved[column - start] = change * scale
+            levels[column] = best
+            local[:, outputs] -= moment[start:end, column, None] * moved[column - start, outputs]
+        outputs = _some_or_all(moved.any(axis=0))
+        if outputs is None:
+            continue
+        any_moved = True
+        for part in (slice(0, start if again else 0), slice(end, None)):
+            gradient[part, outputs] -= moment[part, start:end] @ moved[:, outputs]
+    return any_moved
+
+
+def _some_or_all(moves: Array) -> Array | slice | None:
+    """Return which outputs move: their places where they are few, else all; None for none."""
+    places = np.flatnonzero(moves)
+    if not len(places):
+        return None
+    return places if len(places) < len(moves) * _FEW else slice(None)
+
+
+def levels_of(found: GridWeight) -> Array:
+    """Return codes − zero points, float32 [outputs, inputs]."""
+    return found.grid.decode(found.codes, np.ones_like(found.scales), found.zero_points)

@@ -110,6 +110,7 @@ class Context:
             where the run has none, which a pass that declares `Need.BUDGET` never meets.
         predicts: Whether notes shall say which share of each layer's outputs is to be noise, as fact `predicted_error`.
         forecast: Where a pass that is to say so puts the weights it makes, or None.
+        is_attempt: Whether the model is a copy that someone tries things on, and judges.
         guarantee: What the pass promises, which decides how its rewrites are compared.
         notes: Remarks so far.
         calibration: What has been observed of values, in this run or, where there is a folder, before.
@@ -130,6 +131,7 @@ class Context:
     weigh: Callable[[ir.Model], Standing] | None = None
     predicts: bool = False
     forecast: Forecasting | None = None
+    is_attempt: bool = False
     guarantee: Guarantee = Guarantee.EQUIVALENT
     notes: list[Note] = field(default_factory=list)
     analyses: AnalysisCache = field(default_factory=AnalysisCache)
@@ -211,9 +213,8 @@ class Context:
         model = self.model.clone()
         rewriter = Rewriter(model, Journal(), self.rewriter.pass_name)
         fresh: dict[str, Any] = {"notes": [], "analyses": AnalysisCache(), "unchecked": Counter(), "refused": []}
-        context = replace(
-            self, model=model, rewriter=rewriter, check_rewrite=None, predicts=predicts, forecast=None, **fresh
-        )
+        fresh.update(check_rewrite=None, predicts=predicts, forecast=None, is_attempt=True)
+        context = replace(self, model=model, rewriter=rewriter, **fresh)
         run(model, context)
         return Attempt(model, rewriter.edits, context.notes)
 

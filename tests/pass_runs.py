@@ -33,6 +33,9 @@ BACKEND = "onnxruntime"
 # What a model may lose of the 200 dB that equal outputs have: 30 dB are left, about what int8 gives a few layers.
 NOISE_BUDGET_DB = 170.0
 
+# What compares the model with the one before a lossy pass, and such a pass.
+REPAIRS = {"ada-round": "quant:mode=static", "correct-bias": "prune"}
+
 Feed = Mapping[str, Any]
 
 
@@ -90,6 +93,11 @@ def run_passes(
     manager.run(model)
     forget_inferred(model)
     return PassRun(model, manager.records, manager.journal.edits)
+
+
+def with_what_it_repairs(name: str) -> str:
+    """Return a pipeline in which a pass can do its work: the pass alone, but for those that repair what others do."""
+    return f"{REPAIRS[name]},{name}" if name in REPAIRS else name
 
 
 def weigh_by_noise(model: ir.Model, data: Dataset, budget_db: float) -> CandidateJudge:

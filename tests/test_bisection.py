@@ -30,7 +30,7 @@ from graphopt.shapes import forget_inferred, infer_shapes
 from graphopt.verify import Signature, problems_of, verify
 
 from .command_line import fill, optimize, run
-from .pass_runs import BACKEND, TARGET, kinds, loaded, outputs_of, to_bytes, weigh_by_noise
+from .pass_runs import BACKEND, TARGET, kinds, loaded, outputs_of, to_bytes, weigh_by_noise, with_what_it_repairs
 
 # More than there is to lose.
 ANY_NOISE_DB = 1e4
@@ -132,17 +132,18 @@ def test_a_limit_that_is_not_reached_changes_nothing() -> None:
 @pytest.mark.parametrize("name", sorted(registry.table("PASSES")))
 def test_the_model_is_whole_after_every_edit(name: str) -> None:
     cls = registry.find("PASSES", name)
+    spec = with_what_it_repairs(name)
     exact = cls.guarantee is not Guarantee.LOSSY
     seen = 0
     for model in _models():
         feeds = generated_feeds(model, 0)
         data = feeds if not exact else None
-        _, manager = prefix(model, name, None, data)
+        _, manager = prefix(model, spec, None, data)
         seen += len(manager.journal.edits)
         signature, known = Signature.of(model), problems_of(model)
         expected = [outputs_of(model, feed) for feed in feeds]
         for limit in range(len(manager.journal.edits)):
-            state, part = prefix(model, name, limit, data)
+            state, part = prefix(model, spec, limit, data)
             assert part.journal.edits == manager.journal.edits[:limit]
             verify(state, signature, provenance_too=True, known=known)
             found = [outputs_of(state, feed) for feed in feeds]

@@ -25,7 +25,7 @@ from graphopt.pipeline import Pipeline, weakest
 from graphopt.verify import Signature, verify
 
 from .graph_generator import Recipe, build, feeds, random_recipe, recipes
-from .pass_runs import PassRun, kinds, loaded, outputs_of, run_passes, tensor_names, to_bytes
+from .pass_runs import PassRun, kinds, loaded, outputs_of, run_passes, tensor_names, to_bytes, with_what_it_repairs
 
 PASSES = sorted(registry.table("PASSES"))
 # Options under which a pass does other work than by default.
@@ -34,10 +34,8 @@ VARIANTS = {
     "prune": ("prune:pattern=2of4",),
     "quant": ("quant:mode=static", "quant:mode=dynamic", "quant:mode=weights", "quant:mode=static:group=tensor"),
 }
-# What compares with the model before a lossy pass, which is to go before it.
-BEHIND = {"ada-round": "quant:mode=static", "correct-bias": "prune"}
 SPECS = [
-    *(f"{BEHIND[name]},{name}" if name in BEHIND else name for name in PASSES),
+    *map(with_what_it_repairs, PASSES),
     *sorted(registry.table("PRESETS")),
     *(spec for name in PASSES for spec in VARIANTS.get(name, ())),
 ]

@@ -10,7 +10,15 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import walk
+from graphopt.authoring import Context
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.backends.targets import TARGETS
+from graphopt.data import open_data
+from graphopt.passes.analyses.linear_layers import linear_layers
 from graphopt.passes.analyses.quantized import is_rescaled_product
+from graphopt.passes.lossy.dynamic_trial import try_rounding
+from graphopt.passes.lossy.quant import Quant
+from graphopt.rewriter import Rewriter
 
 from .pass_runs import run_passes
 from .quant_runs import STEPS, fused, model_of, quantize, random, run
@@ -111,3 +119,81 @@ def test_what_counts_as_a_rescaled_product(body: str, expected: bool) -> None:
     value = next(node for node in model.graph if node.op_type == "Identity").inputs[0]
     assert value is not None
     assert is_rescaled_product(value) is expected
+
+
+# A row whose last number is huge: one range for all leaves the other numbers, which alone are read, few codes.
+LOUD = "h = Mul(x, scale) a = MatMul(h, w1) k = MatMul(x, w2) y = Add(a, k)"
+LOUD_WEIGHTS = {
+    "scale": np.array([1.0] * (WIDTH - 1) + [1000.0], np.float32),
+    "w1": np.concatenate([random(1, WIDTH - 1, WIDTH), np.zeros((1, WIDTH), np.float32)]),
+    "w2": random(2, WIDTH, WIDTH),
+}
+QUIET_WEIGHTS = {**LOUD_WEIGHTS, "scale": np.ones(WIDTH, np.float32)}
+
+
+def loud(weights: dict[str, np.ndarray] = LOUD_WEIGHTS) -> ir.Model:
+    return model_of(LOUD, f"n,{WIDTH}", weights)
+
+
+def test_an_activation_that_hurts_the_outputs_stays_float() -> None:
+    samples = random(5, 16, WIDTH)
+    outcome = quantize(loud(), samples, mode="dynamic")
+    assert outcome.ops["MatMulInteger"] == 1
+    assert outcome.ops["DequantizeLinear"] == 0, "a runtime would round what is multiplied by dequantized weights"
+    codes = next(node for node in outcome.model.graph if node.op_type == "DynamicQuantizeLinear")
+    assert codes.inputs[0] is outcome.model.graph.inputs[0]
+    assert any(note.startswith("1 products compute in float") and "`h` alone" in note for note in outcome.notes)
+    assert "1 MatMul (its activation in 8 bits hurts the outputs)" in outcome.notes[0]
+    assert outcome.error < 0.02
+
+
+def test_the_weight_of_a_spared_product_is_stored_in_integers() -> None:
+    outcome = quantize(loud(), random(5, 16, WIDTH), mode="dynamic")
+    stored = [value.const_value for value in outcome.model.graph.initializers.values() if value.const_value is not None]
+    assert not [tensor.name for tensor in stored if tensor.dtype == ir.DataType.FLOAT and tensor.size > WIDTH]
+
+
+def test_activations_that_do_no_harm_are_all_rounded() -> None:
+    outcome = quantize(loud(QUIET_WEIGHTS), random(5, 16, WIDTH), mode="dynamic")
+    assert outcome.ops["MatMulInteger"] == 2
+    assert any("above the noise, by trial on 8 samples" in note for note in outcome.notes)
+
+
+def test_without_data_the_report_says_that_nobody_looked() -> None:
+    notes = quantize(
+        model_of("y = MatMul(x, w)", f"2,{WIDTH}", {"w": random(1, WIDTH, WIDTH)}), None, mode="dynamic"
+    ).notes
+    assert any("was not looked at" in note and "--data" in note for note in notes)
+
+
+@pytest.mark.parametrize("what", ["is_attempt", "weigh"])
+def test_where_someone_else_judges_nothing_is_tried(what: str) -> None:
+    model = loud()
+    data = open_data({"x": random(5, 16, WIDTH)}, model)
+    judge = {"is_attempt": True} if what == "is_attempt" else {"weigh": lambda model: pytest.fail("not asked here")}
+    ctx = Context(model, Rewriter(model), TARGETS["ort-cpu-x86"], OnnxRuntime(), threads=1, data=data, **judge)
+    Quant(mode="dynamic").run(model, ctx)
+    assert counts(model)["MatMulInteger"] == 2
+
+
+def test_the_noise_of_a_trial_is_that_of_dynamic_quantize_linear() -> None:
+    model, samples = loud(QUIET_WEIGHTS), random(5, 8, WIDTH)
+    data = open_data({"x": samples}, model)
+    ctx = Context(model, Rewriter(model), TARGETS["ort-cpu-x86"], OnnxRuntime(), threads=1, data=data)
+    found = try_rounding(ctx, linear_layers(model))
+    step = (samples.max() - samples.min()) / STEPS
+    error = np.round(samples / step) * step - samples
+    both = QUIET_WEIGHTS["w1"] + QUIET_WEIGHTS["w2"]
+    expected = np.square(error @ both).sum() / np.square(samples @ both).sum()
+    assert found is not None
+    assert found.noise == pytest.approx(expected, rel=0.05)
+    assert (found.tried, found.spared, ctx.rewriter.edits) == (2, frozenset(), 0)
+
+
+def test_nothing_is_told_of_a_model_without_outputs_of_floats() -> None:
+    model = model_of(
+        "m = MatMul(x, w) y = ArgMax<axis=1>(m)", f"2,{WIDTH}", {"w": random(1, WIDTH, WIDTH)}, outputs="int64 y"
+    )
+    outcome = quantize(model, random(5, 4, WIDTH).reshape(2, 2, WIDTH)[0], mode="dynamic")
+    assert outcome.ops["MatMulInteger"] == 1
+    assert not any("above the noise" in note for note in outcome.notes)

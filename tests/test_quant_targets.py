@@ -18,8 +18,10 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.targets import TARGETS
+from graphopt.data import open_data
 from graphopt.passes.analyses.integer_units import integer_units
 from graphopt.passes.analyses.selection import Selection
+from graphopt.passes.lossy.quant import Quant
 from graphopt.passes.raising.runtime_operators import RuntimeOperators
 from graphopt.rewriter import Rewriter
 
@@ -86,6 +88,16 @@ def test_tensorrt_quantizes_inputs_and_weights_but_no_output_and_no_bias() -> No
     assert codes(model) == {("INT8", True)}
     outcome = quantize(model_of(body, "N,16,8,8", WIDE), IMAGES, "tensorrt", mode="static")
     assert outcome.notes == ["2 of 2 Conv in integers"]  # what reads floats is nothing that was left
+
+
+def test_a_bias_of_one_number_for_each_row_is_none_for_each_output() -> None:
+    weights = {"w": random(1, 64, 32), "c": random(2, 32, 1, scale=9.0)}
+    model, x = model_of("y = Gemm(x, w, c)", "32,64", weights), random(3, 32, 64)
+    data = open_data({"x": random(4, 64, 64)}, model)
+    before = run(model, x)
+    ctx = Context(model, Rewriter(model), TARGETS["tensorrt"], OnnxRuntime(), threads=1, data=data)
+    Quant(mode="static").run(model, ctx)
+    assert np.abs(run(model, x) - before).max() < 0.02 * np.ptp(before)
 
 
 def test_tensorrt_fp8() -> None:
@@ -223,7 +235,7 @@ ATTENTION = "q = MatMul(x, w) t = Transpose<perm=[0,2,1]>(x) s = MatMul(q, t) p 
 
 def test_products_of_two_activations_run_in_integers(tmp_path: Path) -> None:
     samples, constants = random(2, 8, 8, 32), {"w": random(1, 32, 32), "c": np.float32(0.5).reshape(())}
-    result = quantize(model_of(f"{ATTENTION} y = Tanh(p)", "N,8,32", constants), samples, mode="static")
+    result = quantize(model_of(f"{ATTENTION} y = Tanh(p)", "N,8,32", constants), samples, mode="static", solver="rtn")
     ran = fused(result.model, tmp_path)
     assert ran["QLinearMatMul"] + ran["MatMulIntegerToFloat"] == 2
     assert ran["MatMul"] == 0
@@ -233,19 +245,19 @@ def test_products_of_two_activations_run_in_integers(tmp_path: Path) -> None:
 def test_attention_stays_float_where_the_runtime_has_it_as_one_operator(target: str, in_float: int) -> None:
     body = f"{ATTENTION} e = Softmax(p) y = MatMul(e, x)"
     constants = {"w": random(1, 32, 32), "c": np.float32(0.5).reshape(())}
-    result = quantize(model_of(body, "N,8,32", constants), random(2, 8, 8, 32), target, mode="static")
+    result = quantize(model_of(body, "N,8,32", constants), random(2, 8, 8, 32), target, mode="static", solver="rtn")
     products = [node for node in result.model.graph if node.op_type == "MatMul"]
     assert sum(not is_quantized(node.inputs[1]) for node in products) == in_float
     assert any("attention" in note for note in result.notes) == bool(in_float)
 
 
-@pytest.mark.parametrize(("rows", "bias_in_codes"), [("N,4,32", False), ("6,32", True)])
+@pytest.mark.parametrize(("rows", "bias_in_codes"), [("N,4,32", False), ("N,32", True)])
 def test_a_product_takes_its_bias_in_codes_only_where_the_runtime_joins_the_two(
     rows: str, bias_in_codes: bool, tmp_path: Path
 ) -> None:
     model = model_of("p = MatMul(x, w) y = Add(p, b)", rows, {"w": random(1, 32, 32), "b": random(2, 32)})
     samples = random(3, *(6 if size == "N" else int(size) for size in rows.split(",")))
-    result = quantize(model, samples, mode="static")
+    result = quantize(model, samples, mode="static", solver="rtn")
     (adder,) = [node for node in result.model.graph if node.op_type == "Add"]
     assert is_quantized(adder.inputs[1]) == bias_in_codes
     assert fused(result.model, tmp_path)["DequantizeLinear"] == 0
@@ -254,7 +266,7 @@ def test_a_product_takes_its_bias_in_codes_only_where_the_runtime_joins_the_two(
 def test_runtime_operators_give_an_integer_product_its_bias(tmp_path: Path) -> None:
     weights = {"w": random(1, 32, 32), "b": random(2, 32)}
     model = model_of("p = MatMul(x, w) a = Add(p, b) y = Tanh(a)", "N,4,32", weights)
-    result = quantize(model, random(3, 6, 4, 32), mode="static")
+    result = quantize(model, random(3, 6, 4, 32), mode="static", solver="rtn")
     before = run(result.model, random(4, 2, 4, 32))
     ctx = Context(result.model, Rewriter(result.model), TARGETS["ort-cpu-x86"], OnnxRuntime(), threads=1)
     RuntimeOperators().run(result.model, ctx)
@@ -287,7 +299,7 @@ def test_narrow_depthwise_convolutions_stay_float_at_the_ends_of_integers(body: 
         "d16": random(5, 16, 1, 3, 3),
         "d32": random(6, 32, 1, 3, 3),
     }
-    result = quantize(model_of(body, "N,16,8,8", weights), IMAGES, mode="static")
+    result = quantize(model_of(body, "N,16,8,8", weights), IMAGES, mode="static", solver="rtn")
     convolutions = [node for node in result.model.graph if node.op_type == "Conv"]
     assert sum(not is_quantized(node.inputs[1]) for node in convolutions) == in_float
 
@@ -323,10 +335,13 @@ def test_everything_placed_in_a_real_network_fuses(
     layers = Counter(node.op_type for node in result.model.graph)
     ran = fused(result.model, tmp_path)
     assert {op: ran[op] for op in ("QuantizeLinear", "DequantizeLinear") if ran[op]} == kept
-    assert ran["QLinearConv"] == layers["Conv"]
+    # The first layers of MobileNet are narrow, one of them depthwise.
+    in_float = 2 if name == "mobilenet" else 0
+    assert ran["QLinearConv"] == layers["Conv"] - in_float
     assert ran["QGemm"] == layers["Gemm"]
     assert ran["MatMulIntegerToFloat"] == layers["MatMul"]
-    assert ran["Conv"] == ran["Gemm"] == ran["MatMul"] == ran["Relu"] == ran["Clip"] == 0
+    assert ran["Conv"] == in_float
+    assert ran["Gemm"] == ran["MatMul"] == ran["Relu"] == ran["Clip"] == 0
 
 
 def test_one_calibration_serves_every_target(score: ModuleType, tmp_path: Path) -> None:

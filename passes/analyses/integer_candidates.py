@@ -14,7 +14,7 @@ from graphopt.explanation_products import fits_gemm
 from graphopt.target import IntegerScheme, Target
 
 from .attention_products import is_attention_product
-from .linear_layers import LINEAR_OPS, LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
+from .linear_layers import LINEAR_OPS, LinearLayer, as_linear_layer, has_channel_bias, linear_layers, readers_elsewhere
 from .selection import Selection
 from .small_layers import unfit_for_tiles
 
@@ -165,9 +165,9 @@ class Candidates:
         # A bias of more axes than the product would add axes to the result.
         if bias is None or product is None or len(bias.shape) > len(product):
             return None
-        if self.target.fusions.joins_bias and not fits_gemm(layer.node, biases[0]):
+        if biases[0] is None or (self.target.fusions.joins_bias and not fits_gemm(layer.node, biases[0])):
             return None
-        return adder if _is_channel_bias(replace(layer, bias=biases[0])) else None
+        return adder if has_channel_bias(replace(layer, bias=biases[0])) else None
 
     def _kind(self, node: ir.Node, layer: LinearLayer | None) -> Kind | None:
         if self.scheme.residual and node.op_type == "Add":
@@ -223,7 +223,7 @@ class Candidates:
         others = readers_elsewhere(layer, self.layers)
         if others:
             return f"its weight is also read by {others[0].op_type}"
-        if layer.bias is not None and self.scheme.bias == "int32" and not _is_channel_bias(layer):
+        if layer.bias is not None and self.scheme.bias == "int32" and not has_channel_bias(layer):
             return "its bias is no constant per channel"
         as_floats = self.scheme.weight.startswith("float")
         return unfit_for_tiles(layer, self.scheme.least_channels, as_floats=as_floats)
@@ -340,16 +340,6 @@ def clip_bounds(activation: ir.Node) -> tuple[float, float] | None:
             return None
         bounds[index] = float(tensor.numpy().item())
     return bounds[0], bounds[1]
-
-
-def _is_channel_bias(layer: LinearLayer) -> bool:
-    tensor = walk.constant_tensor(layer.bias)
-    weight = walk.constant_tensor(layer.weight)
-    if tensor is None or weight is None:
-        return False
-    shape = tuple(tensor.shape)
-    # A Gemm adds any shape that broadcasts to [rows, channels]; only one value per channel fits the kernel.
-    return len(shape) > 0 and shape[-1] == weight.shape[layer.output_axis] and tensor.size == shape[-1]
 
 
 def _pads_zeros(node: ir.Node) -> bool:

@@ -21,7 +21,7 @@ def takes_rows(layer: LinearLayer) -> bool:
     return layer.node.op_type == "Conv" or _groups(layer) == 1
 
 
-def layer_rows(layer: LinearLayer, x: Array, *, limit: int | None = None) -> Array:
+def layer_rows(layer: LinearLayer, x: Array, *, limit: int | None = None, blocks: int = 1) -> Array:
     """Return the vectors a layer's weight multiplies, one for each position of its output.
 
     A convolution is unfolded: what lies under its kernel, padding included, is one row (im2col, Chellapilla et al.,
@@ -32,6 +32,8 @@ def layer_rows(layer: LinearLayer, x: Array, *, limit: int | None = None) -> Arr
         layer: A layer of which `takes_rows` holds.
         x: The layer's input, samples first.
         limit: The most rows of each sample, evenly spaced; None for all.
+        blocks: Into how many blocks of channels the inputs are divided, each of them given as a group is; for layers
+            of one group, and no ConvTranspose.
 
     Returns:
         float32 [groups, rows, inputs], ordered so that ``rows[g] @ matrix[outputs of g].T`` is what the layer computes
@@ -41,11 +43,24 @@ def layer_rows(layer: LinearLayer, x: Array, *, limit: int | None = None) -> Arr
     match layer.node.op_type:
         case "MatMul" | "Gemm":
             rows = _rows_of_product(layer, x)
-            return rows[_evenly(len(rows), limit and limit * len(x))][None]
+            rows = rows[_evenly(len(rows), limit and limit * len(x))]
+            return rows.reshape(len(rows), blocks, -1).transpose(1, 0, 2)
         case "Conv":
-            return _unfold(x, _window(layer, x.shape[2:]), _groups(layer), limit)
+            return _unfold(x, _window(layer, x.shape[2:]), _groups(layer) * blocks, limit)
         case _:
             return _unfold_transposed(layer, x, limit)
+
+
+def summed_rows(layer: LinearLayer, x: Array) -> tuple[Array, int]:
+    """Return the sum of all rows that `layer_rows` gives, float32 [groups, inputs], and how many these are."""
+    if layer.node.op_type != "Conv":
+        rows = layer_rows(layer, x)
+        return rows.sum(axis=1), rows.shape[1]
+    views = _windows(np.asarray(x, np.float32), _window(layer, x.shape[2:]))
+    rank = (views.ndim - 2) // 2
+    places = (0, *range(2, 2 + rank))
+    sums = views.sum(axis=places).reshape(_groups(layer), -1, math.prod(views.shape[2 + rank :]))
+    return sums.transpose(0, 2, 1).reshape(len(sums), -1), math.prod(views.shape[place] for place in places)
 
 
 def _rows_of_product(layer: LinearLayer, x: Array) -> Array:
@@ -101,13 +116,7 @@ def _window(layer: LinearLayer, sizes: Sequence[int]) -> _Window:
 
 def _unfold(x: Array, window: _Window, groups: int, limit: int | None) -> Array:
     """Return [groups, samples × positions, kernel positions × channels of a group]."""
-    padded = np.pad(x, [(0, 0), (0, 0), *window.pads])
-    extents = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
-    rank = len(extents)
-    views = np.lib.stride_tricks.sliding_window_view(padded, extents, axis=tuple(range(2, 2 + rank)))
-    steps = tuple(slice(None, None, stride) for stride in window.strides)
-    points = tuple(slice(None, None, dilation) for dilation in window.dilations)
-    views = views[(slice(None), slice(None), *steps, *points)]
+    views, rank = _windows(x, window), len(window.kernel)
     samples, channels, *positions = views.shape[: 2 + rank]
     chosen = np.unravel_index(np.arange(math.prod(positions))[_evenly(math.prod(positions), limit)], positions)
     # [samples, channels, positions, kernel...] of the chosen positions alone
@@ -116,6 +125,17 @@ def _unfold(x: Array, window: _Window, groups: int, limit: int | None) -> Array:
     split = taken.reshape(samples, groups, channels // groups, count, size)
     ordered = split.transpose(1, 0, 3, 4, 2)
     return np.ascontiguousarray(ordered).reshape(groups, samples * count, size * (channels // groups))
+
+
+def _windows(x: Array, window: _Window) -> Array:
+    """Return a view [samples, channels, positions ..., kernel ...] of an input and its padding."""
+    padded = np.pad(x, [(0, 0), (0, 0), *window.pads]) if np.any(window.pads) else x
+    extents = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
+    views = np.lib.stride_tricks.sliding_window_view(padded, extents, axis=tuple(range(2, 2 + len(extents))))
+    steps = tuple(slice(None, None, stride) for stride in window.strides)
+    points = tuple(slice(None, None, dilation) for dilation in window.dilations)
+    found: Array = views[(slice(None), slice(None), *steps, *points)]
+    return found
 
 
 def _unfold_transposed(layer: LinearLayer, x: Array, limit: int | None) -> Array:

@@ -111,3 +111,13 @@ def readers_elsewhere(layer: LinearLayer, layers: list[LinearLayer]) -> list[ir.
     """Return the nodes that read the layer's weight and are not linear layers reading it the same way."""
     same = {other.node for other in layers if other.weight is layer.weight and other.output_axis == layer.output_axis}
     return [use.node for use in layer.weight.uses() if use.node not in same]
+
+
+def has_channel_bias(layer: LinearLayer) -> bool:
+    """Return whether a layer has a constant bias of one number for each output."""
+    tensor, weight = walk.constant_tensor(layer.bias), walk.constant_tensor(layer.weight)
+    if tensor is None or weight is None:
+        return False
+    shape, outputs = walk.dims(tensor), walk.dims(weight)[layer.output_axis]
+    # A Gemm adds any shape that broadcasts to [rows, outputs]: [M, 1] is one number for each row, also where M = N.
+    return bool(shape) and shape[-1] == outputs and tensor.size == outputs

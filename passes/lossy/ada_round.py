@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.authoring import Context, Guarantee, Need, Pass
-from graphopt.backend import Array
 
 from ..solvers.objective import by_group, output_error
 from ..solvers.rounding import descend

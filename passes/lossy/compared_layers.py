@@ -52,6 +52,8 @@ def compared_layers(ctx: Context, pass_name: str, after: str) -> list[ComparedLa
         )
     # What an exact pass edited since has no origins.
     known = {walk.label(node): node for node in ctx.reference.graph if provenance.origins(node)}
+    # Layers nothing has been found of yet.
+    missing = {name for name, node in known.items() if as_linear_layer(node) is not None}
     found, unknown, nested = [], 0, 0
     for node in walk.every_node(ctx.model):
         if not walk.is_onnx_op(node, *LINEAR_OPS) or len(node.inputs) < 2:
@@ -60,12 +62,15 @@ def compared_layers(ctx: Context, pass_name: str, after: str) -> list[ComparedLa
             nested += 1
             continue
         original = known.get(walk.label(node))
+        missing.discard(walk.label(node))
         same = original is not None and original.op_type == node.op_type
         before = as_linear_layer(original) if same and original is not None else None
         if before is not None:
             found.append(ComparedLayer(node, before))
         elif original is None or not same:
             unknown += 1
+    if missing:
+        ctx.left(f"{len(missing)} layers have become other operators, or are gone", left=len(missing))
     if unknown:
         ctx.left(f"{unknown} products have no counterpart before the first lossy pass that computes the same")
     if nested:

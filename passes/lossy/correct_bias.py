@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import provenance
 from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.backend import Array
 from graphopt.walkthrough import Walkthrough
@@ -47,7 +48,7 @@ class CorrectBias(Pass):
                 if isinstance(bias, str):
                     left[bias] += 1
                     continue
-                difference = _difference(layer, now, before)
+                difference = _difference(layer, bias, ctx, now, before)
                 if difference is None:
                     left["their outputs cannot be compared"] += 1
                     continue
@@ -55,8 +56,7 @@ class CorrectBias(Pass):
                     continue
                 corrected += 1
                 largest = max(largest, difference.share)
-                if bias.adder is layer.node:
-                    now.repeat(layer.node)
+                now.repeat(bias.adder)
         for reason, count in left.items():
             ctx.left(f"{count} layers left: {reason}", left=count)
         text = f"the bias of {corrected} of {len(layers)} layers corrected"
@@ -79,12 +79,17 @@ def _bias(layer: ComparedLayer, ctx: Context) -> LayerBias | str:
     return bias_of(layer.node, layer.outputs, ctx)
 
 
-def _difference(layer: ComparedLayer, now: Walkthrough, before: Walkthrough) -> _Difference | None:
-    """Measure both; what the layer reads now is asked for too, so that it can run anew."""
-    read, made = layer.node.inputs[0], layer.node.outputs[0]
+def _difference(
+    layer: ComparedLayer, bias: LayerBias, ctx: Context, now: Walkthrough, before: Walkthrough
+) -> _Difference | None:
+    """Measure both, bias included; what the bias is added to is asked for too, so that the node can run anew."""
+    read = bias.adder.inputs[0 if bias.adder is layer.node else 1 - bias.index]
     assert read is not None, "a layer reads something"
-    present = (y for _, y in now.batches(read, made))
-    original = (y for (y,) in before.batches(layer.before.node.outputs[0]))
+    known = bias_of(layer.before.node, layer.outputs, ctx)
+    if isinstance(known, str) or not provenance.origins(known.adder) or known.adder.op_type != bias.adder.op_type:
+        return None
+    present = (y for _, y in now.batches(read, bias.adder.outputs[0]))
+    original = (y for (y,) in before.batches(known.adder.outputs[0]))
     old, new = _moments(original, layer), _moments(present, layer)
     if old is None or new is None:
         return None

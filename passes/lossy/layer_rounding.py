@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,55 +12,51 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import UsageError
 
+from ..analyses.linear_layers import LinearLayer
 from ..solvers.gptq import gptq
-from .sequential_moments import Moments, SequentialMoments
+from .quantized_readings import QuantizedReadings, means_of
 from .static_weights import RoundedWeight, Rounding, WeightTask, nearest, searched, without_data
-
-# Rows of each sample that are looked at: a few thousand in all, several times as many as layers have inputs.
-_ROWS_OF_A_SAMPLE = 64
 
 
 @contextmanager
-def compensated(ctx: Context) -> Iterator[_Compensation]:
+def _compensated(ctx: Context, layers: Iterable[LinearLayer]) -> Iterator[_Compensation]:
     """Open a rounder that makes up for rounding: by the weights still to be rounded, and by the bias.
 
     The objective is what is left of E‖W x + b − Ŵ x̂ − b̂‖², with x̂ what the layer reads in the model being quantized.
     The bias takes the mean of the difference, whatever it is due to (Nagel et al., Data-Free Quantization Through
     Weight Equalization and Bias Correction, 2019, section 4.2); the weights are rounded by GPTQ on the covariance of
-    x̂. Regressing W on x̂ beforehand is left out: on 64 images it lost more than it gained on all models measured.
+    x̂. Regressing W on x̂ beforehand is left out. Measured with 64 images, KL to float32 with it and without: ResNet-20
+    0.00222 and 0.00135, MobileNet 0.0102 and 0.0062, SqueezeNet 0.00758 and 0.00689.
 
     Args:
         ctx: Calibration data and the model, not lowered yet.
+        layers: The layers whose weights will be rounded.
     """
-    with SequentialMoments(ctx, compare=True, cross=False, limit=_ROWS_OF_A_SAMPLE) as moments:
-        yield _Compensation(moments)
+    with QuantizedReadings(ctx, layers) as readings:
+        yield _Compensation(readings)
 
 
 @dataclass(frozen=True, eq=False)
 class _Compensation:
     """A rounder that asks what its layer reads."""
 
-    moments: SequentialMoments
+    readings: QuantizedReadings
 
     def __call__(self, task: WeightTask) -> RoundedWeight:
         """Round a weight and correct its bias; to nearest where nothing is known of what the layer reads."""
-        layer = replace(task.layer, input=task.quantized_input)
-        found = self.moments.of(layer, task.layer.input.name or "")
+        found = self.readings.of(task.layer, task.quantized_input, whole=task.grid.block is not None)
         matrix = task.matrix()
         if found is None:
             return nearest(task)
-        moment = found.second if task.bias is None else _covariance(found)
-        weight = gptq(matrix, task.grid, moment, least_scales=task.least_scales)
+        moment = found.second if task.bias is None else found.covariance()
+        weight = gptq(matrix[:, found.columns], task.grid, moment, least_scales=task.least_scales)
+        codes = np.empty_like(weight.codes)
+        codes[:, found.columns] = weight.codes
+        weight = replace(weight, codes=codes)
         if task.bias is None or found.mean_before is None:
             return RoundedWeight(weight, task.bias)
         shift = _means(matrix, found.mean_before) - _means(weight.values(), found.mean)
         return RoundedWeight(weight, task.bias + shift.astype(np.float32))
-
-
-def _covariance(found: Moments) -> Array:
-    """Return the second moment around the mean, as a shift of the mean is the bias's to take."""
-    moment: Array = found.second - found.mean[:, :, None] * found.mean[:, None, :]
-    return moment
 
 
 def _means(matrix: Array, mean: Array) -> Array:
@@ -77,8 +73,8 @@ def rounding_of(solver: str) -> Rounding:
         UsageError: The solver is none of static quantization.
     """
     known: dict[str, Rounding] = {
-        "auto": compensated,
-        "gptq": compensated,
+        "auto": Rounding(_compensated, means_of),
+        "gptq": Rounding(_compensated, means_of),
         "rtn": without_data(nearest),
         "mse": without_data(searched),
     }

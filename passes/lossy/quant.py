@@ -80,7 +80,7 @@ class Quant(Pass):
         match self.mode:
             case "static":
                 return frozenset({Need.CANONICAL, Need.CALIBRATION})
-            case "auto":
+            case "auto" | "dynamic":
                 return frozenset({Need.CANONICAL, Need.CALIBRATION_OPTIONAL})
             case "weights" if self.solver in SOLVERS_WITH_DATA:
                 return frozenset({Need.CANONICAL, Need.CALIBRATION})
@@ -178,8 +178,8 @@ class Quant(Pass):
         scheme = ctx.target.static
         bits = grid.REDUCED_RANGE_BITS if scheme is not None and scheme.reduce_range else grid.FULL_RANGE_BITS
         weights = WeightStore(ctx, group != "tensor", bits)
-        quantize_dynamic(model, ctx, selection, weights)
-        quantize_weights(model, ctx, selection, weights)
+        in_float = quantize_dynamic(model, ctx, selection, weights)
+        quantize_weights(model, ctx, selection, weights, in_float=in_float)
 
     def _run_weights(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
         plan = weight_plan(ctx.target, self.weights, group, self.solver)
@@ -227,7 +227,7 @@ def _require_opset(model: ir.Model, first: int, mode: str) -> None:
     if found < first:
         raise PassError(
             f"pass `quant:mode={mode}` needs opset {first} and the model has {found}",
-            hint=f"put the pass `opset:to={max(first, PER_CHANNEL_OPSET)}` before it, or export the model with that or later",
+            hint=f"put the pass `opset:to={max(first, PER_CHANNEL_OPSET)}` before it, or export with that or later",
         )
 
 

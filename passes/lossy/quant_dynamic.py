@@ -14,6 +14,7 @@ from graphopt.authoring import Context
 
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers, readers_elsewhere
 from ..analyses.selection import Selection
+from .dynamic_trial import try_rounding
 from .integer_weights import WeightStore, weight_tensor
 
 _RULE = "quant-dynamic"
@@ -35,23 +36,30 @@ class Product:
     transpose: ir.Node | None = None
 
 
-def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, weights: WeightStore) -> None:
+def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, weights: WeightStore) -> frozenset[ir.Node]:
     """Put the matrix products the target runs well on dynamic ranges into integers, in subgraphs too.
 
     Each becomes DynamicQuantizeLinear, MatMulInteger, Cast, Mul and Add, which ONNX Runtime fuses into one kernel, or
     into two where products share the quantization of one activation. Measured on MiniLM, 8×64 tokens: merging the
     products of q, k and v into one (QAttention included) gains nothing over that, as the result has to be taken apart.
 
+    With calibration data, activations whose rounding hurts the outputs stay float, unless the run has a budget, which
+    judges that itself.
+
     Args:
         model: The model, changed in place.
         ctx: Target and rewriter.
         selection: Nodes that may run in integers.
         weights: Where weights are stored.
+
+    Returns:
+        The products that had better go on in float.
     """
     layers = linear_layers(model)
     lowering = _Lowering(ctx, weights)
     done: Counter[str] = Counter()
     left: Counter[tuple[str, str]] = Counter()
+    products: list[Product] = []
     for node in list(walk.every_node(model)):
         if not walk.is_onnx_op(node, *ctx.target.dynamic_ops) or not selection.allows(node):
             continue
@@ -61,9 +69,25 @@ def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, weight
         if product is None or reason is not None:
             left[node.op_type, reason or ""] += 1
             continue
+        products.append(product)
+    is_judged = ctx.weigh is not None or ctx.is_attempt
+    trial = None if is_judged else try_rounding(ctx, [product.layer for product in products])
+    spared = trial.spared if trial is not None else frozenset()
+    for product in products:
+        node = product.layer.node
+        if node in spared:
+            left[node.op_type, "its activation in 8 bits hurts the outputs"] += 1
+            continue
         done[node.op_type] += 1
         lowering.lower(product)
     _summarise(done, left, lowering, ctx)
+    if trial is not None:
+        trial.say(ctx)
+    elif ctx.data is None and products:
+        ctx.note(
+            "what activations lose in 8 bits was not looked at, for want of calibration data: give it with `--data`"
+        )
+    return spared
 
 
 def as_product(node: ir.Node) -> Product | None:

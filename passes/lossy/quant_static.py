@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +13,7 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.ranges import Range, RangeMethod
+from graphopt.statistics import Statistic
 from graphopt.target import IntegerScheme
 
 from ..analyses.integer_candidates import Unit
@@ -50,8 +52,9 @@ def quantize_static(
         rounding: Opens what decides the codes of the weights, which is asked for one after the other in graph order.
     """
     units = rewrite_means(model, ctx, plan, selection)
-    grids = _grids(units, ctx, plan)
-    with rounding(ctx) as rounder:
+    layers = [unit.layer for unit in units.units if unit.layer is not None]
+    grids = _grids(units, ctx, plan, rounding.requests(layers, model.graph))
+    with rounding.open(ctx, layers) as rounder:
         lowering = _Lowering(ctx, plan, units, grids, StaticWeights(ctx, plan, rounder))
         for unit in units.units:
             lowering.lower(unit)
@@ -59,11 +62,18 @@ def quantize_static(
     _summarise(units, lowering, ctx)
 
 
-def _grids(units: IntegerUnits, ctx: Context, plan: StaticPlan) -> dict[ir.Value, ActivationGrid]:
-    """Return the grid of each value in integers, by what was observed of it and of those that share its scale."""
+def _grids(
+    units: IntegerUnits, ctx: Context, plan: StaticPlan, also: Mapping[ir.Value, Sequence[Statistic[Any]]]
+) -> dict[ir.Value, ActivationGrid]:
+    """Return the grid of each value in integers, by what was observed of it and of those that share its scale.
+
+    What else will be asked for is observed in the same run.
+    """
     values = units.values()
     constants = {value: tensor.numpy() for value in values if (tensor := walk.constant_tensor(value)) is not None}
     varying = [value for value in values if value not in constants]
+    if also:
+        ctx.statistics({value: [plan.method.statistic(), *also.get(value, [])] for value in varying})
     fixed = {value: _span_of(array) for value, array in constants.items()}
 
     def spans(method: RangeMethod) -> dict[ir.Value, Range]:

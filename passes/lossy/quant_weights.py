@@ -22,7 +22,13 @@ _BYTES_SAVED, _BYTES_PER_SCALE = 3, 4
 
 
 def quantize_weights(
-    model: ir.Model, ctx: Context, selection: Selection, weights: WeightStore, *, is_rest: bool = False
+    model: ir.Model,
+    ctx: Context,
+    selection: Selection,
+    weights: WeightStore,
+    *,
+    is_rest: bool = False,
+    in_float: frozenset[ir.Node] = frozenset(),
 ) -> None:
     """Store the weights of linear layers and the tables of embeddings as int8.
 
@@ -36,8 +42,9 @@ def quantize_weights(
         selection: Nodes whose weights may be stored as integers.
         weights: Where weights are stored.
         is_rest: Whether other weights have been stored already, so that finding none is nothing to speak of.
+        in_float: Nodes that must not compute on the integers: the runtime would round what they read.
     """
-    lowering = _Lowering(ctx, weights, walk.opset(model) >= PER_CHANNEL_OPSET)
+    lowering = _Lowering(ctx, weights, walk.opset(model) >= PER_CHANNEL_OPSET, in_float)
     chosen: dict[ir.Value, LinearLayer] = {}
     for node in walk.every_node(model):
         layer = _weight_of(node, ctx)
@@ -95,6 +102,7 @@ class _Lowering:
         ctx: Where edits are made.
         weights: Weights stored so far.
         has_axis: Whether a DequantizeLinear may have a scale for each channel.
+        in_float: Nodes that must not compute on the integers.
         done: How many readers of each operator.
         direct: How many of them are in the form that computes on the integers.
     """
@@ -102,6 +110,7 @@ class _Lowering:
     ctx: Context
     weights: WeightStore
     has_axis: bool
+    in_float: frozenset[ir.Node]
     done: Counter[str] = field(default_factory=Counter)
     direct: int = 0
 
@@ -117,7 +126,7 @@ class _Lowering:
                 self.done[node.op_type] += 1
                 if _is_lookup(node) and layer.output_axis == 0 and node.inputs[0] is weight:
                     self._gather_integers(node, stored)
-                elif self.has_axis and _multiplies_directly(node, layer):
+                elif self.has_axis and node not in self.in_float and _multiplies_directly(node, layer):
                     self._dequantize(node, layer.output_axis, stored)
                 else:
                     self._read_floats(node, weight, layer, stored, floats)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,9 +15,10 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import PassError
+from graphopt.statistics import Statistic
 from graphopt.target import IntegerScheme
 
-from ..analyses.linear_layers import LinearLayer
+from ..analyses.linear_layers import LinearLayer, has_channel_bias
 from ..solvers import grid
 from ..solvers.grid import Grid, GridWeight
 from ..solvers.scale_search import mse
@@ -71,8 +73,19 @@ class RoundedWeight:
 
 
 Rounder = Callable[[WeightTask], RoundedWeight]
-# Opens a rounder for a model that is about to be lowered, and closes it when that is done.
-Rounding = Callable[[Context], AbstractContextManager[Rounder]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """A way to round.
+
+    Attributes:
+        open: Opens a rounder for layers of a model that is about to be lowered, and closes it when that is done.
+        requests: Returns the statistics it will ask of layers of a graph, so that they are observed with all others.
+    """
+
+    open: Callable[[Context, Iterable[LinearLayer]], AbstractContextManager[Rounder]]
+    requests: Callable[[Iterable[LinearLayer], ir.Graph], Mapping[ir.Value, Sequence[Statistic[Any]]]]
 
 
 def nearest(task: WeightTask) -> RoundedWeight:
@@ -87,7 +100,7 @@ def searched(task: WeightTask) -> RoundedWeight:
 
 def without_data(rounder: Rounder) -> Rounding:
     """Return a way to open a rounder that looks at nothing but the weight."""
-    return lambda ctx: nullcontext(rounder)
+    return Rounding(lambda ctx, layers: nullcontext(rounder), lambda layers, graph: {})
 
 
 def weight_grid(scheme: IntegerScheme, group: str | int, layer: LinearLayer) -> Grid:
@@ -126,7 +139,7 @@ class StaticWeights:
     def __init__(self, ctx: Context, plan: StaticPlan, rounder: Rounder) -> None:
         self.ctx, self.plan, self.scheme, self.rounder = ctx, plan, plan.scheme, rounder
         self.raised = 0
-        self._stored: dict[tuple[ir.Value, int, int], _Stored] = {}
+        self._stored: dict[tuple[ir.Value, int, int, Grid], _Stored] = {}
 
     def lower(
         self,
@@ -174,14 +187,14 @@ class StaticWeights:
     def _bias_of(self, layer: LinearLayer, beta: float) -> Array | None:
         """Return a constant bias of one number for each output as float32 [outputs]."""
         tensor = walk.constant_tensor(layer.bias)
-        if tensor is None or tensor.size != int(weight_tensor(layer).shape[layer.output_axis]):  # type: ignore[arg-type]
+        if tensor is None or not has_channel_bias(layer):
             return None
         return tensor.numpy().reshape(-1).astype(np.float32) * np.float32(beta)
 
     def _store(self, task: WeightTask, more_channels: int) -> tuple[_Stored, Array | None]:
         """Return the constants of a weight, made now or for a layer before, and the bias that goes with them."""
         layer, least = task.layer, task.least_scales
-        key = (layer.weight, layer.output_axis, more_channels)
+        key = (layer.weight, layer.output_axis, more_channels, task.grid)
         known = self._stored.get(key)
         if known is not None and task.factor == 1.0 and (least is None or bool((known.per_output >= least).all())):
             return known, task.bias

@@ -30,6 +30,10 @@ _SHARES = (1.0, 0.85, 0.72, 0.61, 0.52, 0.44)
 _MOVES_OF_ONE_END = (0.92, 1.08)
 _MOVES_OF_AN_END = (0.64, 0.8, 1.25, 1.56)
 _SCORES_RANK = 2
+# Scores are compared at this temperature, as distillation does (Hinton et al., 2015): as they are, the few samples
+# that a model is in doubt about make all of the divergence, and a choice by 32 samples would be one by two or three.
+_TEMPERATURE = 4.0
+_SUM_TOLERANCE, _LEAST_PROBABILITY = 1e-2, 1e-12
 
 Spans = Mapping[ir.Value, Range]
 
@@ -159,7 +163,9 @@ class _Probe:
         with self.walkthrough() as steps:
             self._reference = [self._named(batch) for batch in steps.batches(*self._outputs)]
         first = next(iter(self._reference[0].values())) if self._reference else None
-        self._of_classes = isinstance(first, np.ndarray) and first.ndim == _SCORES_RANK
+        self._of_classes = isinstance(first, np.ndarray) and first.ndim == _SCORES_RANK and first.shape[1] > 1
+        if self._of_classes:
+            self._reference = [_softened(batch) for batch in self._reference]
 
     def walkthrough(self) -> Walkthrough:
         """Return a walkthrough of the copy over the samples, from the start."""
@@ -196,12 +202,22 @@ class _Probe:
         tallies = [Tally((), self._of_classes) for _ in feeds]
         for reference, trials in zip(self._reference, steps.trials(self._outputs, feeds), strict=True):
             for tally, results in zip(tallies, trials, strict=True):
+                outputs = self._named(results)
                 count = max((len(one) for one in results if np.ndim(one)), default=1)
-                tally.update(self._named(results), reference, Batch({}, None, count))
+                tally.update(_softened(outputs) if self._of_classes else outputs, reference, Batch({}, None, count))
         return [tally.standing().divergence for tally in tallies]
 
     def _named(self, results: Iterable[Any]) -> dict[str, Any]:
         return {f"out{place}": result for place, result in enumerate(results)}
+
+
+def _softened(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the outputs, the first as logits at a higher temperature."""
+    name = next(iter(outputs))
+    scores = np.asarray(outputs[name], np.float32)
+    if bool((scores >= 0).all()) and np.allclose(scores.sum(axis=-1), 1.0, atol=_SUM_TOLERANCE):
+        scores = np.log(np.maximum(scores, _LEAST_PROBABILITY))
+    return {**outputs, name: scores / np.float32(_TEMPERATURE)}
 
 
 class _Feeds:

@@ -29,7 +29,10 @@ class IntegerProduct(Rule):
         return op.Add(op.MatMul(x, w, _id="product"), b)
 
     def applies(self, m: Match) -> bool:
-        return is_dequantized_product(m.product.outputs[0]) and walk.constant_tensor(m.b) is not None
+        if not is_dequantized_product(m.product.outputs[0]) or walk.constant_tensor(m.b) is None:
+            return False
+        makers = [value.producer() for value in m.product.inputs if value is not None]
+        return m.include([maker for maker in makers if maker is not None])
 
     def check(self, m: Match) -> Miss | None:
         weight, source = m.w.producer(), m.x.producer()

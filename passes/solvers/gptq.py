@@ -119,7 +119,9 @@ class _Sweep:
         order = np.broadcast_to(np.arange(inputs), (groups, inputs))
         if by_importance:
             order = np.argsort(-np.diagonal(second_moments, axis1=1, axis2=2), axis=1, kind="stable")
-        factors = np.stack([upper_factor(h[np.ix_(at, at)], damping) for h, at in zip(second_moments, order, strict=True)])
+        factors = np.stack(
+            [upper_factor(h[np.ix_(at, at)], damping) for h, at in zip(second_moments, order, strict=True)]
+        )
         ends = np.diagonal(factors, axis1=1, axis2=2).copy()
         feedback = factors / ends[:, None]  # how much of an earlier column's error each column makes up for
         block = self.grid.block or inputs

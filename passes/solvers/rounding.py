@@ -104,7 +104,7 @@ def _sweep(
             moved[column - start] = change * scale
             levels[column] = best
             local[:, outputs] -= moment[start:end, column, None] * moved[column - start, outputs]
-        outputs = _some_or_all(moved.any(axis=0))
+        outputs = _some_or_all(np.any(moved, axis=0, keepdims=True)[0])
         if outputs is None:
             continue
         any_moved = True

@@ -70,9 +70,16 @@ _ORT_CPU_SLOW_OPS = frozenset({"GroupNormalization", "Swish"})
 _ORT_X86_SLOW_OPS = _ORT_CPU_SLOW_OPS | {"com.microsoft::SkipLayerNormalization"}
 
 
+# ONNX Runtime 1.31 makes a MatMulNBits of a product and a DequantizeLinear before it. With 2 bits it then takes each row
+# of codes to begin with a new byte, which the standard does not: where rows end within a byte, the results are noise.
+_ORT_WHOLE_BYTES = (2,)
 # Read four bits at a time by kernels that compute in int8; `accuracy_level` 4 says they may. Blocks below 16 have none.
 _ORT_CPU_WEIGHT_ONLY = WeightOnlyScheme(
-    form="MatMulNBits", bits=(2, 4, 8), accuracy_level=4, embedding="GatherBlockQuantized"
+    form="MatMulNBits",
+    bits=(2, 4, 8),
+    accuracy_level=4,
+    embedding="GatherBlockQuantized",
+    whole_bytes=_ORT_WHOLE_BYTES,
 )
 
 
@@ -239,7 +246,7 @@ TARGETS = {
             provider="cpu",
             static=_u8s8(reduce_range=False),
             alternatives=_STANDARD,
-            weight_only=WeightOnlyScheme(form="DequantizeLinear", bits=(2, 4, 8)),
+            weight_only=WeightOnlyScheme(form="DequantizeLinear", bits=(2, 4, 8), whole_bytes=_ORT_WHOLE_BYTES),
             integer_ops=_MATRIX_OPS | {"Conv"},
             dynamic_ops=_MATRIX_OPS,
             weight_only_ops=_WEIGHT_OPS,

@@ -223,14 +223,16 @@ class _Search:
         with self.job.display.stage("counting edits"):
             manager = self.job.manager()
             model = self.start.clone()
-            manager.run(model)
+            with self.job.opened:
+                manager.run(model)
         return manager.journal.edits
 
     def state(self, edits: int) -> ir.Model:
         """Return the model as the run has it after some of its edits."""
         model = self.start.clone()
         if edits:
-            self.job.manager(limit=edits).run(model)
+            with self.job.opened:
+                self.job.manager(limit=edits).run(model)
             forget_inferred(model)
         return model
 

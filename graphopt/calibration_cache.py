@@ -20,7 +20,7 @@ from graphopt.statistics import Statistic
 Result = TypeVar("Result")
 
 # Part of every name: files written by a graphopt that computes or stores anything differently are not found.
-_FORMAT = "graphopt calibration 1"
+_FORMAT = "graphopt calibration 2"
 _NAME_BYTES = 16
 # Held in memory; second moments of many wide layers may be more, and are then read from the folder or computed again.
 MEMORY_LIMIT = 1 << 30
@@ -105,10 +105,11 @@ class CalibrationCache:
                 np.savez(file, **{_ABOUT: np.array(name), **arrays})  # type: ignore[arg-type]
             temporary.replace(path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             self.folder = None
             self.remarks.append(f"calibration cache: `{path.parent}` takes no more files: {error.strerror}")
+        finally:  # an interrupt leaves nothing half written either
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def take_remarks(self) -> list[str]:
         """Return the remarks and forget them."""

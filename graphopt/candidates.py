@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -90,18 +92,36 @@ class CandidateJudge:
         used, why = self._used(standing.metrics)
         return Standing(standing.kind, standing.divergence, standing.outputs, standing.metrics, used, why)
 
+    def close(self) -> None:
+        """Let go of the outputs of the original; asked again, the judge runs it anew."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _reference(self) -> _KeptOutputs:
         """Run the original at the first call, and keep what it gives."""
         if self._kept is None:
-            kept, tally = _KeptOutputs(), Tally(self.metrics, self._first_is_of_classes)
-            with self._backend.open(self._original, threads=self._threads) as session:
-                self._use_fewer(session)
-                for batch in self.data.batches(CANDIDATE_BATCH):
-                    outputs = session.run(batch.feeds)
-                    kept.append(outputs)
-                    tally.update(outputs, outputs, batch)
-            self._kept, self._baseline = kept, tally.standing().metrics
-            self._check_budgets()
+            with ExitStack() as undone:
+                kept, tally = _KeptOutputs(), Tally(self.metrics, self._first_is_of_classes)
+                undone.callback(kept.close)
+                with self._backend.open(self._original, threads=self._threads) as session:
+                    self._use_fewer(session)
+                    for batch in self.data.batches(CANDIDATE_BATCH):
+                        outputs = session.run(batch.feeds)
+                        kept.append(outputs)
+                        tally.update(outputs, outputs, batch)
+                self._baseline = tally.standing().metrics
+                self._check_budgets()
+                undone.pop_all()
+            self._kept = kept
         return self._kept
 
     def _use_fewer(self, session: Session) -> None:
@@ -159,11 +179,11 @@ def _usable(metric: type[Metric], data: Dataset) -> type[Metric]:
 
 
 class _KeptOutputs:
-    """Outputs of the original, batch by batch; beyond a limit in files that go with this object."""
+    """Outputs of the original, batch by batch; beyond a limit in files that go when this is closed."""
 
     def __init__(self) -> None:
         self._batches: list[dict[str, Any]] = []
-        self._bytes = 0
+        self._bytes = self._files = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def append(self, outputs: Mapping[str, Any]) -> None:
@@ -178,7 +198,8 @@ class _KeptOutputs:
             return value
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
-        file = Path(self._folder.name) / f"{self._bytes}.npy"
+        file = Path(self._folder.name) / f"{self._files}.npy"
+        self._files += 1
         np.save(file, value)
         return file
 
@@ -186,6 +207,13 @@ class _KeptOutputs:
         """Return the outputs of one batch."""
         batch = self._batches[index]
         return {name: np.load(one) if isinstance(one, Path) else one for name, one in batch.items()}
+
+    def close(self) -> None:
+        """Let go of everything kept."""
+        self._batches.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 class Tally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -15,8 +15,8 @@ from graphopt.mapped import COPY_CHUNK, MappedTensor
 _KEY_BYTES = 16
 _DIGEST = "graphopt.content"
 
-# The key of a value, or None where nobody can tell what it will be.
-Keys = MutableMapping[ir.Value, str | None]
+# The key of a value, or None where nobody can tell what it will be; one map for each graph around it.
+Keys = ChainMap[ir.Value, str | None]
 
 
 class ContentKeys:
@@ -35,7 +35,7 @@ class ContentKeys:
         self._random = walk.random_functions(model)
         self._bodies: dict[ir.OperatorIdentifier, str | None] = {}
         self._imports = model.opset_imports
-        self._keys: Keys = {}
+        self._keys: Keys = ChainMap()
         self._left = set(model.graph)
         for value in model.graph.inputs:
             default = tensor_digest(value.const_value) if value.const_value is not None else ""
@@ -97,9 +97,10 @@ class ContentKeys:
 
     def _graph(self, graph: ir.Graph | ir.Function, keys: Keys, imports: Mapping[str, int]) -> str | None:
         """Return the key of a nested graph, or of a function; what it captures counts by its own key."""
-        inner: Keys = ChainMap({}, keys)
+        inner = keys.new_child()
         for index, value in enumerate(graph.inputs):
-            inner[value] = _hashed("parameter", str(len(keys)), str(index), str(value.type))
+            # The depth tells the parameters of a graph from those of graphs around it.
+            inner[value] = _hashed("parameter", str(len(inner.maps)), str(index), str(value.type))
         for node in graph:
             self._visit(node, inner, imports)
         outputs = [self._of(value, inner) for value in graph.outputs]
@@ -109,7 +110,11 @@ class ContentKeys:
     def _function(self, identifier: ir.OperatorIdentifier) -> str | None:
         if identifier not in self._bodies:
             function = self._functions[identifier]
-            self._bodies[identifier] = self._graph(function, {}, function.opset_imports)
+            # Attributes that a call leaves out are what the function says.
+            defaults = [self._attribute(one, ChainMap(), {}) for _, one in sorted(function.attributes.items())]
+            body = self._graph(function, ChainMap(), function.opset_imports)
+            known = body is not None and None not in defaults
+            self._bodies[identifier] = _hashed("function", body, *defaults) if known else None
         return self._bodies[identifier]
 
 

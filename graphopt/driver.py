@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,7 @@ class Run:
         self.judge: Judge | None = None
         self.reproducers = self._open_reproducers()
         self.calibration_cache = CalibrationCache(request.calibration_cache)
+        self.opened = ExitStack()  # what passes were given; closed after they ran
 
     @property
     def _original_is_needed(self) -> bool:
@@ -332,7 +334,8 @@ class Run:
         manager = self.manager(self._instruments(report), limit=limit)
         report.steps = manager.records
         try:
-            manager.run(self.model)
+            with self.opened:
+                manager.run(self.model)
             report.stopped_after_edits = limit if manager.stopped else None
             if self.request.verify == "final":
                 self._verify_at_end(report)
@@ -415,6 +418,7 @@ class Run:
                     most_bytes=SELECTION_BYTES,
                     threads=request.threads,
                 )
+                self.opened.enter_context(judge)
             return judge(model)
 
         return weigh

@@ -192,6 +192,10 @@ class _Analysis:
 
     def run(self) -> Sensitivity:
         context, judge = self._prepare()
+        with judge:
+            return self._analyse(context, judge)
+
+    def _analyse(self, context: Context, judge: CandidateJudge) -> Sensitivity:
         layers = [layer for layer in layers_of(context.model) if _is_chosen(layer, self.one)]
         with self.job.display.stage(f"all layers with {self.spec}"):
             whole = context.attempt(self.one.run, predicts=True)

@@ -188,8 +188,9 @@ def _convert_scalar(value: Any, hint: Any, place: str) -> Any:
             return value if isinstance(value, hint) else hint(value)
         except (TypeError, ValueError):
             raise UsageError(f"{place} cannot be `{value}`", hint=_number_hint(hint)) from None
-    if hint is str and isinstance(value, str):
-        return value
+    # A word may be a number, `group=32`, which TOML and Python then write as one.
+    if hint is str and isinstance(value, (str, int)) and not isinstance(value, bool):
+        return str(value)
     raise UsageError(f"{place} cannot be `{value}`", hint=f"a value of type {getattr(hint, '__name__', hint)}")
 
 

@@ -23,6 +23,8 @@ SMALLEST_EXPONENT = -100
 HISTOGRAM_ELEMENTS = 1 << 15
 # Elements looked at together, few enough to stay in a core's cache through all steps.
 _CHUNK = 1 << 16
+# What the histograms of a value may take: 4,096 channels of the usual number of bins.
+HISTOGRAM_BYTES_LIMIT = 256 << 20
 # Counting one by one takes about as long as adding this many zeros.
 _BINS_FOR_ONE_PLACE = 8
 
@@ -104,7 +106,8 @@ class MovingAverage:
     """The mean over the samples of each one's smallest and largest value.
 
     Other tools average over batches. An average over samples does not hang on how they are batched, nor on their
-    order; of a value whose first axis is not samples, each batch counts as one sample.
+    order. Where the first axis is not samples, all that is given at once counts as one sample: whoever observes such a
+    value gives one sample at a time.
 
     Attributes:
         axis: Axis of channels that are told apart, or None.
@@ -210,7 +213,7 @@ class Histogram:
         axis: Axis of channels that are told apart, or None.
         bins: Number of bins, a power of two; each channel has as many.
         elements: How many elements of a sample are counted, evenly spaced, where there are more; the smallest and
-            largest value are always those of all.
+            largest value are always those of all. Which ones does not hang on how samples are batched.
     """
 
     axis: int | None = None
@@ -351,6 +354,12 @@ class _Histogram(_Channels):
         self._begin(1)
 
     def _begin(self, channels: int) -> None:
+        most = HISTOGRAM_BYTES_LIMIT // (channels * np.dtype(np.int64).itemsize)
+        if self.bins > most:
+            # A power of two, as numbers of bins are.
+            fewer = f"`Histogram(axis, bins={1 << max(most.bit_length() - 1, 0)})`, or " if most else ""
+            found = f"{channels} channels along axis {self.axis}, too many for {self.bins} bins each"
+            raise DataError(f"has {found}", hint=f"ask for {fewer}one histogram of all channels")
         self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
         self.exponent = np.full(channels, SMALLEST_EXPONENT)
         # One bin more holds what lies on the upper edge itself.
@@ -365,7 +374,10 @@ class _Histogram(_Channels):
             self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
         if values.size:
             self._cover(np.maximum(np.abs(self.low), np.abs(self.high)))
-            for piece in _pieces(_thinned(parts, values.shape, self.elements * samples)):
+            by_sample = _by_sample(values, samples, self.axis)
+            alike = max(samples // len(by_sample), 1)
+            shape = len(values) // len(by_sample) if values.ndim else 1, *values.shape[1:]
+            for piece in _pieces(_thinned(by_sample, shape, self.elements * alike)):
                 self._count(piece)
 
     def _count(self, piece: Array) -> None:
@@ -434,15 +446,23 @@ def _pieces(parts: Array) -> Iterator[Array]:
             yield parts[start : start + rows, :, left : left + wide].astype(np.float32, copy=False)
 
 
-def _thinned(parts: Array, shape: tuple[int, ...], most: int) -> Array:
-    """Return about so many elements of [outer, channels, inner], evenly spaced, or all if there are no more."""
-    outer, channels, inner = parts.shape
-    step = max(1, parts.size // max(most, 1))
+def _thinned(by_sample: Array, shape: tuple[int, ...], most: int) -> Array:
+    """Return about so many elements of each sample, evenly spaced, or all if there are no more.
+
+    Args:
+        by_sample: [samples, outer, channels, inner].
+        shape: Shape of one sample.
+        most: How many elements of each.
+
+    Returns:
+        [outer, channels, inner].
+    """
+    samples, outer, channels, inner = by_sample.shape
+    step = max(1, outer * channels * inner // max(most, 1))
     # A step that shares no factor with any axis comes by every row, column and channel alike.
     while step > 1 and any(math.gcd(step, size) > 1 for size in shape if size > 1):
         step += 1
-    if step == 1:
-        return parts
     if channels == 1:
-        return parts.reshape(1, 1, -1)[:, :, ::step]
-    return parts[:, :, ::step] if inner >= outer else parts[::step]
+        return by_sample.reshape(samples, 1, -1)[:, :, ::step]
+    kept = by_sample[..., ::step] if inner >= outer else by_sample[:, ::step]
+    return kept.reshape(-1, channels, kept.shape[-1])

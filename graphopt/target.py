@@ -59,6 +59,8 @@ class WeightOnlyScheme:
         blocks: Block sizes it takes.
         accuracy_level: What MatMulNBits may compute in: 0 as the input, 1 float32, 2 float16, 3 bfloat16, 4 int8.
         embedding: ``GatherBlockQuantized``, or None where a table's rows are gathered as codes and scaled.
+        whole_bytes: Widths read rightly through DequantizeLinear only where each row of the matrix, as it is stored,
+            fills whole bytes.
     """
 
     form: Literal["MatMulNBits", "DequantizeLinear"]
@@ -66,6 +68,7 @@ class WeightOnlyScheme:
     blocks: tuple[int, ...] = (16, 32, 64, 128, 256)
     accuracy_level: int = 0
     embedding: Literal["GatherBlockQuantized"] | None = None
+    whole_bytes: tuple[int, ...] = ()
 
     def describe(self) -> str:
         """Return it in a few words: ``4, 8 bits in MatMulNBits, blocks 16-256``."""

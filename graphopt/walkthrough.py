@@ -27,8 +27,9 @@ LARGEST_BATCH = 16
 class Walkthrough:
     """Runs a model over samples up to the values asked for, and goes on from there when asked for later ones.
 
-    Only the values that nodes not yet run will read are kept, large ones in a file, so that going through all values
-    in the order of the graph costs one run of the model. The model may be edited in between: a node runs as it is when
+    Only the inputs of the model and the values that nodes not yet run will read are kept, large ones in a file, so that
+    going through all values in the order of the graph costs one run of the model, and an earlier value can be computed
+    anew. The model may be edited in between: a node runs as it is when
     a value that hangs on it is first asked for, and what has run is not run again.
 
     Args:
@@ -44,7 +45,11 @@ class Walkthrough:
         self._store = _Store()
         self._done: set[ir.Node] = set()
         self._batches: list[Batch] = []
-        self._read_inputs(data)
+        try:
+            self._read_inputs(data)
+        except BaseException:
+            self.close()
+            raise
 
     def batches(self, *values: ir.Value) -> Iterator[tuple[Array, ...]]:
         """Yield what values hold, batch by batch, without rows that only pad a fixed batch.
@@ -186,7 +191,10 @@ def _batch_size(data: Dataset) -> int:
 
 
 class _Store:
-    """Arrays by value and batch, in memory up to `MEMORY_LIMIT`, the rest in files of a temporary folder."""
+    """Arrays by value and batch, in memory up to `MEMORY_LIMIT`, the rest in files of a temporary folder.
+
+    Only what it wrote there itself is held as a memmap, and only such files are deleted.
+    """
 
     def __init__(self) -> None:
         self._arrays: dict[ir.Value, list[Array]] = {}
@@ -206,6 +214,8 @@ class _Store:
         """Keep the array of a value's next batch; nothing is kept of an input that was not given."""
         if array is None:
             return
+        if isinstance(array, np.memmap):  # of samples somebody else keeps in a file
+            array = np.asarray(array)
         if self._held + _size(array) > MEMORY_LIMIT and _can_spill(array):
             array = self._spill(array)
         else:

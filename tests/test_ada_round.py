@@ -175,7 +175,7 @@ def test_channels_of_zeros_are_no_other_layout() -> None:
 
 def test_weights_stored_otherwise_are_said_to_be_left() -> None:
     run = run_passes(loaded(network()), "prune,ada-round", data=DATA)
-    assert any("2 layers left: their weight is read through no DequantizeLinear" in text for text in run.remarks)
+    assert any("layers left: 2, as their weight is read through no DequantizeLinear" in text for text in run.remarks)
 
 
 def test_without_a_lossy_pass_before_it() -> None:

@@ -148,3 +148,12 @@ def test_a_pass_that_needs_canonical_form_comes_before_one_that_leaves_another()
         schedule(Pipeline.parse("O2,prune"), has_data=False)
     assert caught.value.hint == "put `O2` last"
     assert [step.name for step in schedule(Pipeline.parse("prune,O2"), has_data=False)] == ["simplify", "prune", "O2"]
+
+
+def test_a_word_that_is_a_number_is_the_same_in_all_spellings() -> None:
+    from graphopt.passes import Quant
+
+    text = "quant:mode=weights:weights=int4:group=32"
+    recipe = '[[pass]]\nname = "quant"\nmode = "weights"\nweights = "int4"\ngroup = 32\n'
+    objects = Pipeline.of([Quant(mode="weights", weights="int4", group=32)])  # type: ignore[arg-type]
+    assert str(Pipeline.parse(text)) == str(Pipeline.from_toml(recipe)) == str(objects) == text

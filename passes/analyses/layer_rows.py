@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -116,11 +117,13 @@ def _window(layer: LinearLayer, sizes: Sequence[int]) -> _Window:
 
 def _unfold(x: Array, window: _Window, groups: int, limit: int | None) -> Array:
     """Return [groups, samples × positions, kernel positions × channels of a group]."""
-    views, rank = _windows(x, window), len(window.kernel)
+    views: Array = _windows(x, window)
+    rank = len(window.kernel)
     samples, channels, *positions = views.shape[: 2 + rank]
     chosen = np.unravel_index(np.arange(math.prod(positions))[_evenly(math.prod(positions), limit)], positions)
     # [samples, channels, positions, kernel...] of the chosen positions alone
-    taken = views[(slice(None), slice(None), *chosen)]
+    at: tuple[Any, ...] = (slice(None), slice(None), *chosen)
+    taken = views[at]
     count, size = len(chosen[0]), math.prod(window.kernel)
     split = taken.reshape(samples, groups, channels // groups, count, size)
     ordered = split.transpose(1, 0, 3, 4, 2)

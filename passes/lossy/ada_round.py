@@ -60,7 +60,7 @@ class AdaRound(Pass):
                     continue
                 _improve(layer, weight, found, ctx, total)
         for reason, count in left.items():
-            ctx.left(f"{count} layers left: {reason}", left=count)
+            ctx.left(f"layers left: {count}, as {reason}", left=count)
         total.note(ctx, len(layers))
 
 

@@ -67,14 +67,17 @@ class CodedWeights:
         reading = {use.node for use in weight.uses()}
         readers = [node for node in walk.every_node(self.ctx.model) if node in reading]
         with self.ctx.rewriter.edit(_RULE, *readers):
-            first = self.ctx.model.graph[0]
             stored = self._store(layer, solution)
             multiplying = {node for node in readers if self._multiplies_directly(node, layer, solution)}
             # Where the floats are there anyway, rows are read from them.
             looking = {node for node in readers if is_lookup(node) and layer.output_axis == 0}
             if looking | multiplying != set(readers):
                 looking = set()
+            # Before any reader is erased, as the first node of the model may be one.
+            in_codes = multiplying | looking
             floats = None
+            if in_codes != set(readers):
+                floats = self._decode(self.ctx.model.graph[0], readers[0], layer, stored)
             for node in readers:
                 self.done[node.op_type] += 1
                 if node in multiplying:
@@ -82,11 +85,13 @@ class CodedWeights:
                 elif node in looking:
                     self._look_up(node, stored)
                 else:
-                    floats = floats if floats is not None else self._decode(first, readers[0], layer, stored)
-                    for index, value in enumerate(node.inputs):
-                        if value is weight:
-                            self.ctx.rewriter.set_input(node, index, floats)
+                    self._read(node, weight, floats)
             self.ctx.rewriter.remove_if_unread(weight)
+
+    def _read(self, node: ir.Node, weight: ir.Value, floats: ir.Value | None) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is weight:
+                self.ctx.rewriter.set_input(node, index, floats)
 
     def _store(self, layer: LinearLayer, solution: CodebookWeight) -> StoredCodes:
         rewriter, name = self.ctx.rewriter, layer.weight.name or "weight"

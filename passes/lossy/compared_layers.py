@@ -70,9 +70,11 @@ def compared_layers(ctx: Context, pass_name: str, after: str) -> list[ComparedLa
         elif original is None or not same:
             unknown += 1
     if missing:
-        ctx.left(f"{len(missing)} layers have become other operators, or are gone", left=len(missing))
+        ctx.left(f"layers that have become other operators, or are gone: {len(missing)}", left=len(missing))
     if unknown:
-        ctx.left(f"{unknown} products have no counterpart before the first lossy pass that computes the same")
+        ctx.left(
+            f"products without a counterpart before the first lossy pass: {unknown}; or an exact pass changed it since"
+        )
     if nested:
-        ctx.left(f"{nested} products are inside subgraphs or functions, out of sight of the data")
+        ctx.left(f"products inside subgraphs or functions, out of sight of the data: {nested}")
     return found

@@ -58,7 +58,7 @@ class CorrectBias(Pass):
                 largest = max(largest, difference.share)
                 now.repeat(bias.adder)
         for reason, count in left.items():
-            ctx.left(f"{count} layers left: {reason}", left=count)
+            ctx.left(f"layers left: {count}, as {reason}", left=count)
         text = f"the bias of {corrected} of {len(layers)} layers corrected"
         if corrected:
             text += f", by up to {largest:.2g} standard deviations of what they give"

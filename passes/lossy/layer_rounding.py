@@ -14,6 +14,7 @@ from graphopt.errors import UsageError
 
 from ..analyses.linear_layers import LinearLayer
 from ..solvers.gptq import gptq
+from ..solvers.one_thread import one_thread
 from .quantized_readings import QuantizedReadings, means_of
 from .static_weights import RoundedWeight, Rounding, WeightTask, nearest, searched, without_data
 
@@ -32,7 +33,7 @@ def _compensated(ctx: Context, layers: Iterable[LinearLayer]) -> Iterator[_Compe
         ctx: Calibration data and the model, not lowered yet.
         layers: The layers whose weights will be rounded.
     """
-    with QuantizedReadings(ctx, layers) as readings:
+    with one_thread(), QuantizedReadings(ctx, layers) as readings:
         yield _Compensation(readings)
 
 

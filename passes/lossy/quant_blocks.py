@@ -195,10 +195,7 @@ def _is_finite(rows: Array) -> bool:
 
 
 def _can_lower(reader: WeightReader, plan: WeightPlan) -> str | None:
-    block = plan.group if isinstance(plan.group, int) else None
-    if plan.uses_runtime_operator:
-        return can_lower_to_runtime(reader)
-    return can_lower_to_standard(reader, block)
+    return can_lower_to_runtime(reader) if plan.uses_runtime_operator else can_lower_to_standard(reader, plan)
 
 
 def _sizes(matrix: StoredMatrix) -> tuple[int, int]:

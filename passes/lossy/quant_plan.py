@@ -56,6 +56,7 @@ def parse_group(text: str | None) -> Group | None:
     """
     if text is None or text == "tensor" or text == "channel":
         return text  # type: ignore[return-value]
+    text = str(text)  # from Python it may be a number
     if text.isdecimal() and SMALLEST_BLOCK <= int(text) <= LARGEST_BLOCK and int(text).bit_count() == 1:
         return int(text)
     raise UsageError(

@@ -53,15 +53,16 @@ class SequentialMoments:
 
     def __init__(self, ctx: Context, *, compare: bool, cross: bool = True, limit: int | None = None) -> None:
         self._graph, self._limit, self._cross = ctx.model.graph, limit, cross
-        self._stack = ExitStack()
-        self._now = self._stack.enter_context(ctx.walkthrough())
         self._before = None
         self._values: dict[str, ir.Value] = {}
-        if compare:
-            copy = ctx.model.clone()
-            self._before = self._stack.enter_context(ctx.walkthrough(copy))
-            self._values = {value.name or "": value for value in copy.graph.inputs}
-            self._values.update({value.name or "": value for node in copy.graph for value in node.outputs})
+        with ExitStack() as stack:
+            self._now = stack.enter_context(ctx.walkthrough())
+            if compare:
+                copy = ctx.model.clone()
+                self._before = stack.enter_context(ctx.walkthrough(copy))
+                self._values = {value.name or "": value for value in copy.graph.inputs}
+                self._values.update({value.name or "": value for node in copy.graph for value in node.outputs})
+            self._stack = stack.pop_all()
         self._known: tuple[str, Moments] | None = None
 
     def of(self, layer: LinearLayer, name: str) -> Moments | None:

@@ -19,6 +19,7 @@ from .weight_plan import WeightPlan
 from .weight_readers import StoredMatrix, WeightReader
 
 _NAME = "w"
+_BYTE_BITS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +65,14 @@ def lower_to_standard(matrix: StoredMatrix, found: GridWeight, plan: WeightPlan,
     release(rewriter, matrix.weight)
 
 
-def can_lower_to_standard(reader: WeightReader, block: int | None) -> str | None:
+def can_lower_to_standard(reader: WeightReader, plan: WeightPlan) -> str | None:
     """Return why a reader cannot read a DequantizeLinear, or None where it can."""
-    return "its rows have no blocks" if reader.is_lookup and block is None else None
+    if reader.is_lookup:
+        return None if isinstance(plan.group, int) else "its rows have no blocks"
+    columns = walk.dims(weight_tensor(reader.layer))[1]
+    if plan.bits in plan.scheme.whole_bytes and columns * plan.bits % _BYTE_BITS:
+        return f"rows of {columns} codes of {plan.bits} bits end within a byte, which runtimes misread; 4 bits are read"
+    return None
 
 
 def _laid_out(per_block: Array, found: GridWeight, output_axis: int) -> Array:

@@ -45,12 +45,13 @@ class WeightPlan:
 
     @property
     def grid(self) -> Grid:
-        """The grid of a matrix. Only ONNX Runtime's own operator is known to take negative scales."""
+        """The grid of a matrix, its lowest code included, as what is computed is computed in float.
+
+        Only ONNX Runtime's own operator is known to take negative scales.
+        """
         block = self.group if isinstance(self.group, int) else None
         mirrored = self.symmetric and self.uses_runtime_operator
-        return Grid(
-            self.bits, self.symmetric, block, narrow=block is None, mirrored=mirrored, tensor=self.group == "tensor"
-        )
+        return Grid(self.bits, self.symmetric, block, narrow=False, mirrored=mirrored, tensor=self.group == "tensor")
 
     @property
     def table(self) -> WeightPlan | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from graphopt.backend import Array
 
+from .objective import sum_of_squares
 from .rows import ELEMENTS
 
 if TYPE_CHECKING:
@@ -93,5 +94,4 @@ def _round(
         levels -= shift
     levels *= own
     levels -= cut
-    flat = levels.reshape(-1)
-    return float(np.dot(flat, flat))
+    return sum_of_squares(levels.reshape(-1))

@@ -8,6 +8,8 @@ from graphopt.backend import Array
 
 # Share of the mean E[x²] that is added to every input's: what data never excite must stay about right all the same.
 DAMPING = 0.01
+# Below this, squares in float32 have lost their precision, or are gone.
+_SMALLEST_SUM = 1e-30
 
 
 def output_error(difference: Array, second_moment: Array | None = None) -> float:
@@ -20,10 +22,25 @@ def output_error(difference: Array, second_moment: Array | None = None) -> float
     """
     if second_moment is None:
         flat = difference.ravel(order="K")  # no copy, whichever axis runs fastest
-        return float(np.dot(flat, flat))
+        return sum_of_squares(flat)
     grouped = by_group(difference, second_moment)
     moments = second_moment.reshape(len(grouped), *second_moment.shape[-2:])
-    return float(np.sum((grouped @ moments) * grouped, dtype=np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = float(np.sum((grouped @ moments) * grouped, dtype=np.float64))
+    if np.isfinite(found):
+        return found
+    wide = grouped.astype(np.float64)
+    return float(np.sum((wide @ moments.astype(np.float64)) * wide))
+
+
+def sum_of_squares(flat: Array) -> float:
+    """Return x·x of a vector; in float64 where squares are too large or too small for its own type."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = float(np.dot(flat, flat))
+    if _SMALLEST_SUM <= found < np.inf:
+        return found
+    wide = flat.astype(np.float64)
+    return float(np.dot(wide, wide))
 
 
 def by_group(matrix: Array, second_moment: Array | None) -> Array:

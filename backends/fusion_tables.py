@@ -132,6 +132,7 @@ _ORT_WEIGHTS = WeightFusion(
     "MatMulNBits",
     frozenset({"uint2", "int2", "uint4", "int4", "uint8", "int8"}),
     least_block=16,
+    whole_bytes=frozenset({"uint2", "int2"}),
 )
 
 ORT_X86 = FusionRules(

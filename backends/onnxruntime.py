@@ -33,6 +33,9 @@ _WEIGHTS_APART = {
     "session.optimized_model_external_initializers_file_name": "weights",
     "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
 }
+# Keeps ONNX Runtime from making operators on codes of operators between DQ and Q.
+_DISABLE_FUSIONS = "session.disable_quant_qdq"
+_OPERATORS_ON_CODES = ("MatMulIntegerToFloat", "QLinearMatMul")
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: warnings about the model are not the user's business
 
 
@@ -116,7 +119,13 @@ class OnnxRuntime:
 
     def _session(self, model: str | bytes, options: Any, weights: dict[str, Array]) -> OnnxRuntimeSession:
         wanted = _PROVIDERS[self.provider]
-        session = _runtime().InferenceSession(model, options, providers=[wanted])
+        try:
+            session = _runtime().InferenceSession(model, options, providers=[wanted])
+        except Exception as error:
+            if not _fused_floats(error) or any(entry.startswith(_DISABLE_FUSIONS) for entry in self.config):
+                raise
+            options.add_session_config_entry(_DISABLE_FUSIONS, "1")
+            session = _runtime().InferenceSession(model, options, providers=[wanted])
         # A provider whose libraries fail to load is replaced by the CPU with no more than a line in the log.
         if wanted not in session.get_providers():
             raise BackendError(
@@ -194,6 +203,12 @@ def _attach(options: Any, arrays: dict[str, Array], weights: dict[str, ir.Tensor
     make = _runtime().OrtValue.ortvalue_from_numpy_with_onnx_type
     values = [make(array, int(weights[name].dtype)) for name, array in arrays.items()]
     options.add_external_initializers(list(arrays), values)
+
+
+def _fused_floats(error: Exception) -> bool:
+    """Return whether ONNX Runtime 1.31 fails on what it made itself: an operator on integers, given floats of 8 bits."""
+    text = str(error)
+    return "float8" in text and any(name in text for name in _OPERATORS_ON_CODES)
 
 
 def _is_read(value: ir.Value) -> bool:

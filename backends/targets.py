@@ -153,6 +153,11 @@ _BLOCKS = (16, 32, 64, 128, 256)
 _INTEGER_ACTIVATIONS: tuple[Code, ...] = ("uint8", "int8", "uint16", "int16")
 _INTEGER_WEIGHTS: tuple[Code, ...] = ("int8", "uint8", "int4", "uint4")
 _FLOAT_CODES: tuple[Code, ...] = ("float8e4m3fn", "float8e5m2")
+# It makes MatMulIntegerToFloat and QLinearMatMul of these, which take no floats, and then refuses the model.
+_FLOATS_ON_ORT = (
+    "ONNX Runtime 1.31 loads matrix products on float8 only with the session entry `session.disable_quant_qdq` set to 1, "
+    "as graphopt does"
+)
 # What QuantizeLinear and DequantizeLinear can say, whether or not a runtime has kernels for it.
 _STANDARD = (
     *(
@@ -162,7 +167,7 @@ _STANDARD = (
         for weight in _INTEGER_WEIGHTS
     ),
     *(
-        IntegerScheme(code, True, weight, per_channel=True, bias="float")
+        IntegerScheme(code, True, weight, per_channel=True, bias="float", remark=_FLOATS_ON_ORT)
         for code in _FLOAT_CODES
         for weight in _FLOAT_CODES
     ),

@@ -13,6 +13,7 @@ from graphopt.fusion_rules import Fusion
 
 # How far ONNX Runtime 1.31 lets the scale of a bias be from the product of the two others.
 _BIAS_RELATIVE, _BIAS_ABSOLUTE = 1e-2, 1e-6
+_BYTE_BITS = 8
 _OUTPUT_AXES = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}
 
 
@@ -83,8 +84,8 @@ def axis_remark(rule: Fusion, node: ir.Node, weight: Codes | None) -> str:
     return ""
 
 
-def check_weight(weight: Codes, dtypes: frozenset[str], least_block: int) -> None:
-    """Refuse a weight in few bits in a layout that no kernel reads."""
+def check_weight(weight: Codes, dtypes: frozenset[str], least_block: int, whole_bytes: frozenset[str]) -> str:
+    """Refuse a weight in few bits in a layout that no kernel reads; return what is wrong with one it misreads."""
     node = weight.node
     if weight.dtype not in dtypes:
         raise Obstacle(f"{weight.dtype} weights have no kernel here", f"{', '.join(sorted(dtypes))} weights")
@@ -100,6 +101,10 @@ def check_weight(weight: Codes, dtypes: frozenset[str], least_block: int) -> Non
             raise Obstacle(f"its weight is in blocks of {block} along axis {axis}", fix)
     elif len(walk.dims(scale)) == 1 and (axis != 1 or scale.size != walk.dims(tensor)[1]):
         raise Obstacle("its weight has a scale for each input", "a scale for each output, or for each block")
+    columns = walk.dims(tensor)[1]
+    if weight.dtype in whole_bytes and columns * tensor.dtype.bitwidth % _BYTE_BITS:
+        return f"the kernel takes rows of {weight.dtype} to begin with a new byte, and {columns} do not: WRONG results"
+    return ""
 
 
 def check_product(node: ir.Node, bias: ir.Value | None) -> None:

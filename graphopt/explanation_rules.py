@@ -330,7 +330,7 @@ class _Predictor:
         weight = self.codes.read(node.inputs[1])
         if weight is None or not weight.constant or self.codes.read(node.inputs[0]) is not None:
             return None
-        check_weight(weight, rule.codes, rule.least_block)
+        remark = check_weight(weight, rule.codes, rule.least_block, rule.whole_bytes)
         if node.op_type == "Gemm" or adder is not None:
             check_product(node, next(iter([*node.inputs[2:], *bias_of(adder, node)]), None))
         tail = self.codes.tail_of((adder or node).outputs[0])
@@ -340,7 +340,7 @@ class _Predictor:
             is_quantize(use.node) for use in (adder or node).outputs[0].uses()
         ):
             raise Obstacle("its result is quantized and its input is not", "quantize both, or neither")
-        return Prediction(node, "weights", rule.kernel)
+        return Prediction(node, "weights", rule.kernel, remark=remark)
 
     def _bias_add(self, node: ir.Node) -> ir.Node | None:
         """Return the Add behind a MatMul that the runtime joins with it, or None."""

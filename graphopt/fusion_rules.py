@@ -63,12 +63,14 @@ class WeightFusion:
         kernel: What runs instead.
         codes: Dtypes of the weight.
         least_block: Smallest block, along the inputs, of a scale of its own; blocks are powers of two.
+        whole_bytes: Dtypes the kernel gives wrong results for where a row of codes, as stored, fills no whole bytes.
     """
 
     ops: frozenset[str]
     kernel: str
     codes: frozenset[str]
     least_block: int
+    whole_bytes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,19 @@ from graphopt.backend import Array, Backend
 from graphopt.calibration_cache import CalibrationCache, entry_name
 from graphopt.content_keys import ContentKeys
 from graphopt.data import Batch, Dataset
-from graphopt.dims import Dim, evaluate
+from graphopt.dims import Atom, Dim, Size, evaluate
 from graphopt.errors import DataError, PassError
 from graphopt.fragment import constant_content, fragment, nodes_between, values_read
 from graphopt.shapes import dims_of
-from graphopt.statistics import Accumulator, Result, Statistic
+from graphopt.statistics import Accumulator, Histogram, MovingAverage, Result, Statistic
 
 # Bytes of values held at once to be looked at, before a model is run in pieces.
 OBSERVED_BYTES_LIMIT = 128 << 20
 # Batches whose values take more are no quicker: their memory is asked of the system anew each time.
 _BATCH_BYTES = 64 << 20
 LARGEST_BATCH = 32
+# Statistics that tell samples apart.
+_OF_SAMPLES = (MovingAverage, Histogram)
 # What is assumed of a value whose dtype is not known.
 _USUAL_ITEM_BYTES = 4
 
@@ -76,7 +78,8 @@ def observe(
 
     Only what the values hang on is run, and nothing where all of it was observed before. Batches are as large as the
     values of one fit into the limit; if those of a single sample do not, the model is run in pieces, each sample from
-    piece to piece, and of its values only those that a later piece reads are kept.
+    piece to piece, and of its values only those that a later piece reads are kept. Samples are also run one at a time
+    where a statistic tells them apart and inferred shapes say that, in a value, they do not lie along the first axis.
 
     Args:
         model: The model; not changed.
@@ -184,9 +187,19 @@ class _Run:
         sizes = self._sizes(first)
         total = sum(sizes.values())
         if total <= self._limit:
-            self._run_whole(max(1, min(LARGEST_BATCH, min(self._limit, _BATCH_BYTES) // max(total, 1))))
+            largest = 1 if self._samples_lie_elsewhere() else LARGEST_BATCH
+            self._run_whole(max(1, min(largest, min(self._limit, _BATCH_BYTES) // max(total, 1))))
         else:
             self._run_in_pieces(_groups(self._wanted, sizes, self._limit))
+
+    def _samples_lie_elsewhere(self) -> bool:
+        """Return whether samples shall be told apart in a value that has them along another axis than the first."""
+        inputs = [dims for value in self._model.graph.inputs if (dims := dims_of(value))]
+        batch = {atom for dims in inputs for atom in _atoms(dims[0])}
+        asked = [one.value for one in self._wanted if any(isinstance(part[0], _OF_SAMPLES) for part in one.parts)]
+        shapes = [dims for value in asked if (dims := dims_of(value))]
+        along = [[not batch.isdisjoint(_atoms(size)) for size in dims] for dims in shapes]
+        return any(any(axes) and not axes[0] for axes in along)
 
     def _run_whole(self, batch_size: int) -> None:
         piece = _pieces(self._model, [self._wanted])[0]
@@ -300,6 +313,15 @@ def _bytes(value: ir.Value, known: Mapping[str, int]) -> int | None:
         return None
     counted = [size for size in sizes if size is not None]
     return math.prod(counted) * _item_bytes(value) if len(counted) == len(sizes) else None
+
+
+def _atoms(size: Size | str) -> Iterator[Atom]:
+    """Yield what a size is made of, operands of operations included."""
+    for monomial, _ in size.terms if isinstance(size, Dim) else ():
+        for atom in monomial:
+            yield atom
+            for operand in atom.args:
+                yield from _atoms(operand)
 
 
 def _item_bytes(value: ir.Value) -> int:

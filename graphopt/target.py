@@ -26,6 +26,7 @@ class IntegerScheme:
             where a chain of codes begins or ends with it.
         channel_multiple: Kernels of convolutions read so many input channels at a time: zeros make up what is missing.
         blocks: Sizes of blocks of inputs that may have a scale of their own; none where a kernel takes no blocks.
+        remark: What whoever runs such a model has to know, or nothing.
     """
 
     activation: Code
@@ -40,6 +41,7 @@ class IntegerScheme:
     least_depthwise: int = 1
     channel_multiple: int = 1
     blocks: tuple[int, ...] = ()
+    remark: str = ""
 
     def describe(self) -> str:
         """Return it in a few words, activations first: ``uint8 × int8 per channel``."""
@@ -59,7 +61,7 @@ class WeightOnlyScheme:
         blocks: Block sizes it takes.
         accuracy_level: What MatMulNBits may compute in: 0 as the input, 1 float32, 2 float16, 3 bfloat16, 4 int8.
         embedding: ``GatherBlockQuantized``, or None where a table's rows are gathered as codes and scaled.
-        whole_bytes: Widths read rightly through DequantizeLinear only where each row of the matrix, as it is stored,
+        whole_bytes: Widths read rightly through DequantizeLinear only where each row of a matrix stored [inputs, outputs]
             fills whole bytes.
     """
 

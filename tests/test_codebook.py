@@ -13,11 +13,18 @@ import pytest
 
 import graphopt
 from graphopt import walk
+from graphopt.authoring import Context
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.backends.targets import TARGETS
+from graphopt.data import open_data
 from graphopt.errors import PassError, UsageError
+from graphopt.passes.lossy.codebook import CodebookWeights
 from graphopt.passes.lossy.coded_weights import byte_table, codes_in_byte, packed
+from graphopt.passes.lossy.logarithmic import Logarithmic
 from graphopt.passes.solvers import codebook
 from graphopt.passes.solvers.codebook import Codebook
 from graphopt.passes.solvers.objective import output_error
+from graphopt.rewriter import Rewriter
 
 from .test_cast import parsed, run, sqnr
 from .test_prune import layered, shared_with_gather
@@ -273,3 +280,36 @@ def test_bad_input(name: str) -> None:
     assert "no weight is smaller" in notes(graphopt.optimize(shared_with_gather(), name))
     left = graphopt.optimize(enlarged("Gemm"), f"{name}:exclude=Gemm")
     assert not any(node.op_type == "Cast" for node in walk.every_node(left.model))
+
+
+def test_a_shared_weight_is_decoded_before_the_first_product_is_gone() -> None:
+    """MatMulBnb4 takes the place of the first node, and the second cannot be one."""
+    text = " f (float[N,64] x, float[64,64] w) => (float[N,64] y) { a = MatMul(x, w) y = Gemm<alpha=2.0>(a, w) }"
+    model = parsed(text, w=RNG.standard_normal((64, 64)))
+    by_operator, by_table = (
+        graphopt.optimize(model, f"codebook:solver=rtn:form={form}", target="ort-cpu-x86", threads=1).model
+        for form in ("MatMulBnb4", "table")
+    )
+    ops = [node.op_type for node in by_operator.graph]
+    assert ops.count("MatMulBnb4") == ops.count("Gemm") == 1
+    x = RNG.standard_normal((2, 64)).astype(np.float32)
+    assert np.allclose(run(by_operator, x=x)[0], run(by_table, x=x)[0], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("spec", [CodebookWeights(solver="rtn"), Logarithmic(solver="rtn")])
+def test_what_is_predicted_is_a_share(spec: CodebookWeights | Logarithmic) -> None:
+    """The share of noise in the outputs, each counting alike, whatever their size."""
+    of = parsed(
+        " f (float[N,96] x, float[96,64] w) => (float[N,64] y) { [layer] y = MatMul(x, w) }",
+        w=100 * RNG.standard_normal((96, 64)),
+    )
+    data = open_data({"x": RNG.standard_normal((256, 96)).astype(np.float32)}, of)
+    ctx = Context(
+        of, Rewriter(of), TARGETS["portable"], OnnxRuntime(), threads=1, data=data, predicts=True
+    )
+    feed = RNG.standard_normal((256, 96)).astype(np.float32)
+    before = run(of, x=feed)[0]
+    spec.run(of, ctx)
+    noise, signal = np.square(run(of, x=feed)[0] - before).mean(0), np.square(before).mean(0)
+    (found,) = [note.facts["predicted_error"] for note in ctx.notes if "predicted_error" in note.facts]
+    assert found == pytest.approx(float((noise / (noise + signal)).mean()), rel=0.1)

@@ -13,6 +13,7 @@ from graphopt.authoring import Context
 from graphopt.data import open_data
 from graphopt.passes.analyses.forecast import Forecast, forecasting
 from graphopt.passes.analyses.linear_layers import linear_layers
+from graphopt.passes.lossy.quant import Quant
 from graphopt.rewriter import Rewriter
 
 from .pass_runs import BACKEND, TARGET, loaded
@@ -101,3 +102,42 @@ def test_nothing_is_said_where_nobody_asks() -> None:
         asked.forecast.weight(asked.model.graph[0], WEIGHT.T * 2)
     assert [note.facts["predicted_error"] for note in asked.notes] == [pytest.approx(0.5)]
     assert asked.forecast is None
+
+
+def test_the_weight_counts_as_it_was_when_the_forecast_began() -> None:
+    ctx = context(plain())
+    forecast = Forecast(ctx, linear_layers(ctx.model))
+    (layer,) = linear_layers(ctx.model)
+    ctx.rewriter.set_weight(layer.weight, WEIGHT * 7)
+    forecast.weight(layer.node, WEIGHT.T)
+    forecast.say(ctx.model)
+    assert [note.facts["predicted_error"] for note in ctx.notes] == [0.0]
+
+
+def test_scaled_inputs_are_counted_as_they_were() -> None:
+    """AWQ gives inputs and weights factors that cancel: what is forecast is what quantizing does to the outputs."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 17]> g (float[n, 64] x) => (float[n, 48] y) '
+        "{ [scale] s = Mul (x, f) [layer] y = MatMul (s, w) }"
+    )
+    sizes = np.exp(1.5 * RNG.standard_normal(64)).astype(np.float32)
+    weight = RNG.standard_normal((64, 48)).astype(np.float32)
+    proto.graph.initializer.extend([numpy_helper.from_array(sizes, "f"), numpy_helper.from_array(weight, "w")])
+    x = RNG.standard_normal((256, 64)).astype(np.float32)
+    of = loaded(proto)
+    ctx = Context(
+        model=of,
+        rewriter=Rewriter(of),
+        target=registry.find("TARGETS", "portable"),
+        backend=registry.backend(BACKEND),
+        threads=1,
+        data=open_data({"x": x}, of),
+        predicts=True,
+    )
+    Quant(mode="weights", weights="int4", group="32", solver="awq").run(of, ctx)
+    with ctx.backend.open(of, threads=1, optimize=False) as session:
+        after = next(iter(session.run({"x": x}).values()))
+    before = (x * sizes) @ weight
+    noise, signal = np.square(after - before).mean(0), np.square(before).mean(0)
+    (found,) = [note.facts["predicted_error"] for note in ctx.notes if "predicted_error" in note.facts]
+    assert found == pytest.approx(float((noise / (noise + signal)).mean()), rel=0.02)

@@ -369,3 +369,25 @@ def test_channels_that_are_zero_or_constant_keep_their_values() -> None:
         assert np.isfinite(result.after).all()
         empty = result.after[:, 3]
         assert np.abs(empty - max(bias[3], 0)).max() < 2 * np.ptp(result.before) / STEPS
+
+
+@pytest.mark.parametrize("body", ["y = MatMul(x, w)", "m = MatMul(x, w) y = Relu(m)", "a = MatMul(x, w) y = MatMul(a, v)"])
+@pytest.mark.parametrize("code", ["float8e4m3fn", "float8e5m2"])
+def test_products_on_floats_of_eight_bits_run(code: str, body: str) -> None:
+    """ONNX Runtime makes operators of them that take no floats, unless it is kept from that; this is said."""
+    weights = {"w": random(1, 64, 64)} | ({"v": random(2, 64, 64)} if "v" in body else {})
+    samples = random(3, 32, 4, 64)
+    result = quantize(
+        model_of(body, "N,4,64", weights), samples, "portable", mode="static", activations=code, weights=code
+    )
+    expected = run(result.model, samples[:2])
+    np.testing.assert_allclose(run(result.model, samples[:2], optimize=True), expected, rtol=1e-4, atol=1e-3)
+    assert any("session.disable_quant_qdq" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("solver", ["mse", "gptq"])
+def test_solvers_that_know_no_floats_of_eight_bits_are_refused(solver: str) -> None:
+    options = {"activations": "float8e4m3fn", "weights": "float8e4m3fn", "solver": solver}
+    with pytest.raises(UsageError, match=f"`solver={solver}` knows no such floats") as caught:
+        quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS), IMAGES, "portable", mode="static", **options)
+    assert "leave `solver` out" in (caught.value.hint or "")

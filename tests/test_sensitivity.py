@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import registry, walk
+from graphopt import candidates, registry, walk
 from graphopt.authoring import Context, Guarantee, Pass
 from graphopt.candidates import CandidateJudge
 from graphopt.data import open_data
+from graphopt.driver import Run
 from graphopt.errors import UsageError
 from graphopt.layer_sensitivity import OTHERS, sensitivity, spearman
 from graphopt.layers import layers_of, name_nodes
 from graphopt.metrics import KL, SQNR, Budget, Top1
 from graphopt.options import opt
+from graphopt.request import Request
 
 from .command_line import fill, run, samples
 from .pass_runs import BACKEND, loaded
@@ -278,6 +281,55 @@ def test_outputs_beyond_the_limit_wait_in_files_and_fewer_samples_are_used(monke
     fewer, _ = judge("kl=1", most_bytes=5 * 4 * 4)  # five samples of four floats
     fewer(scaled(1.3))
     assert len(fewer.data) == 5
+
+
+def test_outputs_in_files_are_kept_apart_and_gone_once_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.candidates.KEPT_IN_MEMORY", 0)
+    kept = candidates._KeptOutputs()
+    one, none = np.ones((2, 3), np.float32), np.zeros((0, 5), np.float32)
+    kept.append({"one": one, "none": none, "other": 2 * one})
+    found = kept.read(0)
+    assert {name: array.shape for name, array in found.items()} == {"one": (2, 3), "none": (0, 5), "other": (2, 3)}
+    np.testing.assert_array_equal(found["one"], one)
+    assert kept._folder is not None
+    folder = Path(kept._folder.name)
+    kept.close()
+    assert not folder.exists()
+
+
+def test_a_closed_judge_keeps_no_files_and_can_be_asked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("graphopt.candidates.KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ask, scaled = judge("kl=1")
+    with ask:
+        first = ask(scaled(1.3))
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+    with ask:
+        assert ask(scaled(1.3)) == first
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_judge_whose_budget_fits_no_output_keeps_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("graphopt.candidates.KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ask, scaled = judge("kl=1", of_classes=False)
+    with pytest.raises(UsageError, match="needs a score per class"):
+        ask(scaled(1.3))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_weighs_candidates_by_is_closed_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("graphopt.candidates.KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = chain()
+    job = Run(Request(model=model, passes="mixed-quant:mode=weights", data=inputs(), budget=("kl=1",), threads=1))
+    weigh = job._setting().weigh
+    assert weigh is not None
+    with job.opened:
+        assert weigh(model).holds
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_api_is_public() -> None:

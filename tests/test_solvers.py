@@ -303,3 +303,16 @@ def test_rows_are_worked_on_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             split = solve(weight, INT4, second_moment=moment)
         np.testing.assert_array_equal(whole.codes, split.codes, err_msg=name)
         assert whole.error == pytest.approx(split.error, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+@pytest.mark.parametrize("grid", [Grid(4, block=8, narrow=False), Grid(8)])
+def test_errors_of_very_large_and_small_weights_are_what_they_are(grid: Grid, size: float) -> None:
+    """Squares that float32 cannot hold are summed in float64."""
+    weight, moment = problem(0)
+    expected, scaled = round_to_nearest(weight, grid), round_to_nearest(weight * np.float32(size), grid)
+    assert scaled.error / size / size == pytest.approx(expected.error, rel=1e-3)
+    difference = (weight - expected.values()) * np.float32(1e20)
+    error = by_definition(weight, expected.values(), moment)
+    assert output_error(difference, moment) / 1e20 / 1e20 == pytest.approx(error, rel=1e-2)
+    assert not np.isfinite(output_error(np.array([[np.inf, 1.0]], np.float32)))

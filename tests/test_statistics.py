@@ -71,6 +71,16 @@ def test_a_value_that_is_no_list_of_samples_counts_once_a_batch() -> None:
     assert (float(found.low), float(found.high)) == (2.0, 6.0)
 
 
+def test_samples_along_another_axis_are_told_apart_one_at_a_time() -> None:
+    """Of [time, samples, channels], whoever gives one sample at a time gets the average over samples."""
+    values = activations((16, 4, 8))
+    accumulator = MovingAverage().start()
+    for index in range(4):
+        accumulator.update(values[:, index : index + 1], 1)
+    expected = values.max((0, 2)).mean(dtype=np.float64)
+    assert float(MovingAverage().result(accumulator.arrays()).high) == pytest.approx(expected, rel=1e-6)
+
+
 def exact_bins(values: Array, distribution: Distribution) -> Array:
     counts, _ = np.histogram(values.astype(np.float64), distribution.edges)
     return counts
@@ -127,6 +137,28 @@ def test_of_large_samples_evenly_spaced_elements_are_counted() -> None:
     np.testing.assert_allclose(share, 1 / 16, rtol=0.1)
     by_channel = collect(Histogram(axis=1, elements=1000), values, 2)
     np.testing.assert_allclose(by_channel.counts.sum(1), by_channel.counts.sum() / 16, rtol=0.1)
+
+
+@pytest.mark.parametrize("axis", [None, 1, 2, 3])
+@pytest.mark.parametrize("shape", [(8, 16, 24, 24), (8, 6, 5000, 2), (8, 2, 3, 700)])
+def test_which_elements_are_counted_does_not_hang_on_the_batches(axis: int | None, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
+    values[0].flat[:] = np.resize(np.float32([-4.5, 4.5]), values[0].size)  # no range grows later
+    values = np.clip(values, -7, 7)
+    statistic = Histogram(axis, bins=256, elements=1000)
+    alone, pairs, whole = (collect(statistic, values, batches) for batches in (8, 4, 1))
+    np.testing.assert_array_equal(alone.counts, pairs.counts)
+    np.testing.assert_array_equal(alone.counts, whole.counts)
+    assert 0 < whole.counts.sum() < values.size
+
+
+def test_too_many_channels_for_their_histograms_are_refused_before_memory_is_taken() -> None:
+    values = np.zeros((1, 5000), np.float32)
+    with pytest.raises(DataError, match="5000 channels along axis 1, too many for 8192 bins each") as caught:
+        collect(Histogram(1), values)
+    assert "`Histogram(axis, bins=4096)`" in (caught.value.hint or "")
+    assert collect(Histogram(1, bins=4096), values).counts.shape == (5000, 4096)
+    assert collect(Histogram(), values).counts.sum() == 5000
 
 
 @pytest.mark.parametrize("share", [90.0, 99.0, 99.9])

@@ -194,6 +194,33 @@ def test_inputs_and_constants_need_no_run() -> None:
     assert found[value_of(model, "k"), MinMax()].high == kernel.numpy().max()
 
 
+TURNED = """<ir_version: 10, opset_import: ["": 17]>
+net (float[BATCH, 16, 3] x) => (float[BATCH, 16, 3] y) {
+  t = Transpose <perm = [1, 0, 2]> (x)
+  y = Transpose <perm = [1, 0, 2]> (t)
+}
+"""
+
+
+@pytest.mark.parametrize("batch", ["n", "?"])
+def test_an_average_over_samples_along_another_axis_is_one(batch: str) -> None:
+    model = ir.from_onnx_text(TURNED.replace("BATCH", batch))
+    infer_shapes(model)
+    draw = np.random.default_rng(5)
+    x = (draw.standard_normal((8, 16, 3)) * np.arange(1, 9)[:, None, None]).astype(np.float32)
+    data, backend = open_data({"x": x}, model), Watched()
+    t, y = value_of(model, "t"), value_of(model, "y")
+    found = observe(model, {t: MovingAverage(), y: MovingAverage()}, data, backend, CalibrationCache())  # type: ignore[arg-type]
+    expected = x.max((1, 2)).mean(dtype=np.float64)
+    assert float(found[t, MovingAverage()].high) == pytest.approx(expected, rel=1e-6)
+    assert float(found[y, MovingAverage()].high) == pytest.approx(expected, rel=1e-6)
+    # What does not tell samples apart, and what has them first, takes batches.
+    for requests in ({t: MinMax()}, {y: MovingAverage()}):
+        backend = Watched()
+        observe(model, requests, data, backend, CalibrationCache())  # type: ignore[arg-type]
+        assert max(backend.batches) == 8
+
+
 def test_rows_that_only_pad_are_not_counted() -> None:
     model = net(text=NET.replace("float[n, 3, s, t]", "float[8, 3, 8, 8]"))
     data = samples(model)
@@ -305,6 +332,42 @@ def test_what_is_random_has_no_key_and_is_observed_each_time(tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+FUNCTION = """<ir_version: 10, opset_import: ["": 17, "own": 1]>
+net (float[n] x) => (float[n] y, float[n] z) { y = own.Leak (x)  z = own.Leak <alpha = 0.5> (x) }
+<domain: "own", opset_import: ["": 17]>
+Leak <alpha: float = DEFAULT> (x) => (y) { y = LeakyRelu <alpha: float = @alpha> (x) }
+"""
+SCAN = """<ir_version: 10, opset_import: ["": 17]>
+net (float[2] i, float[3, 2] x) => (float[3, 2] y, float[2] r) {
+  r = Relu (i)
+  f, y = Scan <num_scan_inputs = 1, body = step (float[2] s, float[2] e) => (float[2] s2, float[2] o) {
+    s2 = Add (s, e)
+    o = Identity (s2)
+  }> (i, x)
+}
+"""
+
+
+def test_what_a_function_says_of_attributes_left_out_is_part_of_the_key() -> None:
+    found = [keys_of(ir.from_onnx_text(FUNCTION.replace("DEFAULT", default))) for default in ("0.1", "0.9", "0.1")]
+    assert found[0] == found[2]
+    assert found[0]["y"] != found[1]["y"]
+    assert found[0]["y"] != found[0]["z"]
+
+
+def test_keys_do_not_hang_on_what_was_asked_before() -> None:
+    model = ir.from_onnx_text(SCAN)
+    y, r = model.graph.outputs
+    after = ContentKeys(model)
+    after.of([r])
+    assert after.of([y]) == ContentKeys(model).of([y])
+    assert ContentKeys(model).of([r, y]) == ContentKeys(model).of([y, r])
+
+
+def keys_of(model: ir.Model) -> dict[str, str | None]:
+    return {value.name or "": key for value, key in ContentKeys(model).of(model.graph.outputs).items()}
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The cache
 
@@ -397,4 +460,15 @@ def test_a_folder_that_takes_no_more_does_not_end_the_run(tmp_path: Path, monkey
     assert found.observed == 4
     (remark,) = cache.take_remarks()
     assert "takes no more files: No space left on device" in remark
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    cache = CalibrationCache(tmp_path)
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.put("name", {"low": np.zeros(1)})
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,9 @@ import pytest
 
 from graphopt import walkthrough as walkthrough_module
 from graphopt.backends.onnxruntime import OnnxRuntime
-from graphopt.data import open_data
+from graphopt.data import Batch, open_data
+from graphopt.errors import DataError
+from graphopt.passes.lossy.sequential_moments import SequentialMoments
 from graphopt.walkthrough import Walkthrough
 
 pytest.importorskip("onnxruntime")
@@ -131,6 +137,35 @@ def test_a_constant_can_be_asked_for() -> None:
     np.testing.assert_array_equal(arrays[0][0], [1.0, -2.0, 3.0, 0.5])
 
 
+def test_files_that_samples_lie_in_are_left_where_they_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "samples.npy", X)
+    store, one = walkthrough_module._Store(), ir.Value(name="one")
+    store.put(one, np.load(tmp_path / "samples.npy", mmap_mode="r").reshape(4, -1))
+    np.testing.assert_array_equal(store.get(one, 0), X.reshape(4, -1))
+    store.drop(one)
+    assert store._held == 0
+    store.close()
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), X)
+
+
+def test_samples_that_cannot_be_read_leave_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(walkthrough_module, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    subject = model()
+    data = open_data({"x": X}, subject)
+    batches = data.batches
+
+    def failing(size: int) -> Iterator[Batch]:
+        yield from batches(size)
+        raise DataError("cannot be read", hint="try again")
+
+    monkeypatch.setattr(data, "batches", failing)
+    with pytest.raises(DataError) as caught:
+        Walkthrough(subject, data, OnnxRuntime())
+    assert caught.tb is not None  # the traceback still holds the walkthrough
+    assert not list(tmp_path.iterdir())
+
+
 # Trials
 
 
@@ -169,3 +204,25 @@ def test_a_node_that_was_changed_runs_anew() -> None:
         (last,) = whole(walk, y)
     b = np.maximum(2 * first, 0)
     np.testing.assert_allclose(last, b + X - np.exp(b), rtol=1e-5)
+
+
+def test_of_two_walkthroughs_the_first_is_closed_where_the_second_fails() -> None:
+    closed = []
+
+    class Context:
+        def __init__(self, model: ir.Model) -> None:
+            self.model = model
+
+        @contextlib.contextmanager
+        def walkthrough(self, copy: ir.Model | None = None) -> Iterator[None]:
+            if copy is not None:
+                raise DataError("cannot be read", hint="try again")
+            try:
+                yield
+            finally:
+                closed.append(True)
+
+    ctx: Any = Context(model())
+    with pytest.raises(DataError) as caught:
+        SequentialMoments(ctx, compare=True)
+    assert closed, f"{caught.value} leaves it open"

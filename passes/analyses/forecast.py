@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +28,7 @@ _ROWS = 16_384
 
 @dataclass(frozen=True)
 class _Before:
-    """A layer as it was: its second moment, or None, and the signal power of each output."""
+    """A layer as it was, with its weight: its second moment, or None, and the signal power of each output."""
 
     layer: LinearLayer
     second_moment: Array | None
@@ -70,11 +70,18 @@ class Forecast:
         self._after: dict[str, _After] = {}
 
     def weight(self, node: ir.Node, values: Array) -> None:
-        """Take note that a layer's weight becomes other values, [outputs, inputs], ordered as its matrix."""
+        """Take note that a layer's weight becomes other values.
+
+        Args:
+            node: The layer.
+            values: [outputs, inputs], ordered as its matrix, as they multiply what the layer read when the forecast
+                was begun; what holds the weight now does not count.
+        """
         before = self._before.get(node.name)
-        if before is None or values.shape != before.layer.matrix().shape:
+        matrix = before.layer.matrix() if before is not None else None
+        if before is None or matrix is None or values.shape != matrix.shape:
             return
-        difference = before.layer.matrix().astype(np.float32) - values
+        difference = matrix.astype(np.float32) - values
         squares = np.square(values, dtype=np.float64).sum(axis=1)
         self._after[node.name or ""] = _After(_powers(difference, before.second_moment), squares)
 
@@ -112,7 +119,12 @@ def _rows_of(samples: int) -> int:
 
 
 def _as_it_was(layer: LinearLayer, second_moment: Array | None) -> _Before:
-    return _Before(layer, second_moment, _powers(layer.matrix().astype(np.float32, copy=False), second_moment))
+    tensor = walk.constant_tensor(layer.weight)
+    assert tensor is not None, "a linear layer has a constant weight"
+    # The tensor is shared, and stays what it is when the model's weight becomes another one.
+    kept = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)])
+    own = replace(layer, weight=kept.outputs[0])
+    return _Before(own, second_moment, _powers(own.matrix().astype(np.float32, copy=False), second_moment))
 
 
 def _powers(matrix: Array, second_moment: Array | None) -> Array:

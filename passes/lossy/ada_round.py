@@ -95,7 +95,7 @@ def _improve(layer: ComparedLayer, weight: DequantizedWeight, found: Moments, ct
     bias = bias_of(layer.node, layer.outputs, ctx) if layer.before.weight_index == 1 else "left"
     # A bias that is there takes the mean; a new one is for `correct-bias` to make.
     takes = isinstance(bias, LayerBias) and bias.stored is not None
-    moment = found.second - found.mean[:, :, None] * found.mean[:, None, :] if takes else found.second
+    moment = found.covariance if takes else found.second
     before = replace(weight.stored, error=output_error(weight.target - weight.stored.values(), moment))
     after = descend(weight.target, before, moment)
     changed = int(np.count_nonzero(after.codes != before.codes))

@@ -11,6 +11,8 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 
+from ..analyses.forecast import forecasting
+from ..analyses.linear_layers import linear_layers
 from ..analyses.selection import select
 from ..solvers import codebook
 from .coded_layers import Coding, Tally, coded_layers, moments_of, refuse_quantized, solve
@@ -72,10 +74,11 @@ class CodebookWeights(Pass):
             return
         moments = moments_of(ctx, layers, coding)
         lowering, tally = CodedWeights(ctx, _BNB_TYPES[self.format] if by_operator else None), Tally()
-        for layer in layers.values():
-            solution = solve(layer, coding, moments.get(layer))
-            tally.add(ctx, layer, coding, solution, moments.get(layer))
-            lowering.lower(layer, solution)
+        with forecasting(ctx, model, [layer for layer in linear_layers(model) if layer.weight in layers]):
+            for layer in layers.values():
+                solution = solve(layer, coding, moments.get(layer))
+                tally.add(ctx, layer, coding, solution, moments.get(layer))
+                lowering.lower(layer, solution)
         form = f"{self.format} in blocks of {self.block} ({solver})"
         tally.note(ctx, form, how_decoded(lowering), how_read(lowering))
 

@@ -183,8 +183,11 @@ class Tally:
         # Errors of different layers are of different sizes: each counts by the share of its output.
         share = solution.error / whole if whole else 0.0
         self.lost, self.whole = self.lost + share, self.whole + 1
-        if ctx.predicts:
-            ctx.note(f"`{layer.weight.name}` in codes", layer.node, predicted_error=solution.error)
+        if ctx.forecast is not None:
+            for node in {use.node for use in layer.weight.uses()}:
+                reader = as_linear_layer(node)
+                if reader is not None and reader.output_axis == layer.output_axis:
+                    ctx.forecast.weight(node, solution.values())
 
     @property
     def sqnr(self) -> float:

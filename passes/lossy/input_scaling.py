@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Context
+from graphopt.backend import Array
 
 from ..solvers.awq import ScaledWeights, awq
 from ..solvers.grid import GridWeight
@@ -39,7 +40,20 @@ class _Group:
     scales: tuple[ir.Value, ...]
 
 
-def scale_inputs(matrices: Sequence[StoredMatrix], plan: WeightPlan, ctx: Context) -> dict[ir.Value, GridWeight]:
+@dataclass(frozen=True, eq=False)
+class ScaledMatrix:
+    """The codes of a matrix whose inputs were scaled.
+
+    Attributes:
+        codes: Codes of W · factors.
+        factors: float32 [inputs].
+    """
+
+    codes: GridWeight
+    factors: Array
+
+
+def scale_inputs(matrices: Sequence[StoredMatrix], plan: WeightPlan, ctx: Context) -> dict[ir.Value, ScaledMatrix]:
     """Scale the inputs of layers where the operator before takes the factors in, and return the codes found so.
 
     No operator is added: 1/s goes into the Mul or normalization that makes the input, s into the weights. Layers
@@ -61,10 +75,11 @@ def scale_inputs(matrices: Sequence[StoredMatrix], plan: WeightPlan, ctx: Contex
             weights = [np.asarray(matrix.layer.matrix(), np.float32) for matrix in group.matrices]
             sizes = np.sqrt(np.diagonal(moments.second[0]))
             solved.append((group, awq(weights, plan.grid, moments.second[0], sizes)))
-    found: dict[ir.Value, GridWeight] = {}
+    found: dict[ir.Value, ScaledMatrix] = {}
     for group, answer in solved:
         _apply(group, answer, ctx)
-        found.update({matrix.weight: one for matrix, one in zip(group.matrices, answer.solutions, strict=True)})
+        for matrix, one in zip(group.matrices, answer.solutions, strict=True):
+            found[matrix.weight] = ScaledMatrix(one, answer.factors)
     return found
 
 

@@ -49,7 +49,7 @@ class _Compensation:
         matrix = task.matrix()
         if found is None:
             return nearest(task)
-        moment = found.second if task.bias is None else found.covariance()
+        moment = found.sampled.second() if task.bias is None else found.sampled.covariance()
         weight = gptq(matrix[:, found.columns], task.grid, moment, least_scales=task.least_scales)
         codes = np.empty_like(weight.codes)
         codes[:, found.columns] = weight.codes

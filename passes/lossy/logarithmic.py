@@ -11,6 +11,8 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import UsageError
 from graphopt.options import opt
 
+from ..analyses.forecast import forecasting
+from ..analyses.linear_layers import linear_layers
 from ..analyses.selection import select
 from ..solvers.codebook import Codebook, powers_of_two
 from .codebook import how_decoded, how_read
@@ -67,10 +69,11 @@ class Logarithmic(Pass):
             return
         moments = moments_of(ctx, layers, coding)
         lowering, tally = CodedWeights(ctx), Tally()
-        for layer in layers.values():
-            solution = solve(layer, coding, moments.get(layer))
-            tally.add(ctx, layer, coding, solution, moments.get(layer))
-            lowering.lower(layer, solution)
+        with forecasting(ctx, model, [layer for layer in linear_layers(model) if layer.weight in layers]):
+            for layer in layers.values():
+                solution = solve(layer, coding, moments.get(layer))
+                tally.add(ctx, layer, coding, solution, moments.get(layer))
+                lowering.lower(layer, solution)
         form = f"{'powers' if self.terms == 1 else 'sums of two powers'} of two of {self.bits} bits ({solver})"
         shifts = "no runtime here multiplies by shifts: only the file is smaller"
         tally.note(ctx, form, f"{how_decoded(lowering)}; {shifts}", how_read(lowering))

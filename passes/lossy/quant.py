@@ -15,6 +15,7 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 from graphopt.ranges import RangeMethod
+from graphopt.target import IntegerScheme
 
 from ..analyses.forecast import forecasting
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers
@@ -31,6 +32,7 @@ from .quant_plan import Group, StaticPlan, parse_group, refuse_words_of_other_mo
 from .quant_preparation import in_opset
 from .quant_static import quantize_static
 from .quant_weights import quantize_weights
+from .static_formats import is_float
 from .weight_plan import SOLVERS_WITH_DATA, weight_plan
 
 Mode = Literal["static", "dynamic", "weights"]
@@ -150,6 +152,7 @@ class Quant(Pass):
     def _run_static(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
         rounding = rounding_of(self.solver)
         scheme, group = static_scheme(ctx.target, self.activations, self.weights, self.symmetric, group)
+        _refuse_rounding_of_floats(scheme, self.solver)
         plan = in_opset(model, ctx, StaticPlan(scheme, group, self._range_method(model), self.ranges == _TUNED))
         quantize_static(model, ctx, selection, plan, rounding)
         _note_nested(model, ctx)
@@ -196,6 +199,15 @@ class Quant(Pass):
                 f"pass `quant:mode={mode}` stores weights as int8, one scale per channel or tensor, rounded to nearest",
                 hint="leave out `weights`, `group` and `solver`",
             )
+
+
+def _refuse_rounding_of_floats(scheme: IntegerScheme, solver: str) -> None:
+    """Raise an error where a solver was asked for that knows no floats of 8 bits."""
+    if is_float(scheme.weight) and solver not in ("auto", "rtn"):
+        raise UsageError(
+            f"pass `quant:mode=static:weights={scheme.weight}` rounds to nearest: `solver={solver}` knows no such floats",
+            hint="leave `solver` out, or use integer weights",
+        )
 
 
 def _refuse_quantized(model: ir.Model, ctx: Context) -> None:

@@ -129,6 +129,9 @@ class _Run:
         if found is None or not np.isfinite(found.error):
             raise PassError(f"weight `{weight.name}` holds NaN or infinity", hint="repair the model first")
         self._remember(matrix, plan, found, tensor)
+        if self.ctx.forecast is not None:
+            for reader in matrix.readers:
+                self.ctx.forecast.weight(reader.node, rounding.values(matrix, found))
         with self.ctx.rewriter.edit(_RULE, layer.node):
             if plan.uses_runtime_operator:
                 lower_to_runtime(matrix, found, plan, self.ctx)
@@ -146,14 +149,11 @@ class _Run:
                 "weight": matrix.weight.name,
                 "format": plan.code,
                 "group": plan.group,
-                "predicted_error": found.error,
+                "output_error": found.error,
                 "bytes_before": tensor.nbytes,
                 "bytes": stored_bytes(outputs, inputs, plan, int(tensor.dtype.itemsize)),
             }
         )
-        if self.ctx.forecast is not None:
-            for reader in matrix.readers:
-                self.ctx.forecast.weight(reader.node, found.values())
 
     def summarise(self, rounding: WeightRounding) -> None:
         """Say what was done, and what was left and why."""

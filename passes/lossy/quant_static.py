@@ -60,6 +60,8 @@ def quantize_static(
             lowering.lower(unit)
     lowering.drop_unread()
     _summarise(units, lowering, ctx)
+    if plan.scheme.remark and any(layer.node.op_type == "MatMul" for layer in layers):
+        ctx.note(plan.scheme.remark)
 
 
 def _grids(

@@ -16,6 +16,7 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
+from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer
 from ..analyses.row_means import RowMean, RowSums
@@ -32,24 +33,17 @@ class Reading:
     """What a layer reads.
 
     Attributes:
-        second: E[x̂ x̂ᵀ], float32 [groups, inputs, inputs], of the input x̂ as the model now gives it; or of each of
-            some blocks of inputs, [blocks, inputs of a block, inputs of a block].
-        sampled: E[x̂] of the rows that `second` was made from, [groups or blocks, inputs].
+        sampled: Mean and covariance of some rows of each sample, of the input x̂ as the model now gives it: of each
+            group, or of each of some blocks of inputs.
         columns: Which columns of the layer's matrix the inputs are, block by block.
         mean: E[x̂] of all rows, float64 [groups, inputs].
         mean_before: E[x] in the model as it was, likewise; None where that is not known.
     """
 
-    second: Array
-    sampled: Array
+    sampled: Covariance
     columns: Array
     mean: Array
     mean_before: Array | None
-
-    def covariance(self) -> Array:
-        """Return the second moment around the mean, shaped as `second`."""
-        moment: Array = self.second - self.sampled[:, :, None] * self.sampled[:, None, :]
-        return moment
 
 
 def means_of(layers: Iterable[LinearLayer], graph: ir.Graph) -> dict[ir.Value, list[RowMean]]:
@@ -104,22 +98,20 @@ class QuantizedReadings:
 
     def _measure(self, layer: LinearLayer, before: Array | None, *, whole: bool) -> Reading | None:
         blocks = 1 if whole else _blocks(layer)
-        second = sampled = None
-        count, sums = 0, RowSums(layer)
+        sampled, sums = Covariance(), RowSums(layer)
         for (x,) in self._now.batches(layer.input):
             rows = layer_rows(layer, x, limit=_ROWS_OF_A_SAMPLE, blocks=blocks)
-            count += rows.shape[1]
-            product, total = rows.transpose(0, 2, 1) @ rows, rows.sum(axis=1)
-            second = product if second is None else np.add(second, product, out=second)
-            sampled = total if sampled is None else sampled + total
+            # The first axis of an input may be no samples at all, and is then cut to another size than the layer reads.
+            if blocks == 1 and rows.shape[2] != inputs_of(layer):
+                return None
+            sampled.update(rows)
             sums.update(x, len(x))
-        if second is None or sampled is None or count == 0 or not np.isfinite(second).all():
+        if not sampled.is_known:
             return None
-        second /= np.float32(count)
         if before is not None and not np.isfinite(before).all():
             before = None
         columns = _columns(layer, blocks)
-        return Reading(second, sampled / np.float32(count), columns, sums.arrays()["mean"], before)
+        return Reading(sampled, columns, sums.arrays()["mean"], before)
 
     def close(self) -> None:
         """Let go of everything kept."""

@@ -14,8 +14,10 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
+from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer
+from ..analyses.second_moments import inputs_of, reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +26,16 @@ class Moments:
 
     Attributes:
         second: E[x̂ x̂ᵀ], float32 [groups, inputs, inputs], of the input x̂ as the model now gives it.
+        covariance: The same around the mean.
         cross: E[x x̂ᵀ], float32 [groups, inputs, inputs], where x is the input in the model as it was; None where
             that was not asked for.
-        rows: How many vectors they are means over.
-        mean: E[x̂], float32 [groups, inputs].
-        mean_before: E[x], likewise, or None as `cross`.
+        mean: E[x̂], float64 [groups, inputs].
     """
 
     second: Array
+    covariance: Array
     cross: Array | None
-    rows: int
     mean: Array
-    mean_before: Array | None
 
 
 class SequentialMoments:
@@ -46,13 +46,12 @@ class SequentialMoments:
 
     Args:
         ctx: Calibration data and the model; neither changed yet.
-        compare: Whether the model as it was is run too, which is what `mean_before` and `cross` come from.
-        cross: Whether `cross` is wanted.
+        compare: Whether the model as it was is run too, which is what `cross` comes from.
         limit: The most rows of each sample that are looked at, evenly spaced; None for all.
     """
 
-    def __init__(self, ctx: Context, *, compare: bool, cross: bool = True, limit: int | None = None) -> None:
-        self._graph, self._limit, self._cross = ctx.model.graph, limit, cross
+    def __init__(self, ctx: Context, *, compare: bool, limit: int | None = None) -> None:
+        self._graph, self._limit = ctx.model.graph, limit
         self._before = None
         self._values: dict[str, ir.Value] = {}
         with ExitStack() as stack:
@@ -63,7 +62,7 @@ class SequentialMoments:
                 self._values = {value.name or "": value for value in copy.graph.inputs}
                 self._values.update({value.name or "": value for node in copy.graph for value in node.outputs})
             self._stack = stack.pop_all()
-        self._known: tuple[str, Moments] | None = None
+        self._known: tuple[tuple[str, str], Moments] | None = None
 
     def of(self, layer: LinearLayer, name: str) -> Moments | None:
         """Return the moments of a layer's input; None where nothing can be seen of it.
@@ -76,33 +75,33 @@ class SequentialMoments:
         seen = layer.node.graph is self._graph and walk.constant_tensor(layer.input) is None
         if not seen or not takes_rows(layer):
             return None
-        if self._known is not None and self._known[0] == _key(layer, name):
+        if self._known is not None and self._known[0] == (name, reading(layer)):
             return self._known[1]
         moments = self._measure(layer, name)
         if moments is not None:
-            self._known = (_key(layer, name), moments)
+            self._known = ((name, reading(layer)), moments)
         return moments
 
     def _measure(self, layer: LinearLayer, name: str) -> Moments | None:
         before = self._values.get(name) if self._before is not None else None
-        second = cross = mean = mean_before = None
-        count = 0
+        found, cross = Covariance(), None
         references = self._before.batches(before) if self._before is not None and before is not None else None
         for (x,) in self._now.batches(layer.input):
             rows = layer_rows(layer, x, limit=self._limit)
-            count += rows.shape[1]
-            second = _added(second, rows.transpose(0, 2, 1) @ rows)
-            mean = _added(mean, rows.sum(axis=1))
+            # The first axis of an input may be no samples at all, and is then cut to another size than the layer reads.
+            if rows.shape[2] != inputs_of(layer):
+                return None
+            found.update(rows)
             if references is not None:
                 (reference,) = next(references)
-                original = layer_rows(layer, reference, limit=self._limit)
-                if self._cross:
-                    cross = _added(cross, original.transpose(0, 2, 1) @ rows)
-                mean_before = _added(mean_before, original.sum(axis=1))
-        if second is None or mean is None or count == 0 or not np.isfinite(second).all():
+                with np.errstate(all="ignore"):  # what overflows is left out below
+                    product = layer_rows(layer, reference, limit=self._limit).transpose(0, 2, 1) @ rows
+                cross = product if cross is None else np.add(cross, product, out=cross)
+        if not found.is_known:
             return None
-        over = np.float32(count)
-        return Moments(second / over, _finite(cross, over), count, mean / over, _finite(mean_before, over))
+        if cross is not None:
+            cross = cross / np.float32(found.count) if np.isfinite(cross).all() else None
+        return Moments(found.second(), found.covariance(), cross, found.mean())
 
     def close(self) -> None:
         """Let go of everything kept."""
@@ -115,25 +114,3 @@ class SequentialMoments:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _key(layer: LinearLayer, name: str) -> str:
-    """Layers that read a value the same way share its moments: products of one side, windows of one kind."""
-    across = layer.node.attributes.get_int("transA" if layer.weight_index == 1 else "transB", 0)
-    tensor = walk.constant_tensor(layer.weight)
-    window = ""
-    if layer.node.op_type in ("Conv", "ConvTranspose") and tensor is not None:
-        settings = sorted(f"{attribute.name}={attribute.value}" for attribute in layer.node.attributes.values())
-        window = f"{walk.dims(tensor)[1:]}|{'|'.join(settings)}"
-    return f"{name}|{layer.node.op_type}|{layer.weight_index}|{across}|{window}"
-
-
-def _added(total: Array | None, part: Array) -> Array:
-    if total is None:
-        return part
-    total += part
-    return total
-
-
-def _finite(total: Array | None, count: np.float32) -> Array | None:
-    return total / count if total is not None and np.isfinite(total).all() else None

@@ -70,8 +70,9 @@ def can_lower_to_standard(reader: WeightReader, plan: WeightPlan) -> str | None:
     if reader.is_lookup:
         return None if isinstance(plan.group, int) else "its rows have no blocks"
     columns = walk.dims(weight_tensor(reader.layer))[1]
-    if plan.bits in plan.scheme.whole_bytes and columns * plan.bits % _BYTE_BITS:
-        return f"rows of {columns} codes of {plan.bits} bits end within a byte, which runtimes misread; 4 bits are read"
+    misread = plan.bits in plan.scheme.whole_bytes and reader.layer.output_axis == 1
+    if misread and columns * plan.bits % _BYTE_BITS:
+        return f"the target misreads codes of {plan.bits} bits of layers whose outputs fill no whole bytes; try 4 bits"
     return None
 
 

@@ -233,7 +233,10 @@ class StaticWeights:
         if task.grid.tensor:
             magnitude = magnitude.max(initial=0.0, keepdims=True)
         scales = grid.positive(magnitude / np.float32(limits(self.scheme.weight)[1]))
-        codes = layer.in_layout(encode(matrix / scales, self.scheme.weight))
+        floats = encode(matrix / scales, self.scheme.weight)
+        if self.ctx.forecast is not None:
+            self.ctx.forecast.weight(layer.node, floats.astype(np.float32) * scales / np.float32(task.factor))
+        codes = layer.in_layout(floats)
         return self._constants(layer, codes, self._laid_out(layer, scales, task.grid), None, task.grid, scales)
 
     def _laid_out(self, layer: LinearLayer, per_block: Array, own: Grid) -> Array:

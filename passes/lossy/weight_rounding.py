@@ -50,14 +50,20 @@ class WeightRounding:
         if self.solver == "hqq":
             return hqq(weight, plan.grid)
         if self.solver == "awq":
-            self.blind += matrix.weight not in self._scaled and not matrix.is_table
-            return self._scaled.get(matrix.weight) or mse(weight, plan.grid)
+            scaled = self._scaled.get(matrix.weight)
+            self.blind += scaled is None and not matrix.is_table
+            return scaled.codes if scaled is not None else mse(weight, plan.grid)
         moments = self._moments_of(matrix)
         if moments is None:
             return mse(weight, plan.grid)
         wanted = _making_up_for(np.asarray(weight, np.float32), moments)
         second: Array = moments.second[0]
         return refine(wanted, gptq(wanted, plan.grid, second), second)
+
+    def values(self, matrix: StoredMatrix, found: GridWeight) -> Array:
+        """Return Ŵ as it multiplies what the layer read before any input was scaled."""
+        scaled = self._scaled.get(matrix.weight)
+        return found.values() if scaled is None else found.values() / scaled.factors
 
     def _moments_of(self, matrix: StoredMatrix) -> Moments | None:
         if self._moments is None or matrix.is_table:

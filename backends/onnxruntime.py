@@ -64,7 +64,10 @@ class OnnxRuntime:
         wanted = _PROVIDERS[self.provider]
         if wanted in runtime.get_available_providers():
             return None
-        hint = f"on a machine with an NVIDIA GPU, uninstall `onnxruntime` and install `graphopt[{extra}]`"
+        hint = (
+            "`--backend onnxruntime` runs it on this CPU for checks; "
+            f"on a machine with an NVIDIA GPU, uninstall `onnxruntime` and install `graphopt[{extra}]`"
+        )
         return BackendError(
             f"backend `{self.describe()}` cannot run here: this ONNX Runtime has no {wanted}", hint=hint
         )
@@ -206,7 +209,7 @@ def _attach(options: Any, arrays: dict[str, Array], weights: dict[str, ir.Tensor
 
 
 def _fused_floats(error: Exception) -> bool:
-    """Return whether ONNX Runtime 1.31 fails on what it made itself: an operator on integers, given floats of 8 bits."""
+    """Return whether ONNX Runtime 1.31 fails on what it made itself: an operator on integers, given 8-bit floats."""
     text = str(error)
     return "float8" in text and any(name in text for name in _OPERATORS_ON_CODES)
 

@@ -24,6 +24,8 @@ _ORT_CPU_SHARED_SCALE_OPS = frozenset(
         "Flatten",
         "Gather",
         "MaxPool",
+        "ReduceMax",
+        "ReduceMin",
         "Reshape",
         "Resize",
         "Slice",
@@ -70,8 +72,8 @@ _ORT_CPU_SLOW_OPS = frozenset({"GroupNormalization", "Swish"})
 _ORT_X86_SLOW_OPS = _ORT_CPU_SLOW_OPS | {"com.microsoft::SkipLayerNormalization"}
 
 
-# ONNX Runtime 1.31 makes a MatMulNBits of a product and a DequantizeLinear before it. With 2 bits it then takes each row
-# of codes to begin with a new byte, which the standard does not: where rows end within a byte, the results are noise.
+# ONNX Runtime 1.31 makes a MatMulNBits of a product and a DequantizeLinear before it. With 2 bits it then takes each
+# row of codes to begin with a new byte, which the standard does not: where rows end within one, the results are noise.
 _ORT_WHOLE_BYTES = (2,)
 # Read four bits at a time by kernels that compute in int8; `accuracy_level` 4 says they may. Blocks below 16 have none.
 _ORT_CPU_WEIGHT_ONLY = WeightOnlyScheme(
@@ -118,9 +120,14 @@ _X86_CHANNELS = 4
 # to them left float, MobileNet (batch 8) takes 0.95× the time and YuNet (batch 1) 0.85×; with the depthwise layers
 # alone, amid codes, 1.02× and 1.06×.
 _X86_LEAST_DEPTHWISE = 32
+# Kernels on codes of other groups, 3×3 on 16×16 and 32×32 positions, take 5.6 to 7.2 times as long as those on floats
+# with 2 channels in a group, 2.8 to 3.8 with 4, 1.4 to 1.8 with 8, 1.2 to 1.4 with 16, and 0.6 to 0.7 with 32.
+_X86_LEAST_GROUP = 32
 
 
-def _u8s8(*, reduce_range: bool, channel_multiple: int = 1, least_depthwise: int = 1) -> IntegerScheme:
+def _u8s8(
+    *, reduce_range: bool, channel_multiple: int = 1, least_depthwise: int = 1, least_group: int = 1
+) -> IntegerScheme:
     return IntegerScheme(
         activation="uint8",
         activation_symmetric=False,
@@ -130,6 +137,16 @@ def _u8s8(*, reduce_range: bool, channel_multiple: int = 1, least_depthwise: int
         reduce_range=reduce_range,
         channel_multiple=channel_multiple,
         least_depthwise=least_depthwise,
+        least_group=least_group,
+    )
+
+
+def _x86(*, reduce_range: bool) -> IntegerScheme:
+    return _u8s8(
+        reduce_range=reduce_range,
+        channel_multiple=_X86_CHANNELS,
+        least_depthwise=_X86_LEAST_DEPTHWISE,
+        least_group=_X86_LEAST_GROUP,
     )
 
 
@@ -155,8 +172,8 @@ _INTEGER_WEIGHTS: tuple[Code, ...] = ("int8", "uint8", "int4", "uint4")
 _FLOAT_CODES: tuple[Code, ...] = ("float8e4m3fn", "float8e5m2")
 # It makes MatMulIntegerToFloat and QLinearMatMul of these, which take no floats, and then refuses the model.
 _FLOATS_ON_ORT = (
-    "ONNX Runtime 1.31 loads matrix products on float8 only with the session entry `session.disable_quant_qdq` set to 1, "
-    "as graphopt does"
+    "ONNX Runtime 1.31 loads matrix products on float8 only with the session entry `session.disable_quant_qdq` set to "
+    "1, as graphopt does"
 )
 # What QuantizeLinear and DequantizeLinear can say, whether or not a runtime has kernels for it.
 _STANDARD = (
@@ -181,7 +198,7 @@ TARGETS = {
         _ort_cpu(
             "ort-cpu-x86",
             "ONNX Runtime on x86 CPUs with VNNI: U8S8",
-            _u8s8(reduce_range=False, channel_multiple=_X86_CHANNELS, least_depthwise=_X86_LEAST_DEPTHWISE),
+            _x86(reduce_range=False),
             _S8S8,
             fusion_tables.ORT_X86,
             _INTEL_AND_AMD,
@@ -191,7 +208,7 @@ TARGETS = {
         _ort_cpu(
             "ort-cpu-x86-avx2",
             "ONNX Runtime on x86 CPUs without VNNI: U8S7",
-            _u8s8(reduce_range=True, channel_multiple=_X86_CHANNELS, least_depthwise=_X86_LEAST_DEPTHWISE),
+            _x86(reduce_range=True),
             _S8S8,
             fusion_tables.ORT_X86,
             _INTEL_AND_AMD,
@@ -239,7 +256,7 @@ TARGETS = {
             static=_u8s8(reduce_range=False),
             weight_only=WeightOnlyScheme(form="DequantizeLinear", bits=(4, 8), blocks=(32, 64, 128, 256)),
             integer_ops=_WEIGHT_OPS | {"Add", "AveragePool", "Concat", "GlobalAveragePool", "Mul"},
-            shared_scale_ops=_ORT_CPU_SHARED_SCALE_OPS,
+            shared_scale_ops=_ORT_CPU_SHARED_SCALE_OPS - {"ReduceMax", "ReduceMin"},
             dynamic_ops=_MATRIX_OPS,
             weight_only_ops=_WEIGHT_OPS,
             fusions=fusion_tables.OPENVINO,

@@ -271,17 +271,13 @@ class Context:
             for value in wanted
         }
 
-    def walkthrough(self, model: ir.Model | None = None, *, data: Dataset | None = None) -> Walkthrough:
+    def walkthrough(self, model: ir.Model | None = None) -> Walkthrough:
         """Return a walkthrough of the calibration samples, through the model as it is being changed, or another one.
 
         A pass that corrects each layer for the layers changed before it goes through a clone of the model beside it.
-
-        Args:
-            model: The model to go through, by default the one being changed.
-            data: Some of the calibration samples, by default all.
         """
         assert self.data is not None, "the pass did not declare that it needs calibration data"
-        return Walkthrough(model or self.model, data or self.data, self.backend, threads=self.threads)
+        return Walkthrough(model or self.model, self.data, self.backend, threads=self.threads)
 
     def evaluate(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[Array]:
         """Compute values that hang on constants alone, by the backend's own kernels, one by one as they stand.

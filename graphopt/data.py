@@ -176,12 +176,6 @@ class Dataset:
         """Return ``count`` samples drawn with a seed, or all where there are no more."""
         return self._subset(np.random.default_rng(seed).permutation(len(self))[:count])
 
-    def halves(self, seed: int) -> tuple[Dataset, Dataset]:
-        """Return two sets of half of the samples each, drawn with a seed; of one sample, that sample twice."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        half = len(self) // 2
-        return self._subset(order[: max(half, 1)]), self._subset(order[half:])
-
     def _subset(self, indices: Array) -> Dataset:
         own = np.arange(self._total) if self._chosen is None else self._chosen
         chosen = np.sort(own[indices])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from graphopt.backend import Array, Inspectable
 from graphopt.choices import ModelLike, find_backend, find_target, open_model
 from graphopt.data import open_data
 from graphopt.errors import BackendError, DataError
+from graphopt.explanation_advice import constant_factor, too_small
 from graphopt.explanation_codes import captured_behind_moves, is_dequantize, is_quantize
 from graphopt.explanation_proof import Proof, Ran, numbered, prove
 from graphopt.explanation_rules import Prediction, predict
@@ -230,7 +231,8 @@ def _is_quantized(node: ir.Node) -> bool:
 def _quantizable(model: ir.Model, target: Target) -> list[tuple[str, str, int]]:
     """Return the operators of a float model that the target could run in integers, with their kernels and counts."""
     kernels = {op: _kernel_of(op, target) for op in sorted(target.integer_ops | target.weight_only_ops)}
-    counts = Counter(node.op_type for node in numbered(model) if _could_be_integer(node, kernels))
+    able = (node for node in numbered(model) if _could_be_integer(node, kernels))
+    counts = Counter(node.op_type for node in able if too_small(node, target) is None)
     return [(op, kernels[op], count) for op, count in counts.most_common()]
 
 
@@ -247,8 +249,4 @@ def _could_be_integer(node: ir.Node, kernels: Mapping[str, str]) -> bool:
         return False
     if node.outputs[0].dtype not in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return False
-    return node.op_type not in _PRODUCTS or _has_constant_weight(node.inputs)
-
-
-def _has_constant_weight(inputs: Sequence[ir.Value | None]) -> bool:
-    return any(walk.constant_tensor(value) is not None for value in inputs[:2])
+    return node.op_type not in _PRODUCTS or constant_factor(node) is not None

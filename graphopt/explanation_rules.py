@@ -9,6 +9,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphopt import walk
+from graphopt.explanation_advice import advise
 from graphopt.explanation_codes import CodeReader, Codes, NotWritten, is_dequantize, is_quantize, only_reader
 from graphopt.explanation_obstacles import (
     Obstacle,
@@ -69,14 +70,15 @@ def predict(model: ir.Model, target: Target) -> list[Prediction]:
         model: A model whose shapes have been inferred.
         target: Whose rules hold.
     """
-    predictor = _Predictor(target, walk.opset(model))
-    nodes = (node for graph in walk.graphs_within(model.graph) for node in graph)
+    nodes = [node for graph in walk.graphs_within(model.graph) for node in graph]
+    dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in nodes)
+    predictor = _Predictor(target, walk.opset(model), dynamic)
     return [found for node in nodes if (found := predictor.of(node)) is not None]
 
 
 class _Predictor:
-    def __init__(self, target: Target, opset: int) -> None:
-        self.rules, self.target, self.opset = target.fusions, target, opset
+    def __init__(self, target: Target, opset: int, dynamic: bool) -> None:
+        self.rules, self.target, self.opset, self.dynamic = target.fusions, target, opset, dynamic
         self.codes = CodeReader(self.rules, opset)
 
     def of(self, node: ir.Node) -> Prediction | None:
@@ -96,12 +98,12 @@ class _Predictor:
     def _unit(self, node: ir.Node, adder: ir.Node | None) -> Prediction | None:
         if not self._is_concerned(node, adder):
             if node.op_type in LINEAR_OPS:
-                return Prediction(node, "float", node.op_type, "not quantized", self._advice(node))
+                return Prediction(node, "float", node.op_type, *advise(node, self.target, dynamic=self.dynamic))
             return None
         if walk.is_onnx_op(node, "Relu", "Clip"):
             return self._activation(node)
-        if self.rules.of(node.op_type) is None and node.op_type not in LINEAR_OPS and not self._ends_in_codes(node):
-            return None  # it only reads what leaves the codes here
+        if self.rules.of(node.op_type) is None and node.op_type not in LINEAR_OPS and not self._is_amid_codes(node):
+            return None  # codes only begin or end here
         try:
             return self._fused(node, adder)
         except Obstacle as obstacle:
@@ -113,19 +115,26 @@ class _Predictor:
             return True
         return self._ends_in_codes(adder or node)
 
+    def _is_amid_codes(self, node: ir.Node) -> bool:
+        """Return whether a node reads codes and writes some, rather than being where they begin or end."""
+        reads = any(self.codes.read_by(node, index) is not None for index in range(len(node.inputs)))
+        return reads and self._ends_in_codes(node)
+
+    def _serves_others(self, node: ir.Node) -> bool:
+        """Return whether what makes the codes a node reads, and what reads those it writes, have integer kernels."""
+        read = [codes for value in node.inputs if (codes := self.codes.read(value)) is not None and not codes.constant]
+        sources = [quantize.producer() for one in read if (quantize := one.node.inputs[0]) is not None]
+        makers = [source.inputs[0].producer() for source in sources if source is not None and source.inputs[0]]
+        return all(map(self._is_fusible, makers)) and any(map(self._is_fusible, _readers_of_codes(node)))
+
+    def _is_fusible(self, node: ir.Node | None) -> bool:
+        """Return whether a node, or what a Relu or Clip stands behind, is of a kind that has an integer kernel."""
+        if node is not None and walk.is_onnx_op(node, "Relu", "Clip"):
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        return node is not None and self.rules.of(node.op_type) is not None
+
     def _ends_in_codes(self, node: ir.Node) -> bool:
         return any(isinstance(self.codes.written(value), Codes) for value in node.outputs)
-
-    def _advice(self, node: ir.Node) -> str:
-        if f"com.microsoft::DynamicQuantize{node.op_type}" in self.rules.written and node.op_type == "LSTM":
-            return "DynamicQuantizeLSTM, written as such"
-        if node.op_type in ("LSTM", "GRU", "RNN") or (not self.target.static and not self.target.weight_only):
-            return "no integer kernel on this target"
-        if self.target.static is not None and self.rules.of(node.op_type) is not None:
-            return f"`--passes quant --target {self.target.name}`"
-        if node.op_type in self.target.weight_only_ops:
-            return f"`--passes quant:mode=weights --target {self.target.name}`"
-        return "no integer kernel on this target"
 
     def _written(self, node: ir.Node) -> Prediction:
         name = node.op_type
@@ -157,9 +166,9 @@ class _Predictor:
             return weights
         rule = self.rules.of("Gemm" if adder is not None else node.op_type)
         if rule is None:
-            raise Obstacle(
-                f"no integer kernel for {node.op_type}", "leave Q and DQ away around it: they only cost time"
-            )
+            needed = self._serves_others(node)
+            fix = "nothing: what is around it needs the codes" if needed else "leave Q and DQ away around it"
+            raise Obstacle(f"no integer kernel for {node.op_type}", fix + ": they only cost time" * (not needed))
         if self.opset < rule.since:
             raise Obstacle(f"takes codes only from opset {rule.since}", f"`--passes opset:to={rule.since},...`")
         inputs = [*node.inputs, *bias_of(adder, node)]
@@ -368,6 +377,14 @@ class _Predictor:
 def _rank_of_constant(value: ir.Value | None) -> int | None:
     tensor = walk.constant_tensor(value)
     return len(walk.dims(tensor)) if tensor is not None else None
+
+
+def _readers_of_codes(node: ir.Node) -> list[ir.Node]:
+    """Return what reads the floats behind the Q and DQ behind a node."""
+    reached = list(node.outputs)
+    for step in (is_quantize, is_dequantize):
+        reached = [out for value in reached for use in value.uses() if step(use.node) for out in use.node.outputs]
+    return [use.node for value in reached for use in value.uses()]
 
 
 def _computes_on_codes(node: ir.Node) -> bool:

@@ -281,7 +281,7 @@ def _analysed(pipeline: Pipeline) -> Step:
         UsageError: It is no single lossy pass that can be told which nodes to change.
     """
     step = pipeline.steps[-1]
-    hint = f"the last pass is looked at; one of: {', '.join(_selective_passes())}"
+    hint = f"the last pass is looked at; one that is lossy and has an option `include`: {', '.join(_selective_passes())}"
     if step.preset or step.guarantee is not Guarantee.LOSSY:
         raise UsageError(f"`{step.spec}` is no lossy pass: it costs nothing", hint=hint)
     if not {"include", "exclude"} <= set(options.fields(type(step.passes[0]))):

@@ -23,7 +23,8 @@ class IntegerScheme:
         residual: Whether an Add of two branches is given its identity branch quantized, and the other in float.
         least_channels: A weight with fewer inputs or outputs than this stays float, as its kernel would be slower.
         least_depthwise: A depthwise convolution with fewer channels is slower in codes than in float, and stays float
-            where a chain of codes begins or ends with it.
+            where a chain of codes begins or ends with it; above 1, one between floats stays float whatever its size.
+        least_group: A convolution in groups of fewer channels each, and not depthwise, likewise.
         channel_multiple: Kernels of convolutions read so many input channels at a time: zeros make up what is missing.
         blocks: Sizes of blocks of inputs that may have a scale of their own; none where a kernel takes no blocks.
         remark: What whoever runs such a model has to know, or nothing.
@@ -39,6 +40,7 @@ class IntegerScheme:
     residual: bool = False
     least_channels: int = 1
     least_depthwise: int = 1
+    least_group: int = 1
     channel_multiple: int = 1
     blocks: tuple[int, ...] = ()
     remark: str = ""
@@ -61,8 +63,8 @@ class WeightOnlyScheme:
         blocks: Block sizes it takes.
         accuracy_level: What MatMulNBits may compute in: 0 as the input, 1 float32, 2 float16, 3 bfloat16, 4 int8.
         embedding: ``GatherBlockQuantized``, or None where a table's rows are gathered as codes and scaled.
-        whole_bytes: Widths read rightly through DequantizeLinear only where each row of a matrix stored [inputs, outputs]
-            fills whole bytes.
+        whole_bytes: Widths read rightly through DequantizeLinear only where each row of a matrix stored
+            [inputs, outputs] fills whole bytes.
     """
 
     form: Literal["MatMulNBits", "DequantizeLinear"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,36 +68,6 @@ class Walkthrough:
             if value in self._store:
                 self._store.drop(value)
 
-    def trials(
-        self, values: Sequence[ir.Value], feeds: Sequence[Mapping[ir.Value, Array]]
-    ) -> Iterator[list[tuple[Array, ...]]]:
-        """Yield what values would hold, batch by batch, for each of several contents of values that nothing makes.
-
-        Nothing counts as run: the nodes between what is kept and these values can be changed, and tried again.
-
-        Args:
-            values: The values wanted.
-            feeds: For each trial, the contents of values that are neither constants, inputs nor made by a node.
-
-        Raises:
-            BackendError: The runtime fails on the piece of the model.
-        """
-        wanted = [value for value in values if constant_content(value) is None and value not in self._store]
-        given = feeds[0] if feeds else {}
-        piece, inputs = self._piece(self._missing(wanted), wanted, given)
-        with self._backend.open(piece, threads=self._threads) as session:
-            for index, batch in enumerate(self._batches):
-                kept = {place: self._store.get(one, index) for place, one in enumerate(inputs) if one not in given}
-                trials = []
-                for feed in feeds:
-                    own = {place: feed[one] for place, one in enumerate(inputs) if one in given}
-                    results = session.run({f"in{place}": array for place, array in {**kept, **own}.items()})
-                    made = {one: results[f"out{place}"] for place, one in enumerate(wanted)}
-                    trials.append(
-                        tuple(batch.real(made[one] if one in made else self._value(one, index)) for one in values)
-                    )
-                yield trials
-
     def close(self) -> None:
         """Let go of everything kept."""
         self._store.close()
@@ -157,7 +127,7 @@ class Walkthrough:
         made = [value for node in nodes for value in node.outputs if value.name]
         outputs = [value for value in made if value in wanted or self._is_read_later(value)]
         outputs = [value for value in outputs if value not in self._store]
-        piece, inputs = self._piece(nodes, outputs, {})
+        piece, inputs = self._piece(nodes, outputs)
         with self._backend.open(piece, threads=self._threads) as session:
             for index in range(len(self._batches)):
                 feeds = {f"in{place}": self._store.get(value, index) for place, value in enumerate(inputs)}
@@ -165,9 +135,7 @@ class Walkthrough:
                 for place, value in enumerate(outputs):
                     self._store.put(value, results[f"out{place}"])
 
-    def _piece(
-        self, nodes: list[ir.Node], outputs: list[ir.Value], given: Mapping[ir.Value, Array]
-    ) -> tuple[ir.Model, list[ir.Value]]:
+    def _piece(self, nodes: list[ir.Node], outputs: list[ir.Value]) -> tuple[ir.Model, list[ir.Value]]:
         """Return a model of some nodes, and the values that are its inputs."""
         own = {value for node in nodes for value in node.outputs if value.name}
         read = dict.fromkeys(value for node in nodes for value in values_read(node))
@@ -176,8 +144,7 @@ class Walkthrough:
         piece = fragment(nodes, outputs, inputs, imports, self.model.functions)
         for declared, value in zip(piece.graph.inputs, inputs, strict=True):
             if declared.type is None:
-                content = given[value] if value in given else self._store.get(value, 0)
-                declared.type = ir.TensorType(ir.DataType.from_numpy(content.dtype))
+                declared.type = ir.TensorType(ir.DataType.from_numpy(self._store.get(value, 0).dtype))
         return piece, inputs
 
     def _is_read_later(self, value: ir.Value) -> bool:

@@ -304,9 +304,7 @@ def test_what_is_predicted_is_a_share(spec: CodebookWeights | Logarithmic) -> No
         w=100 * RNG.standard_normal((96, 64)),
     )
     data = open_data({"x": RNG.standard_normal((256, 96)).astype(np.float32)}, of)
-    ctx = Context(
-        of, Rewriter(of), TARGETS["portable"], OnnxRuntime(), threads=1, data=data, predicts=True
-    )
+    ctx = Context(of, Rewriter(of), TARGETS["portable"], OnnxRuntime(), threads=1, data=data, predicts=True)
     feed = RNG.standard_normal((256, 96)).astype(np.float32)
     before = run(of, x=feed)[0]
     spec.run(of, ctx)

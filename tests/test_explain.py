@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -148,6 +149,25 @@ def test_results_that_are_wrong_without_a_word_are_named(proto: Any, op: str) ->
     with OnnxRuntime().open(model) as fast, OnnxRuntime().open(model, optimize=False) as plain:
         ((name, value),) = fast.run(feeds).items()
         assert np.abs(value - plain.run(feeds)[name]).max() > 0.1
+
+
+@on_x86
+@pytest.mark.parametrize("form", ["block", "channel", "tensor"])
+@pytest.mark.parametrize("outputs", [36, 37, 38])
+def test_two_bits_misread_where_rows_end_within_a_byte_are_named(outputs: int, form: str) -> None:
+    """The remark is there exactly where the fused product gives something else than the model says."""
+    made = few_bits(TensorProto.INT2, shape=(64, outputs), axis=0 if form == "block" else 1, form=form)
+    codes = np.random.default_rng(0).integers(-2, 2, (64, outputs)).astype(ml_dtypes.int2)
+    packed = next(tensor for tensor in made.graph.initializer if tensor.data_type == TensorProto.INT2)
+    packed.CopyFrom(onnx.numpy_helper.from_array(codes, packed.name))
+    found = finding(explained(made), "MatMul")
+    assert found.state == "weights"
+    model = ir.from_proto(made)
+    feeds = generated_feeds(model, 0, sets=1, batch=1)[0]
+    with OnnxRuntime().open(model) as fast, OnnxRuntime().open(model, optimize=False) as plain:
+        ((name, value),) = fast.run(feeds).items()
+        wrong = np.abs(value - plain.run(feeds)[name]).max() > 0.05
+    assert ("WRONG results" in found.remark) == wrong == bool(outputs % 4)
 
 
 @on_x86

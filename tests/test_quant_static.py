@@ -371,7 +371,9 @@ def test_channels_that_are_zero_or_constant_keep_their_values() -> None:
         assert np.abs(empty - max(bias[3], 0)).max() < 2 * np.ptp(result.before) / STEPS
 
 
-@pytest.mark.parametrize("body", ["y = MatMul(x, w)", "m = MatMul(x, w) y = Relu(m)", "a = MatMul(x, w) y = MatMul(a, v)"])
+@pytest.mark.parametrize(
+    "body", ["y = MatMul(x, w)", "m = MatMul(x, w) y = Relu(m)", "a = MatMul(x, w) y = MatMul(a, v)"]
+)
 @pytest.mark.parametrize("code", ["float8e4m3fn", "float8e5m2"])
 def test_products_on_floats_of_eight_bits_run(code: str, body: str) -> None:
     """ONNX Runtime makes operators of them that take no floats, unless it is kept from that; this is said."""
@@ -388,6 +390,6 @@ def test_products_on_floats_of_eight_bits_run(code: str, body: str) -> None:
 @pytest.mark.parametrize("solver", ["mse", "gptq"])
 def test_solvers_that_know_no_floats_of_eight_bits_are_refused(solver: str) -> None:
     options = {"activations": "float8e4m3fn", "weights": "float8e4m3fn", "solver": solver}
-    with pytest.raises(UsageError, match=f"`solver={solver}` knows no such floats") as caught:
+    with pytest.raises(UsageError, match=f"`solver={solver}` knows no floats") as caught:
         quantize(model_of(CONV, "N,3,8,8", CONV_WEIGHTS), IMAGES, "portable", mode="static", **options)
     assert "leave `solver` out" in (caught.value.hint or "")

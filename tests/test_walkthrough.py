@@ -166,31 +166,6 @@ def test_samples_that_cannot_be_read_leave_no_files(monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
-# Trials
-
-
-def test_trials_run_what_is_behind_and_nothing_counts_as_run() -> None:
-    subject, backend = model(), Counting()
-    with Walkthrough(subject, open_data({"x": X}, subject), backend, threads=1) as walk:
-        whole(walk, value(subject, "b"))
-        factor = ir.Value(name="factor", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
-        scaled = ir.Node("", "Mul", [value(subject, "b"), factor])
-        scaled.outputs[0].name = "scaled"
-        (add,) = (node for node in subject.graph if node.op_type == "Add")
-        add.replace_input_with(0, scaled.outputs[0])
-        feeds = [{factor: np.array(number, np.float32)} for number in (1.0, 3.0)]
-        backend.pieces.clear()  # type: ignore[attr-defined]
-        parts = list(walk.trials([value(subject, "y")], feeds))
-        assert [sorted(piece) for piece in backend.pieces] == [["Add", "Exp", "Mul", "Sub"]]  # type: ignore[attr-defined]
-        b = np.maximum(X * np.array([1, -2, 3, 0.5], np.float32), 0)
-        for place, number in enumerate((1.0, 3.0)):
-            found = np.concatenate([trials[place][0] for trials in parts])
-            np.testing.assert_allclose(found, number * b + X - np.exp(b), rtol=1e-5, atol=1e-6)
-        add.replace_input_with(0, value(subject, "b"))
-        scaled.replace_input_with(0, None)
-        np.testing.assert_allclose(whole(walk, value(subject, "y"))[0], b + X - np.exp(b), rtol=1e-5, atol=1e-6)
-
-
 def test_a_node_that_was_changed_runs_anew() -> None:
     subject = model()
     weight = subject.graph.initializers["w"]

@@ -12,11 +12,10 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.explanation_products import fits_gemm
 from graphopt.target import IntegerScheme, Target
+from graphopt.unfit_layers import is_attention_product, unfit_for_tiles
 
-from .attention_products import is_attention_product
 from .linear_layers import LINEAR_OPS, LinearLayer, as_linear_layer, has_channel_bias, linear_layers, readers_elsewhere
 from .selection import Selection
-from .small_layers import unfit_for_tiles
 
 _ACTIVATIONS = ("Relu", "Clip")
 _ATTENTION = "com.microsoft::MultiHeadAttention"
@@ -226,7 +225,7 @@ class Candidates:
         if layer.bias is not None and self.scheme.bias == "int32" and not has_channel_bias(layer):
             return "its bias is no constant per channel"
         as_floats = self.scheme.weight.startswith("float")
-        return unfit_for_tiles(layer, self.scheme.least_channels, as_floats=as_floats)
+        return unfit_for_tiles(layer.node, layer.weight, layer.input, self.scheme.least_channels, floats=as_floats)
 
     def _version_obstacle(self, node: ir.Node) -> str | None:
         rule = self.target.fusions.of(node.op_type)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.target import IntegerScheme, Target
+from graphopt.unfit_layers import has_narrow_groups, is_depthwise
 
 from .integer_candidates import OPERANDS, Candidates, Unit, is_quantized
 from .linear_layers import LINEAR_OPS, LinearLayer
@@ -66,11 +67,12 @@ def integer_units(model: ir.Model, target: Target, scheme: IntegerScheme, select
     candidates = Candidates(model, target, scheme, selection)
     units = _Units(unit for node in model.graph if (unit := candidates.unit_of(node)) is not None)
     _drop_what_pays_not(units)
-    slow = _slow_ends(units, scheme.least_depthwise)
+    slow = _slow_ends(units, scheme)
     units.drop(slow)
     _drop_what_pays_not(units)
-    why = f"leads to or is a depthwise convolution of fewer than {scheme.least_depthwise} channels, slower in integers"
-    candidates.obstacles.update((unit.node, why) for unit in slow)
+    alone = dict.fromkeys(_lone(units, scheme), "a depthwise convolution that no integers lead to or from")
+    units.drop(alone)
+    candidates.obstacles.update((unit.node, why) for unit, why in (slow | alone).items())
     chosen = tuple(units.by_node.values())
     wanted = frozenset(value for unit in chosen for value in unit.read())
     return IntegerUnits(chosen, _left(model, candidates, units), wanted, scheme)
@@ -111,43 +113,63 @@ def _drop_what_pays_not(units: _Units) -> None:
         units.drop(rejected)
 
 
-def _slow_ends(units: _Units, least: int) -> list[Unit]:
-    """Return the units that chains of integers are faster without, at the end or the beginning of one.
+def _slow_ends(units: _Units, scheme: IntegerScheme) -> dict[Unit, str]:
+    """Return the units that chains of integers are faster without, at the end or the beginning of one, and why.
 
-    Those are depthwise convolutions of few channels, and what comes before them from where values enter integers, if
-    it is as narrow: values then enter behind them, as cheaply. In between, two more conversions cost what is gained.
+    Those are convolutions with slow kernels, and what comes before them from where values enter integers, if it is as
+    narrow: values then enter behind them, as cheaply. In between, two more conversions cost what is gained.
     """
-    slow: dict[Unit, None] = {}
+    slow: dict[Unit, str] = {}
     for unit in units.by_node.values():
         if unit.kind == "linear" and not any(units.make(value) for value in unit.read()):
-            slow.update(dict.fromkeys(_slow_beginning(unit, units, least)))
-        elif _is_slow_depthwise(unit, least) and not any(units.reading(value) for value in unit.outputs):
-            slow[unit] = None
-    return list(slow)
+            slow.update(_slow_beginning(unit, units, scheme))
+        elif (why := _why_slow(unit, scheme)) is not None and not _leads_on(unit, units):
+            slow[unit] = f"leads to or is {why}"
+    return slow
 
 
-def _slow_beginning(first: Unit, units: _Units, least: int) -> list[Unit]:
+def _slow_beginning(first: Unit, units: _Units, scheme: IntegerScheme) -> dict[Unit, str]:
     """Return the units from one on, each alone in reading the one before, up to the last slow one among narrow ones."""
     chain: list[Unit] = []
-    length, unit = 0, first
-    while unit.layer is None or _outputs(unit.layer) < least:
+    length, unit, reason = 0, first, ""
+    while True:
+        why = _why_slow(unit, scheme)
+        if why is None and unit.layer is not None and _outputs(unit.layer) >= scheme.least_depthwise:
+            break
         chain.append(unit)
-        if _is_slow_depthwise(unit, least):
-            length = len(chain)
+        if why is not None:
+            length, reason = len(chain), f"leads to or is {why}"
         readers = list(dict.fromkeys(reader for value in unit.outputs for reader in units.reading(value)))
         if len(readers) != 1 or readers[0] in chain:
             break
         unit = readers[0]
-    return chain[:length]
+    return dict.fromkeys(chain[:length], reason)
 
 
-def _is_slow_depthwise(unit: Unit, least: int) -> bool:
-    if unit.layer is None or unit.node.op_type != "Conv":
-        return False
-    outputs = _outputs(unit.layer)
-    # A single channel is a depthwise convolution of its own, where it reads one.
-    is_depthwise = unit.layer.channels == 1 and unit.node.attributes.get_int("group", 1) == outputs
-    return is_depthwise and outputs < least
+def _why_slow(unit: Unit, scheme: IntegerScheme) -> str | None:
+    """Return what about a convolution makes its kernel on codes slower than that on floats, or None if nothing does."""
+    if unit.layer is None:
+        return None
+    if is_depthwise(unit.node, unit.layer.weight) and _outputs(unit.layer) < scheme.least_depthwise:
+        return f"a depthwise convolution of fewer than {scheme.least_depthwise} channels, slower in integers"
+    if has_narrow_groups(unit.node, unit.layer.weight, scheme.least_group):
+        return f"a convolution in groups of fewer than {scheme.least_group} channels, slower in integers"
+    return None
+
+
+def _lone(units: _Units, scheme: IntegerScheme) -> list[Unit]:
+    """Return the depthwise convolutions between floats, whose way in and out of integers costs more than they gain."""
+    if scheme.least_depthwise <= 1:
+        return []
+    layers = [unit for unit in units.by_node.values() if unit.layer is not None]
+    depthwise = [unit for unit in layers if unit.layer is not None and is_depthwise(unit.node, unit.layer.weight)]
+    return [
+        unit for unit in depthwise if not _leads_on(unit, units) and not any(units.make(value) for value in unit.read())
+    ]
+
+
+def _leads_on(unit: Unit, units: _Units) -> bool:
+    return any(units.reading(value) for value in unit.outputs)
 
 
 def _outputs(layer: LinearLayer) -> int:
@@ -181,8 +203,8 @@ def _left(model: ir.Model, candidates: Candidates, units: _Units) -> Counter[tup
     for node in model.graph:
         if not walk.is_onnx_op(node, node.op_type) or units.hold(node):
             continue
-        source = node.inputs[0] if node.inputs else None
-        reads_integers = source is not None and units.make(source) and candidates.scheme.quantize_outputs
+        made = any(value is not None and units.make(value) for value in node.inputs)
+        reads_integers = made and candidates.scheme.quantize_outputs
         if node.op_type not in LINEAR_OPS and not reads_integers:
             continue
         reason = candidates.obstacles.get(node)

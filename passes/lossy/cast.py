@@ -89,7 +89,7 @@ class Cast(Pass):
         if self.compute == "auto" and not fast:
             ctx.note(
                 f"`{ctx.target.name}` computes no faster in {self.to}: weights are only stored so, and widened when "
-                "the model is loaded; the file halves, the arithmetic stays (`compute=half` casts all of it)"
+                "the model is loaded; the arithmetic stays (`compute=half` casts all of it)"
             )
             return False
         if not fast and self.to == "bfloat16":

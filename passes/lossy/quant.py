@@ -15,6 +15,7 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 from graphopt.ranges import RangeMethod
+from graphopt.report import show_bytes
 from graphopt.target import IntegerScheme
 
 from ..analyses.forecast import forecasting
@@ -27,7 +28,7 @@ from .integer_weights import PER_CHANNEL_OPSET, WeightStore, weight_tensor
 from .layer_rounding import rounding_of
 from .quant_blocks import quantize_blocks
 from .quant_dynamic import FIRST_OPSET as FIRST_DYNAMIC_OPSET
-from .quant_dynamic import quantize_dynamic
+from .quant_dynamic import as_product, quantize_dynamic
 from .quant_plan import Group, StaticPlan, parse_group, refuse_words_of_other_modes, static_scheme
 from .quant_preparation import in_opset
 from .quant_static import quantize_static
@@ -37,11 +38,11 @@ from .weight_plan import SOLVERS_WITH_DATA, weight_plan
 
 Mode = Literal["static", "dynamic", "weights"]
 
-_TUNED = "tuned"
 # Share of the values inside a range, in percent, where the rarest are cut off.
 _USUAL_PERCENTILE = 99.999
 # Stands in for the positions a layer is computed at where shapes are dynamic; only the proportion matters.
 _ASSUMED_POSITIONS = 64
+_RECURRENT_OPS = ("LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Quant(Pass):
     )
     ranges: str = opt(
         "auto",
-        help="how activation ranges are read off the data: auto, minmax, average, p99.99, kl, mse or sqnr; or tuned, "
-        "each by what it does to the outputs of the model (static)",
+        help="how activation ranges are read off the data: auto, minmax, average, p99.99, kl, mse or sqnr",
     )
     include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
     exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")
@@ -125,9 +125,14 @@ class Quant(Pass):
                     self._run_dynamic(model, ctx, selection, group)
                 case "weights":
                     self._run_weights(model, ctx, selection, group)
+        _note_recurrent(model, ctx, selection)
 
     def _choose(self, model: ir.Model, ctx: Context) -> Mode:
         """Choose a mode from the data, the target and where the work is, and say why."""
+        if not any(as_linear_layer(node) or as_product(node) for node in walk.every_node(model)):
+            reason = "no convolution or matrix product has a constant weight, so that there is nothing to compute"
+            ctx.note(f"chose `mode=weights`: {reason} in integers", mode="weights", convolution_share=0.0)
+            return "weights"
         share = _convolution_share(model)
         in_convolutions = f"{share:.0%} of the multiplications are in convolutions"
         static, dynamic = ctx.target.static is not None, bool(ctx.target.dynamic_ops)
@@ -153,7 +158,7 @@ class Quant(Pass):
         rounding = rounding_of(self.solver)
         scheme, group = static_scheme(ctx.target, self.activations, self.weights, self.symmetric, group)
         _refuse_rounding_of_floats(scheme, self.solver)
-        plan = in_opset(model, ctx, StaticPlan(scheme, group, self._range_method(model), self.ranges == _TUNED))
+        plan = in_opset(model, ctx, StaticPlan(scheme, group, self._range_method(model)))
         quantize_static(model, ctx, selection, plan, rounding)
         _note_nested(model, ctx)
 
@@ -163,7 +168,7 @@ class Quant(Pass):
         Measured: KL to float32 of SqueezeNet 0.0104 by min-max and 0.0073 at 99.999 %, ResNet-20 and MobileNet alike
         by both; MiniLM loses 0.002 Spearman, as transformers hold what matters in few very large values.
         """
-        if self.ranges not in ("auto", _TUNED):
+        if self.ranges != "auto":
             return RangeMethod.parse(self.ranges)
         if _convolution_share(model) >= 0.5:
             return RangeMethod("percentile", _USUAL_PERCENTILE)
@@ -182,16 +187,19 @@ class Quant(Pass):
         bits = grid.REDUCED_RANGE_BITS if scheme is not None and scheme.reduce_range else grid.FULL_RANGE_BITS
         weights = WeightStore(ctx, group != "tensor", bits)
         in_float = quantize_dynamic(model, ctx, selection, weights)
-        quantize_weights(model, ctx, selection, weights, in_float=in_float)
+        quantize_weights(model, ctx, selection, weights, is_rest=True, in_float=in_float)
 
     def _run_weights(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
         plan = weight_plan(ctx.target, self.weights, group, self.solver)
+        instead_of: tuple[str, dict[ir.Value, str]] | None = None
         if plan is not None:
             if walk.opset(model) < plan.opset:
                 Opset(to=plan.opset).run(model, ctx)
-            quantize_blocks(model, ctx, selection, plan)
+            instead_of = plan.asked, quantize_blocks(model, ctx, selection, plan)
         # What blocks do not suit, convolutions above all, is stored as int8 with a scale for each channel.
-        quantize_weights(model, ctx, selection, WeightStore(ctx, group != "tensor"), is_rest=plan is not None)
+        store = WeightStore(ctx, group != "tensor")
+        is_rest = plan is not None and first_quantized(model) is not None
+        quantize_weights(model, ctx, selection, store, is_rest=is_rest, instead_of=instead_of)
 
     def _refuse_other_formats(self, mode: Mode, group: Group | None) -> None:
         if self.weights not in (None, "int8") or isinstance(group, int) or self.solver not in ("auto", "rtn"):
@@ -205,7 +213,7 @@ def _refuse_rounding_of_floats(scheme: IntegerScheme, solver: str) -> None:
     """Raise an error where a solver was asked for that knows no floats of 8 bits."""
     if is_float(scheme.weight) and solver not in ("auto", "rtn"):
         raise UsageError(
-            f"pass `quant:mode=static:weights={scheme.weight}` rounds to nearest: `solver={solver}` knows no such floats",
+            f"pass `quant:mode=static:weights={scheme.weight}` rounds to nearest: `solver={solver}` knows no floats",
             hint="leave `solver` out, or use integer weights",
         )
 
@@ -283,3 +291,18 @@ def _note_nested(model: ir.Model, ctx: Context) -> None:
             f"left {len(nested)} linear layers inside subgraphs or functions: their values cannot be observed",
             nested=len(nested),
         )
+
+
+def _note_recurrent(model: ir.Model, ctx: Context, selection: Selection) -> None:
+    """Say which recurrent layers keep their weights, and what these take."""
+    nodes = [one for one in walk.every_node(model) if walk.is_onnx_op(one, *_RECURRENT_OPS) and selection.allows(one)]
+    if not nodes:
+        return
+    read = dict.fromkeys(value for node in nodes for value in node.inputs)
+    size = sum(tensor.nbytes for value in read if (tensor := walk.constant_tensor(value)) is not None)
+    counts = ", ".join(f"{count} {operator}" for operator, count in Counter(one.op_type for one in nodes).items())
+    ctx.note(
+        f"left: {counts} (weights of recurrent operators, {show_bytes(size)}, which are no linear layers)",
+        recurrent=len(nodes),
+        recurrent_bytes=size,
+    )

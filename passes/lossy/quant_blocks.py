@@ -15,6 +15,7 @@ from graphopt.backend import Array
 from graphopt.errors import PassError
 from graphopt.report import show_bytes
 
+from ..analyses.linear_layers import as_linear_layer
 from ..analyses.selection import Selection
 from ..solvers.grid import GridWeight
 from ..solvers.rows import by_rows
@@ -22,7 +23,7 @@ from .integer_weights import weight_tensor
 from .runtime_blocks import can_lower_to_runtime, lower_to_runtime
 from .standard_blocks import can_lower_to_standard, lower_to_standard
 from .weight_plan import WeightPlan
-from .weight_readers import StoredMatrix, WeightReader, all_readers, reader_of
+from .weight_readers import StoredMatrix, WeightReader, all_readers, no_reader, reader_of
 from .weight_rounding import WeightRounding
 
 _RULE = "quant-blocks"
@@ -31,7 +32,9 @@ _OVERHEAD_BYTES = 512
 _BYTE_BITS = 8
 
 
-def quantize_blocks(model: ir.Model, ctx: Context, selection: Selection, plan: WeightPlan) -> None:
+def quantize_blocks(
+    model: ir.Model, ctx: Context, selection: Selection, plan: WeightPlan
+) -> dict[ir.Value, str]:
     """Store the matrices of products, and tables that are looked up, as codes of few bits.
 
     Layers are taken in graph order, so that a solver that looks at data sees what each layer reads once the layers
@@ -43,6 +46,9 @@ def quantize_blocks(model: ir.Model, ctx: Context, selection: Selection, plan: W
         selection: Nodes whose weights may be stored as integers.
         plan: Format, solver and how the target reads them.
 
+    Returns:
+        Why weights were left as they are.
+
     Raises:
         PassError: A weight holds NaN or infinity.
     """
@@ -53,6 +59,7 @@ def quantize_blocks(model: ir.Model, ctx: Context, selection: Selection, plan: W
         for weight in weights:
             run.store(weight, rounding)
         run.summarise(rounding)
+    return run.left
 
 
 @dataclass
@@ -65,7 +72,7 @@ class _Run:
         order: The place of each node.
         readers: How many readers of each operator.
         stored: What became of each weight.
-        left: Why weights were left, and how many.
+        left: Why weights were left.
     """
 
     ctx: Context
@@ -73,36 +80,47 @@ class _Run:
     order: dict[ir.Node, int]
     readers: Counter[str] = field(default_factory=Counter)
     stored: list[dict[str, Any]] = field(default_factory=list)
-    left: Counter[str] = field(default_factory=Counter)
+    left: dict[ir.Value, str] = field(default_factory=dict)
 
     def choose(self, selection: Selection) -> list[ir.Value]:
         """Return the weights to store, in the order of their first readers."""
         chosen: dict[ir.Value, bool] = {}
         for node in self.order:
+            if not selection.allows(node):
+                continue
             reader = reader_of(node)
-            if reader is None or reader.layer.weight in chosen or not selection.allows(node):
+            if reader is None:
+                self._leave(node)
+                continue
+            if reader.layer.weight in chosen:
                 continue
             reason = self._obstacle(reader, selection)
             if reason is not None:
-                self.left[reason] += 1
+                self.left[reader.layer.weight] = reason
             chosen[reader.layer.weight] = reason is None
         return [weight for weight, taken in chosen.items() if taken]
+
+    def _leave(self, node: ir.Node) -> None:
+        """Remember why a layer is no product or lookup that reads codes."""
+        layer = as_linear_layer(node)
+        if layer is not None:
+            self.left.setdefault(layer.weight, no_reader(layer))
 
     def _obstacle(self, reader: WeightReader, selection: Selection) -> str | None:
         weight = reader.layer.weight
         if weight.is_graph_output():
-            return "it is an output of the model"
+            return "an output of the model"
         readers, stranger = all_readers(weight, self.order)
         if stranger is not None:
-            return f"it is also read by {stranger.op_type}"
+            return f"also read by {stranger.op_type}"
         if any(not selection.allows(other.node) for other in readers):
-            return "it is also read by a node that is excluded"
+            return "also read by a node that is excluded"
         if len({other.layer.output_axis for other in readers}) > 1:
-            return "it is read both as it is and transposed"
+            return "read both as it is and transposed"
         matrix = StoredMatrix(weight, readers)
         plan = self._plan_of(matrix)
         if plan is None:
-            return "it is a table, for which the target takes no blocks of 8 bits"
+            return "looked up, for which the target takes no blocks of 8 bits"
         can = [_can_lower(other, plan) for other in readers]
         return next((why for why in can if why is not None), None) or self._too_small(matrix, plan)
 
@@ -115,7 +133,7 @@ class _Run:
         tensor = weight_tensor(matrix.layer)
         outputs, inputs = _sizes(matrix)
         after = stored_bytes(outputs, inputs, plan, int(tensor.dtype.itemsize)) + _OVERHEAD_BYTES
-        return "it is not smaller in codes and scales" if after >= tensor.nbytes else None
+        return "no smaller in codes and scales" if after >= tensor.nbytes else None
 
     def store(self, weight: ir.Value, rounding: WeightRounding) -> None:
         """Solve one weight and let all its readers read the codes, as one edit."""
@@ -157,11 +175,8 @@ class _Run:
 
     def summarise(self, rounding: WeightRounding) -> None:
         """Say what was done, and what was left and why."""
-        for reason, count in self.left.items():
-            self.ctx.left(f"{count} matrices or tables in few bits: {reason}", matrices=count)
         if not self.stored:
-            self.ctx.note(f"no weight is smaller stored as {self.plan.code}")
-            return
+            return  # why not is said of what becomes of them instead
         if rounding.blind:
             why = "what they multiply is in a subgraph or function, or several layers share them"
             if rounding.solver == "awq":
@@ -180,6 +195,7 @@ class _Run:
             integer_bytes=after,
             accuracy_level=self.plan.scheme.accuracy_level,
             layers=self.stored,
+            stored=dict(Counter(one["format"] for one in self.stored)),
         )
 
     def _computes(self) -> str:

@@ -27,13 +27,11 @@ class StaticPlan:
         scheme: How the target's kernels take values.
         group: What shares a scale: all of a weight, each output channel, or so many inputs of each.
         method: How activation ranges are read off the data.
-        tuned: Whether each is tuned then, by what it does to the outputs of the model.
     """
 
     scheme: IntegerScheme
     group: Group
     method: RangeMethod
-    tuned: bool = False
 
     @property
     def opset(self) -> int:

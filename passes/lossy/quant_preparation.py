@@ -12,6 +12,7 @@ from graphopt.errors import PassError
 from ..analyses.integer_units import IntegerUnits, integer_units
 from ..analyses.selection import Selection
 from ..exact.opset import Opset
+from .integer_weights import release
 from .quant_plan import StaticPlan, as_opset_allows
 
 _POOL = "GlobalAveragePool"
@@ -117,7 +118,7 @@ def _pool(ctx: Context, node: ir.Node) -> None:
             flat = rewriter.make("Flatten", [result], {"axis": 1}, sources=[node], name="flat")
             result = rewriter.insert(flat, before=node).outputs[0]
         rewriter.replace(node.outputs[0], result)
-        rewriter.erase(node)
+        _erase(ctx, node)
 
 
 def _multiply(ctx: Context, node: ir.Node) -> None:
@@ -144,7 +145,15 @@ def _multiply(ctx: Context, node: ir.Node) -> None:
         else:
             image = rewriter.const(np.array([0, channels, 1, 1]), "image", near=node)
             rewriter.replace(node.outputs[0], make("Reshape", [product, image]))
-        rewriter.erase(node)
+        _erase(ctx, node)
+
+
+def _erase(ctx: Context, node: ir.Node) -> None:
+    """Remove a node, and its axes where nothing else reads them."""
+    operands = list(node.inputs)[1:]
+    ctx.rewriter.erase(node)
+    for operand in operands:
+        release(ctx.rewriter, operand)
 
 
 def _reads_alone(flat: ir.Node, node: ir.Node) -> bool:

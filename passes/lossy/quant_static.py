@@ -18,6 +18,7 @@ from graphopt.target import IntegerScheme
 
 from ..analyses.integer_candidates import Unit
 from ..analyses.integer_units import IntegerUnits
+from ..analyses.linear_layers import linear_layers
 from ..analyses.selection import Selection
 from ..analyses.shared_scales import shared_spans
 from .integer_weights import release
@@ -25,12 +26,9 @@ from .quant_plan import StaticPlan
 from .quant_preparation import rewrite_means
 from .static_formats import ActivationGrid, activation_grid, dtype_of, encode, is_float, limits
 from .static_weights import Rounding, StaticWeights, missing_channels
-from .tuned_ranges import tuned_spans
 
 _RULE = "quant-static"
 _CODES_OF_FLOATS = 1 << 16
-# What tuning starts from besides the plan's method.
-_LEAST_ERROR, _EVERYTHING = RangeMethod("mse"), RangeMethod()
 # The first version of Pad that pads codes.
 _FIRST_PAD_OF_CODES = 13
 
@@ -53,7 +51,9 @@ def quantize_static(
     """
     units = rewrite_means(model, ctx, plan, selection)
     layers = [unit.layer for unit in units.units if unit.layer is not None]
-    grids = _grids(units, ctx, plan, rounding.requests(layers, model.graph))
+    # A calibration that is kept shall do for all targets, which may have other layers in integers.
+    seen = [*layers, *linear_layers(model)] if ctx.calibration.folder is not None else layers
+    grids = _grids(units, ctx, plan, rounding.requests(seen, model.graph))
     with rounding.open(ctx, layers) as rounder:
         lowering = _Lowering(ctx, plan, units, grids, StaticWeights(ctx, plan, rounder))
         for unit in units.units:
@@ -74,25 +74,27 @@ def _grids(
     values = units.values()
     constants = {value: tensor.numpy() for value in values if (tensor := walk.constant_tensor(value)) is not None}
     varying = [value for value in values if value not in constants]
-    if also:
-        ctx.statistics({value: [plan.method.statistic(), *also.get(value, [])] for value in varying})
-    fixed = {value: _span_of(array) for value, array in constants.items()}
+    elsewhere = _read_elsewhere(ctx) if ctx.calibration.folder is not None else []
+    if also or elsewhere:
+        wanted = dict.fromkeys((*varying, *elsewhere))
+        ctx.statistics({value: [plan.method.statistic(), *also.get(value, [])] for value in wanted})
+    spans = {value: _span_of(array) for value, array in constants.items()}
+    if varying:
+        spans.update(_observed(varying, ctx, plan.scheme, plan.method))
+    return {value: activation_grid(span, plan.scheme) for value, span in shared_spans(units, spans).items()}
 
-    def spans(method: RangeMethod) -> dict[ir.Value, Range]:
-        return shared_spans(units, fixed | _observed(varying, ctx, plan.scheme, method))
 
-    chosen = spans(plan.method)
-    if plan.tuned and varying:
-        chosen = tuned_spans(ctx, [chosen, spans(_LEAST_ERROR)], spans(_EVERYTHING), plan.scheme)
-    return {value: activation_grid(span, plan.scheme) for value, span in chosen.items()}
+def _read_elsewhere(ctx: Context) -> list[ir.Value]:
+    """Return what other targets may have in integers."""
+    layers = [layer for layer in linear_layers(ctx.model) if layer.node.graph is ctx.model.graph]
+    values = (value for layer in layers for value in (layer.input, *layer.node.outputs))
+    return [value for value in values if walk.constant_tensor(value) is None]
 
 
 def _observed(
     values: list[ir.Value], ctx: Context, scheme: IntegerScheme, method: RangeMethod
 ) -> dict[ir.Value, Range]:
     """Return the range of each value by itself."""
-    if not values:
-        return {}
     lowest, highest = limits(scheme.activation)
     # Float codes are the finer the nearer to zero: clipping spares them next to no error of rounding, as of 16 bits.
     codes = _CODES_OF_FLOATS if is_float(scheme.activation) else int(highest - lowest) + 1

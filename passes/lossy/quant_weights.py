@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -30,7 +31,7 @@ def quantize_weights(
     weights: WeightStore,
     *,
     is_rest: bool = False,
-    asked: str | None = None,
+    instead_of: tuple[str, Mapping[ir.Value, str]] | None = None,
     in_float: frozenset[ir.Node] = frozenset(),
 ) -> None:
     """Store the weights of linear layers and the tables of embeddings as int8.
@@ -46,7 +47,7 @@ def quantize_weights(
         selection: Nodes whose weights may be stored as integers.
         weights: Where weights are stored.
         is_rest: Whether other weights have been stored already, so that finding none is nothing to speak of.
-        asked: The format that was asked for and that these weights do not take, or None for int8.
+        instead_of: The format that was asked for, and why weights do not take it; None where that is int8.
         in_float: Nodes that must not compute on the integers: the runtime would round what they read.
     """
     lowering = _Lowering(ctx, weights, walk.opset(model) >= PER_CHANNEL_OPSET, in_float)
@@ -68,7 +69,7 @@ def quantize_weights(
         lowering.lower(weight, layer)
     reasons = Counter(reason for weight, reason in left.items() if weight not in chosen)
     if chosen:
-        _summarise(chosen, before, after, lowering, asked)
+        _summarise(chosen, before, after, lowering, instead_of)
     if reasons:
         parts = ", ".join(f"{count} {operator} ({why})" for (operator, why), count in reasons.most_common())
         ctx.note(f"weights left in float: {parts}", left=reasons.total())
@@ -94,6 +95,8 @@ def _obstacle(layer: LinearLayer, ctx: Context, selection: Selection, per_channe
     tensor = weight_tensor(layer)
     if not _is_lookup(layer.node) and not walk.is_onnx_op(layer.node, *ctx.target.weight_only_ops):
         return f"`{ctx.target.name}` reads no stored integers there"
+    if layer.weight.is_graph_output():
+        return "an output of the model"
     if tensor.dtype not in _FLOATS:
         return f"{tensor.dtype.name.lower()}, of which no codes are made"
     excluded = [use.node for use in layer.weight.uses() if not selection.allows(use.node)]
@@ -206,7 +209,11 @@ def _multiplies_directly(node: ir.Node, layer: LinearLayer) -> bool:
 
 
 def _summarise(
-    chosen: dict[ir.Value, LinearLayer], before: int, after: int, lowering: _Lowering, asked: str | None
+    chosen: dict[ir.Value, LinearLayer],
+    before: int,
+    after: int,
+    lowering: _Lowering,
+    instead_of: tuple[str, Mapping[ir.Value, str]] | None,
 ) -> None:
     readers = ", ".join(f"{count} {operator}" for operator, count in lowering.done.most_common())
     direct = lowering.direct
@@ -217,7 +224,11 @@ def _summarise(
     else:
         rest = lowering.done.total() - direct
         compute = f"{direct} multiply by the integers where the runtime can, {rest} in float as before"
-    why = f" (not {asked}, which is for matrices in blocks)" if asked is not None else ""
+    why = ""
+    if instead_of is not None:
+        asked, reasons = instead_of
+        found = Counter(reasons.get(weight, "no matrix that is multiplied by") for weight in chosen)
+        why = f" (not {asked}: {', '.join(f'{count} {reason}' for reason, count in found.most_common())})"
     lowering.ctx.note(
         f"weights stored as int8{why}: {len(chosen)}, for {readers}, {show_bytes(before)} → {show_bytes(after)}; "
         f"{compute}",

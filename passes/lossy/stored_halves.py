@@ -53,6 +53,9 @@ def store_halves(model: ir.Model, ctx: Context, selection: Selection, dtype: ir.
         _store(value, tensor, dtype, ctx)
         done, before = done + 1, before + tensor.nbytes
         noise, signal = noise + found.noise, signal + found.signal
+    if not done:
+        ctx.note(f"nothing to store in {name}: no float32 constant of {_LEAST_BYTES} bytes or more may be", constants=0)
+        return
     ctx.note(
         f"{done} constants stored in {name}: {show_bytes(before)} → {show_bytes(before // 2)}; the runtime widens them "
         "when it loads the model and computes in float32 as before",

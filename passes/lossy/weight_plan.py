@@ -78,6 +78,11 @@ class WeightPlan:
         """The format of codes, as the option says it."""
         return f"{'' if self.symmetric else 'u'}int{self.bits}"
 
+    @property
+    def asked(self) -> str:
+        """What was asked for beyond int8 rounded to nearest, in a word."""
+        return self.code if self.code != "int8" else f"by {self.group} with `solver={self.solver}`"
+
 
 def weight_plan(target: Target, weights: str | None, group: Group | None, solver: Solver) -> WeightPlan | None:
     """Return what was asked for, settled for a target; None for int8, a scale for each output, rounded to nearest.

@@ -87,6 +87,18 @@ def reader_of(node: ir.Node) -> WeightReader | None:
     return WeightReader(node, layer)
 
 
+def no_reader(layer: LinearLayer) -> str:
+    """Return why a linear layer is no reader of a constant matrix."""
+    node, tensor = layer.node, walk.constant_tensor(layer.weight)
+    if node.op_type not in ("MatMul", "Gemm"):
+        return f"of a {node.op_type}, which multiplies by no matrix"
+    if tensor is None or tensor.dtype not in _FLOATS:
+        return "neither float32 nor float16"
+    if len(tensor.shape) != 2 or tensor.size == 0:
+        return "no matrix"
+    return "of a Gemm that transposes its input, scales its bias, or has its constant on the left"
+
+
 def _as_lookup(node: ir.Node) -> WeightReader | None:
     table, indices = node.inputs
     if _matrix(table) is None or table is None or indices is None or node.attributes.get_int("axis", 0) != 0:

@@ -1,0 +1,125 @@
+"""Why a layer that is in float stays so on a target, or how to quantize it."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.explanation_codes import only_reader
+from graphopt.target import IntegerScheme, Target
+from graphopt.unfit_layers import has_narrow_groups, is_attention_product, is_depthwise, unfit_for_tiles
+
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_NO_KERNEL = "no integer kernel on this target"
+_NOT_QUANTIZED = "not quantized"
+_TOO_SMALL = "leave it in float: too small to pay there"
+# How many operators on from a narrow convolution the slow one may be that it leads to.
+_FARTHEST = 8
+_ATTENTION = "com.microsoft::MultiHeadAttention"
+
+
+def advise(node: ir.Node, target: Target, *, dynamic: bool) -> tuple[str, str]:
+    """Return why a layer that neither reads nor writes codes does not, and what would help.
+
+    Args:
+        node: The layer.
+        target: What it runs on.
+        dynamic: Whether other layers of the model are quantized as they run.
+    """
+    name = node.op_type
+    if f"com.microsoft::DynamicQuantize{name}" in target.fusions.written and name == "LSTM":
+        return _NOT_QUANTIZED, "DynamicQuantizeLSTM, written as such"
+    if name in _RECURRENT or (not target.static and not target.weight_only):
+        return _NOT_QUANTIZED, _NO_KERNEL
+    index = constant_factor(node)
+    if index is None:
+        return _of_two_activations(node, target)
+    small = too_small(node, target) or (_small_for_dynamic(node, index, target) if dynamic else None)
+    if small is not None:
+        return small, _TOO_SMALL
+    slow = _slow_at_ends(node, target.static)
+    if slow is not None:
+        return slow, "leave it in float: slower in codes where codes begin or end with it"
+    if target.static is not None and name in target.integer_ops:
+        if index == 0:
+            return "its weight is the left factor", f"`--passes quant:mode=weights --target {target.name}`"
+        return _NOT_QUANTIZED, f"`--passes quant --target {target.name}`"
+    if name in target.weight_only_ops:
+        return _NOT_QUANTIZED, f"`--passes quant:mode=weights --target {target.name}`"
+    return _NOT_QUANTIZED, _NO_KERNEL
+
+
+def constant_factor(node: ir.Node) -> int | None:
+    """Return which of the first two inputs of a product is its weight, a constant of two axes and more, or None."""
+    for index in (1, 0) if node.op_type in ("Gemm", "MatMul") else (1,):
+        tensor = walk.constant_tensor(node.inputs[index]) if index < len(node.inputs) else None
+        if tensor is not None and len(walk.dims(tensor)) > 1:
+            return index
+    return None
+
+
+def too_small(node: ir.Node, target: Target) -> str | None:
+    """Return why a layer with a constant weight is too small for a target's integer kernels, or None if it is not."""
+    index = constant_factor(node)
+    if index is None or target.static is None or node.op_type not in target.integer_ops:
+        return None
+    weight, read = node.inputs[index], node.inputs[1 - index]
+    assert weight is not None, "it holds a constant"
+    if read is None:
+        return None
+    floats = target.static.weight.startswith("float")
+    return unfit_for_tiles(node, weight, read, target.static.least_channels, floats=floats)
+
+
+def _of_two_activations(node: ir.Node, target: Target) -> tuple[str, str]:
+    """Return what `advise` does, of a product whose factors both vary."""
+    if node.op_type != "MatMul":
+        return "its weight is no constant", "leave it in float: only constants are stored as codes"
+    if is_attention_product(node) and (_ATTENTION in target.fast_ops or target.static is None):
+        return "an attention product of two activations", "leave it in float: attention costs less as a whole"
+    why = "a product of two activations"
+    scheme = target.static
+    if scheme is None or node.op_type not in target.integer_ops:
+        return why, "leave it in float: only weights pay in codes there"
+    if not scheme.quantize_outputs:
+        return why, "leave it in float: the runtime fuses it with what is around it"
+    return why, f"`--passes quant:mode=static --target {target.name}` on the float model"
+
+
+def _small_for_dynamic(node: ir.Node, index: int, target: Target) -> str | None:
+    tensor = walk.constant_tensor(node.inputs[index])
+    if node.op_type not in target.dynamic_ops or tensor is None:
+        return None
+    least = target.dynamic_least
+    return f"fewer than {least} inputs or outputs" if min(walk.dims(tensor)[-2:]) < least else None
+
+
+def _slow_at_ends(node: ir.Node, scheme: IntegerScheme | None) -> str | None:
+    """Return why a convolution, or the one it leads to, is slower in codes at an end of them, or None if it is not."""
+    if scheme is None or node.op_type != "Conv":
+        return None
+    first, seen = node, 0
+    while True:
+        slow = _slow(node, scheme)
+        if slow is not None:
+            return slow if node is first else f"leads to {slow}"
+        weight = walk.constant_tensor(node.inputs[1]) if walk.is_onnx_op(node, "Conv") else None
+        if weight is not None and walk.dims(weight)[0] >= scheme.least_depthwise:
+            return None
+        following = only_reader(node.outputs[0])
+        seen += 1
+        if following is None or following.graph is not first.graph or len(following.outputs) != 1 or seen > _FARTHEST:
+            return None
+        node = following
+
+
+def _slow(node: ir.Node, scheme: IntegerScheme) -> str | None:
+    weight = node.inputs[1] if walk.is_onnx_op(node, "Conv") and len(node.inputs) > 1 else None
+    tensor = walk.constant_tensor(weight)
+    if weight is None or tensor is None:
+        return None
+    if is_depthwise(node, weight) and walk.dims(tensor)[0] < scheme.least_depthwise:
+        return f"a depthwise convolution of fewer than {scheme.least_depthwise} channels"
+    if has_narrow_groups(node, weight, scheme.least_group):
+        return f"a convolution in groups of fewer than {scheme.least_group} channels"
+    return None

@@ -8,6 +8,8 @@ from typing import Any
 
 EXIT_CHECK_FAILED = 1
 LONGEST_CAUSE = 300  # characters of another library's error that are shown
+# What stands where a text was cut.
+_CUT = " …"
 EXIT_USAGE = 2
 EXIT_FAULT = 3
 
@@ -77,7 +79,11 @@ class OverBudget(VerificationError):
 
 def one_line(error: BaseException) -> str:
     """Return what another library's error says on one line, cut where it goes on and on: some print a whole graph."""
-    return " ".join(str(error).split())[:LONGEST_CAUSE]
+    text = " ".join(str(error).split())
+    if len(text) <= LONGEST_CAUSE:
+        return text
+    head = text[: LONGEST_CAUSE - len(_CUT)]
+    return (head.rpartition(" ")[0] or head) + _CUT
 
 
 def in_words(error: BaseException) -> str:

@@ -15,6 +15,7 @@ _NOT_QUANTIZED = "not quantized"
 _TOO_SMALL = "leave it in float: too small to pay there"
 # How many operators on from a narrow convolution the slow one may be that it leads to.
 _FARTHEST = 8
+_SLOW = "leave it in float: slower in codes where codes begin or end with it"
 _ATTENTION = "com.microsoft::MultiHeadAttention"
 
 
@@ -34,12 +35,9 @@ def advise(node: ir.Node, target: Target, *, dynamic: bool) -> tuple[str, str]:
     index = constant_factor(node)
     if index is None:
         return _of_two_activations(node, target)
-    small = too_small(node, target) or (_small_for_dynamic(node, index, target) if dynamic else None)
-    if small is not None:
-        return small, _TOO_SMALL
-    slow = _slow_at_ends(node, target.static)
-    if slow is not None:
-        return slow, "leave it in float: slower in codes where codes begin or end with it"
+    better = better_in_float(node, target, dynamic=dynamic)
+    if better is not None:
+        return better
     if target.static is not None and name in target.integer_ops:
         if index == 0:
             return "its weight is the left factor", f"`--passes quant:mode=weights --target {target.name}`"
@@ -47,6 +45,17 @@ def advise(node: ir.Node, target: Target, *, dynamic: bool) -> tuple[str, str]:
     if name in target.weight_only_ops:
         return _NOT_QUANTIZED, f"`--passes quant:mode=weights --target {target.name}`"
     return _NOT_QUANTIZED, _NO_KERNEL
+
+
+def better_in_float(node: ir.Node, target: Target, *, dynamic: bool) -> tuple[str, str] | None:
+    """Return why a layer with a constant weight pays in float, and what to do; None where it does not."""
+    if constant_factor(node) is None:
+        return None
+    small = too_small(node, target) or (_small_for_dynamic(node, target) if dynamic else None)
+    if small is not None:
+        return small, _TOO_SMALL
+    slow = _slow_at_ends(node, target.static)
+    return (slow, _SLOW) if slow is not None else None
 
 
 def constant_factor(node: ir.Node) -> int | None:
@@ -86,8 +95,9 @@ def _of_two_activations(node: ir.Node, target: Target) -> tuple[str, str]:
     return why, f"`--passes quant:mode=static --target {target.name}` on the float model"
 
 
-def _small_for_dynamic(node: ir.Node, index: int, target: Target) -> str | None:
-    tensor = walk.constant_tensor(node.inputs[index])
+def _small_for_dynamic(node: ir.Node, target: Target) -> str | None:
+    index = constant_factor(node)
+    tensor = walk.constant_tensor(node.inputs[index]) if index is not None else None
     if node.op_type not in target.dynamic_ops or tensor is None:
         return None
     least = target.dynamic_least

@@ -9,7 +9,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from graphopt import walk
-from graphopt.explanation_advice import advise
+from graphopt.explanation_advice import advise, better_in_float
 from graphopt.explanation_codes import CodeReader, Codes, NotWritten, is_dequantize, is_quantize, only_reader
 from graphopt.explanation_obstacles import (
     Obstacle,
@@ -107,7 +107,8 @@ class _Predictor:
         try:
             return self._fused(node, adder)
         except Obstacle as obstacle:
-            return Prediction(node, "float", node.op_type, obstacle.why, obstacle.fix)
+            pays = better_in_float(node, self.target, dynamic=self.dynamic) if node.op_type in LINEAR_OPS else None
+            return Prediction(node, "float", node.op_type, *(pays or (obstacle.why, obstacle.fix)))
 
     def _is_concerned(self, node: ir.Node, adder: ir.Node | None) -> bool:
         """Return whether a node reads or writes codes."""
@@ -124,7 +125,8 @@ class _Predictor:
         """Return whether what makes the codes a node reads, and what reads those it writes, have integer kernels."""
         read = [codes for value in node.inputs if (codes := self.codes.read(value)) is not None and not codes.constant]
         sources = [quantize.producer() for one in read if (quantize := one.node.inputs[0]) is not None]
-        makers = [source.inputs[0].producer() for source in sources if source is not None and source.inputs[0]]
+        made = [source.inputs[0] for source in sources if source is not None]
+        makers = [value.producer() for value in made if value is not None]
         return all(map(self._is_fusible, makers)) and any(map(self._is_fusible, _readers_of_codes(node)))
 
     def _is_fusible(self, node: ir.Node | None) -> bool:

@@ -28,6 +28,8 @@ DEFAULT_SAMPLES = 64
 OTHERS = "(other nodes)"
 # The fact of a note that says which share of a layer's outputs is expected to be noise.
 PREDICTED = "predicted_error"
+# The fact of a note that says how many weights are stored in each format.
+STORED = "stored"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class LayerSensitivity:
         predicted: The share of the layer's own outputs that the pass expects to be noise, from 0 to 1; None of passes
             that say none.
         failure: Why the model does not run, or None.
+        stored: The formats its weight is stored in, as the pass says it; empty where it does not.
     """
 
     name: str
@@ -50,6 +53,7 @@ class LayerSensitivity:
     standing: Standing | None
     predicted: float | None
     failure: str | None = None
+    stored: tuple[str, ...] = ()
 
     @property
     def cost(self) -> float:
@@ -99,6 +103,7 @@ class Sensitivity:
                     "operators": list(row.operators),
                     "elements": row.elements,
                     "predicted": row.predicted,
+                    "stored": list(row.stored),
                     "failure": row.failure,
                     **(_as_values(row.standing) if row.standing is not None else {}),
                 }
@@ -260,7 +265,9 @@ class _Analysis:
             standing = judge(attempt.model)
         except BackendError as error:
             failure = error.message
-        row = LayerSensitivity(layer.name, layer.operators, layer.elements, standing, max(known, default=None), failure)
+        stored = tuple(dict.fromkeys(name for note in attempt.notes for name in note.facts.get(STORED, {})))
+        worst = max(known, default=None)
+        row = LayerSensitivity(layer.name, layer.operators, layer.elements, standing, worst, failure, stored)
         if self.on_measured is not None:
             self.on_measured(row)
         return row
@@ -281,7 +288,8 @@ def _analysed(pipeline: Pipeline) -> Step:
         UsageError: It is no single lossy pass that can be told which nodes to change.
     """
     step = pipeline.steps[-1]
-    hint = f"the last pass is looked at; one that is lossy and has an option `include`: {', '.join(_selective_passes())}"
+    known = ", ".join(_selective_passes())
+    hint = f"the last pass is looked at; one that is lossy and has an option `include`: {known}"
     if step.preset or step.guarantee is not Guarantee.LOSSY:
         raise UsageError(f"`{step.spec}` is no lossy pass: it costs nothing", hint=hint)
     if not {"include", "exclude"} <= set(options.fields(type(step.passes[0]))):

@@ -267,10 +267,12 @@ def print_sensitivity(result: Sensitivity, *, verbose: bool = False) -> None:
     task = next(
         (name for name in result.whole.metrics if name in result.baseline and not _is_against(result, name)), None
     )
-    columns = ["layer", "operator", "weights", measured, "SQNR", *([task] if task else []), "predicted"]
-    table = _table(*columns, right=columns[2:])
+    has_formats = any(row.stored for row in result.rows)
+    named = ["layer", "operator", *(["stored as"] if has_formats else [])]
+    columns = [*named, "weights", measured, "SQNR", *([task] if task else []), "predicted"]
+    table = _table(*columns, right=columns[len(named) :])
     for row in result.rows:
-        table.add_row(*_sensitivity_cells(row, result, task))
+        table.add_row(*_sensitivity_cells(row, result, task, has_formats=has_formats))
     _print(table)
     whole = [f"{measured} {show_number(result.whole.divergence)}"]
     if task is not None:
@@ -292,8 +294,9 @@ def _is_against(result: Sensitivity, name: str) -> bool:
     return result.metric_types[name].against_original
 
 
-def _sensitivity_cells(row: LayerSensitivity, result: Sensitivity, task: str | None) -> list[str]:
-    cells = [row.name, ", ".join(row.operators), show_count(row.elements) if row.elements else "–"]
+def _sensitivity_cells(row: LayerSensitivity, result: Sensitivity, task: str | None, *, has_formats: bool) -> list[str]:
+    formats = [", ".join(row.stored) or "–"] if has_formats else []
+    cells = [row.name, ", ".join(row.operators), *formats, show_count(row.elements) if row.elements else "–"]
     predicted = "–" if row.predicted is None else f"{row.predicted:.3g}"
     if row.standing is None:
         return [*cells, "does not run", *["–"] * (2 if task else 1), predicted]

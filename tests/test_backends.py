@@ -115,6 +115,7 @@ def test_a_provider_this_machine_lacks_says_what_to_install(provider: str, monke
     with pytest.raises(BackendError) as caught:
         backend.open(model())
     assert "graphopt[gpu]" in (caught.value.hint or "")
+    assert "`--backend onnxruntime`" in (caught.value.hint or "")
 
 
 def test_a_provider_that_is_there_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,6 +258,87 @@ def test_a_float_model_is_told_what_the_target_could_do() -> None:
     assert all(not one.in_integers for one in found.findings)
 
 
+def attention(b: Builder) -> str:
+    """Add a product of queries with keys, and one of probabilities with values; return the result."""
+    rows = b.input([4, 32])
+    scores = b.op("MatMul", [rows, b.op("Transpose", [rows], perm=[1, 0])])
+    return str(b.op("MatMul", [b.op("Softmax", [scores]), rows]))
+
+
+@pytest.mark.parametrize("target", [X86, "ort-cuda"])
+def test_products_of_attention_are_left_to_float(target: str) -> None:
+    b = Builder()
+    found = explained(b.result(attention(b)), target=target)
+    assert [(one.why, "--passes" in one.fix) for one in found.findings] == [
+        ("an attention product of two activations", False)
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("op", "weight", "image", "words"),
+    [
+        ("Conv", (12, 16, 3, 3), IMAGE, "fewer than 16 channels"),
+        ("MatMul", (32, 8), [4, 32], "fewer than 16 inputs or outputs"),
+        ("MatMul", (32, 32), [1, 32], "a product with a vector"),
+    ],
+)
+def test_what_is_too_small_for_a_target_is_not_promised(op: str, weight: Any, image: list[int], words: str) -> None:
+    b = Builder()
+    found = explained(b.result(b.op(op, [b.input(image), b.const(np.ones(weight, np.float32))])), target="tensorrt")
+    assert not found.quantizable
+    assert finding(found, op).why == words
+    assert finding(found, op).fix == "leave it in float: too small to pay there"
+
+
+def test_what_is_too_small_to_be_quantized_as_it_runs_is_told() -> None:
+    b = Builder()
+    rows = b.input([4, 32])
+    codes, _, zero = b.op("DynamicQuantizeLinear", [rows], outputs=3)
+    b.output(b.op("MatMulInteger", [codes, b.const(np.ones((32, 32), np.int8)), zero]), TensorProto.INT32)
+    found = explained(b.result(b.op("MatMul", [rows, b.const(np.ones((32, 8), np.float32))])))
+    assert finding(found, "MatMul").why == "fewer than 32 inputs or outputs"
+
+
+@pytest.mark.parametrize(
+    ("channels", "group", "why"),
+    [
+        (16, 16, "a depthwise convolution of fewer than 32 channels"),
+        (16, 2, "a convolution in groups of fewer than 32 channels"),
+        (64, 2, "not quantized"),
+        (64, 64, "not quantized"),
+    ],
+)
+def test_convolutions_with_slow_kernels_are_told(channels: int, group: int, why: str) -> None:
+    b = Builder()
+    first = b.op("Conv", [b.input([1, 16, 8, 8]), b.const(np.ones((channels, 16, 1, 1), np.float32))])
+    weight = b.const(np.ones((channels, channels // group, 3, 3), np.float32))
+    found = explained(b.result(b.op("Conv", [b.op("Relu", [first]), weight], group=group)))
+    slow = why != "not quantized"
+    assert [one.why for one in found.findings] == [f"leads to {why}" if slow else why, why]
+    assert all(("--passes" in one.fix) != slow for one in found.findings)
+
+
+def test_where_codes_begin_or_end_nothing_is_wasted() -> None:
+    b = Builder()
+    made = b.op("Conv", [b.qdq(b.op("Erf", [b.input(IMAGE)])), b.weight((16, 16, 3, 3), 0)])
+    found = explained(b.result(b.op("Erf", [b.qdq(made)])))
+    assert [one.op for one in found.findings] == ["Conv"]
+
+
+@pytest.mark.parametrize(
+    ("around", "fix"), [("Conv", "nothing: what is around it needs"), ("Erf", "leave Q and DQ away")]
+)
+def test_codes_around_a_float_operator_may_serve_others(around: str, fix: str) -> None:
+    b = Builder()
+
+    def layer(value: str) -> str:
+        return str(b.op(around, [value, b.weight((16, 16, 1, 1), 0)] if around == "Conv" else [value]))
+
+    middle = b.op("Tanh", [b.qdq(layer(b.qdq(b.input(IMAGE))))])
+    found = explained(b.result(b.qdq(layer(b.qdq(middle)))))
+    assert finding(found, "Tanh").fix.startswith(fix)
+
+
 @pytest.mark.parametrize(("target", "kernel"), [("tensorrt", "int8 Conv"), ("openvino", "int8 Conv")])
 def test_other_runtimes_are_predicted_and_not_proven(target: str, kernel: str) -> None:
     b = Builder()

@@ -87,7 +87,9 @@ def test_tensorrt_quantizes_inputs_and_weights_but_no_output_and_no_bias() -> No
     assert second.outputs[0].is_graph_output()
     assert codes(model) == {("INT8", True)}
     outcome = quantize(model_of(body, "N,16,8,8", WIDE), IMAGES, "tensorrt", mode="static")
-    assert outcome.notes == ["2 of 2 Conv in integers"]  # what reads floats is nothing that was left
+    assert outcome.notes == [
+        "2 of 2 Conv in integers; ranges by `p99.999`, weights by `gptq`"
+    ]  # what reads floats is nothing that was left
 
 
 def test_a_bias_of_one_number_for_each_row_is_none_for_each_output() -> None:
@@ -285,11 +287,17 @@ def test_runtime_operators_give_an_integer_product_its_bias(tmp_path: Path) -> N
         ("a = Conv(x, w32) b = Conv(a, n) d = Conv<group=16>(b, d16) y = Conv(d, w32of16)", 0),
         # It is wide enough.
         ("a = Conv(x, w32) d = Conv<group=32>(a, d32) y = Tanh(d)", 0),
+        # It is wide enough, but nothing around it is in integers.
+        ("e = Concat<axis=1>(x, x) d = Conv<group=32>(e, d32) y = Tanh(d)", 1),
+        # Groups of 8 channels, at the beginning and at the end; and of 32.
+        ("g = Conv<group=2>(x, g8) y = Conv(g, w32)", 1),
+        ("a = Conv(x, w32) b = Conv(a, n) g = Conv<group=2>(b, g8) y = Tanh(g)", 1),
+        ("a = Conv(x, w64) g = Conv<group=2>(a, g32) y = Tanh(g)", 0),
         # One output of several channels is no depthwise convolution.
         ("a = Conv(x, w32) y = Conv(a, one)", 0),
     ],
 )
-def test_narrow_depthwise_convolutions_stay_float_at_the_ends_of_integers(body: str, in_float: int) -> None:
+def test_convolutions_with_slow_kernels_stay_float_at_the_ends_of_integers(body: str, in_float: int) -> None:
     weights = {
         "f": random(1, 16, 16, 1, 1),
         "w32": random(2, 32, 16, 1, 1),
@@ -298,10 +306,21 @@ def test_narrow_depthwise_convolutions_stay_float_at_the_ends_of_integers(body: 
         "one": random(4, 1, 32, 1, 1),
         "d16": random(5, 16, 1, 3, 3),
         "d32": random(6, 32, 1, 3, 3),
+        "g8": random(7, 16, 8, 3, 3),
+        "w64": random(8, 64, 16, 1, 1),
+        "g32": random(9, 64, 32, 3, 3),
     }
     result = quantize(model_of(body, "N,16,8,8", weights), IMAGES, mode="static", solver="rtn")
     convolutions = [node for node in result.model.graph if node.op_type == "Conv"]
     assert sum(not is_quantized(node.inputs[1]) for node in convolutions) == in_float
+
+
+@pytest.mark.parametrize("op", ["ReduceMax", "ReduceMin"])
+def test_extremes_are_taken_of_the_codes(op: str, tmp_path: Path) -> None:
+    body = f"a = Conv(x, w32) m = {op}<axes=[2], keepdims=1>(a) y = Conv(m, v)"
+    weights = {"w32": random(2, 32, 16, 1, 1), "v": random(4, 32, 32, 1, 1)}
+    result = quantize(model_of(body, "N,16,8,8", weights), IMAGES, mode="static", solver="rtn")
+    assert dict(fused(result.model, tmp_path)) == {"QuantizeLinear": 1, "QLinearConv": 2, op: 1, "DequantizeLinear": 1}
 
 
 @pytest.fixture(scope="module")

@@ -432,7 +432,7 @@ def test_odd_sizes(inputs: int, outputs: int, code: str, group: str, target: str
     result = quantize(model, None, target, mode="weights", weights=code, group=group, solver="rtn")
     assert result.error < ({2: 0.75, 4: 0.3} if group != "32" else {2: 0.7, 4: 0.12})[bits]
     standard = target == "portable" or group != "32"
-    left = any("misreads codes of 2 bits" in note for note in result.notes)
+    left = any("misread by the target in 2 bits" in note for note in result.notes)
     assert left == (standard and bits == 2 and bool(outputs % 4))
     feed = random(5, 33, inputs)
     plain, as_fused = run(result.model, feed), run(result.model, feed, optimize=True)
@@ -446,7 +446,7 @@ def test_two_bits_stored_outputs_first_need_no_whole_bytes(body: str) -> None:
     result = quantize(model, None, "portable", mode="weights", weights="int2", solver="rtn")
     assert result.error < 0.7
     assert "DequantizeLinear" in result.ops
-    assert not any("misreads" in note for note in result.notes)
+    assert not any("misread" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("group", ["channel", "tensor"])

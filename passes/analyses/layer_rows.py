@@ -16,7 +16,12 @@ from .linear_layers import LinearLayer
 
 
 def takes_rows(layer: LinearLayer) -> bool:
-    """Return whether a layer is one matrix, or one for each group, applied to rows of its input."""
+    """Return whether a layer is one matrix, or one for each group, applied to rows of its input.
+
+    Not where it sums over the first axis of its input: that is taken for samples, and cut into batches.
+    """
+    if _sums_over_samples(layer):
+        return False
     if layer.node.op_type in ("MatMul", "Gemm"):
         return len(_dims(layer)) == 2
     return layer.node.op_type == "Conv" or _groups(layer) == 1
@@ -62,6 +67,14 @@ def summed_rows(layer: LinearLayer, x: Array) -> tuple[Array, int]:
     places = (0, *range(2, 2 + rank))
     sums = views.sum(axis=places).reshape(_groups(layer), -1, math.prod(views.shape[2 + rank :]))
     return sums.transpose(0, 2, 1).reshape(len(sums), -1), math.prod(views.shape[place] for place in places)
+
+
+def _sums_over_samples(layer: LinearLayer) -> bool:
+    if layer.node.op_type == "Gemm":
+        across = layer.node.attributes.get_int("transA" if layer.weight_index == 1 else "transB", 0)
+        return (across == 1) == (layer.weight_index == 1)
+    shape = layer.input.shape
+    return layer.node.op_type == "MatMul" and layer.weight_index == 0 and (shape is None or len(shape) == 2)
 
 
 def _rows_of_product(layer: LinearLayer, x: Array) -> Array:

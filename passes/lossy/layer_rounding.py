@@ -73,11 +73,12 @@ def rounding_of(solver: str) -> Rounding:
     Raises:
         UsageError: The solver is none of static quantization.
     """
+    gptq_and_bias = Rounding("gptq", _compensated, means_of)
     known: dict[str, Rounding] = {
-        "auto": Rounding(_compensated, means_of),
-        "gptq": Rounding(_compensated, means_of),
-        "rtn": without_data(nearest),
-        "mse": without_data(searched),
+        "auto": gptq_and_bias,
+        "gptq": gptq_and_bias,
+        "rtn": without_data("rtn", nearest),
+        "mse": without_data("mse", searched),
     }
     if solver not in known:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,8 @@ from .mixed_search import Move, OutOfTrials, Raised, fewest, in_order
 _MOST_TRIALS = 48
 # Layers measured one by one; of larger models, those that are predicted to cost most.
 _MOST_MEASURED = 48
+# The fact of a note that says how many weights are stored in each format.
+_STORED = "stored"
 # The fact of a note that says which share of a layer's outputs is expected to be noise.
 _PREDICTED = "predicted_error"
 
@@ -51,12 +54,29 @@ class Measured:
         cost: Divergence of the model with this layer alone on the coarsest rung; estimated where it was not tried.
         predicted: The share of its outputs that is expected to be noise, or None.
         tried: Whether the cost was measured.
+        stored: The formats its weight was stored in when it was tried; empty where the pass does not say.
     """
 
     layer: Layer
     cost: float
     predicted: float | None
     tried: bool
+    stored: str = ""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What became of one allocation.
+
+    Attributes:
+        standing: How the model stands.
+        stored: How many weights in each format, as the passes say it; empty where they do not.
+        bytes: What all constants of the model take.
+    """
+
+    standing: Standing
+    stored: Mapping[str, int]
+    bytes: int
 
 
 def quantize_mixed(
@@ -104,7 +124,7 @@ class _Search:
     rungs: list[Rung]
     by_bytes: bool
     layers: list[Measured] = field(default_factory=list)
-    tried: dict[tuple[tuple[int, int], ...], Standing] = field(default_factory=dict)
+    tried: dict[tuple[tuple[int, int], ...], Tried] = field(default_factory=dict)
     best: tuple[Raised, Standing] | None = None
     trials: int = 0
 
@@ -145,20 +165,21 @@ class _Search:
         measured: list[Measured] = []
         for layer, error in known:
             if len(measured) < _MOST_MEASURED:
-                alone = self._alone(layer)
-                if alone is not None:
-                    measured.append(Measured(layer, alone, error, True))
+                attempt = self._alone(layer)
+                if attempt is not None:
+                    formats = " and ".join(_stored(attempt.notes))
+                    measured.append(Measured(layer, self._weigh(attempt).divergence, error, True, formats))
             else:
                 measured.append(Measured(layer, _estimate(error, measured), error, False))
         return measured
 
-    def _alone(self, layer: Layer) -> float | None:
-        """Return what a layer costs alone on the coarsest rung, or None where the pass leaves it as it is."""
+    def _alone(self, layer: Layer) -> Attempt | None:
+        """Return the model with a layer alone on the coarsest rung, or None where the pass leaves it as it is."""
         only = replace(self.selection, include=layer.globs)
         lower = self.rungs[0].lower
         assert lower is not None, "the coarsest rung is not float"
         attempt = self.ctx.attempt(lambda copy, ctx: lower(copy, ctx, only))
-        return self._weigh(attempt).divergence if attempt.edits else None
+        return attempt if attempt.edits else None
 
     def _weigh(self, attempt: Attempt) -> Standing:
         assert self.ctx.weigh is not None, "the pass declares that it needs a budget"
@@ -184,11 +205,13 @@ class _Search:
                 raise OutOfTrials
             self.trials += 1
             attempt = attempt or self.ctx.attempt(lambda copy, ctx: self.lower(copy, ctx, raised))
-            self.tried[key] = standing = self._weigh(attempt)
+            standing = self._weigh(attempt)
+            size = sum(tensor.nbytes for tensor in walk.stored_tensors(attempt.model))
+            self.tried[key] = Tried(standing, _stored(attempt.notes), size)
             partly = not self.layers or not self._all_float(raised)
             if partly and (self.best is None or standing.used < self.best[1].used):
                 self.best = dict(raised), standing
-        return self.tried[key].holds
+        return self.tried[key].standing.holds
 
     def _all_float(self, raised: Raised) -> bool:
         return len(raised) == len(self.layers) and all(self.rungs[rung].lower is None for rung in raised.values())
@@ -217,35 +240,49 @@ class _Search:
 
     def say(self, raised: Raised) -> None:
         """Say what was chosen and why, in one line, and each layer's figures as facts."""
-        standing = self.tried[tuple(sorted(raised.items()))]
+        tried = self.tried[tuple(sorted(raised.items()))]
+        standing = tried.standing
         total = len(self.layers)
         chosen = sorted(raised, key=lambda index: -self.layers[index].cost)
         counts = {rung.name: sum(raised[index] == number for index in chosen) for number, rung in enumerate(self.rungs)}
         kept = ", ".join(f"{count} in {name}" for name, count in counts.items() if count) or "none higher"
-        size = sum(one.layer.elements * self.rungs[raised.get(i, 0)].bits / 8 for i, one in enumerate(self.layers))
+        if tried.stored:
+            told = f"weights stored: {', '.join(f'{count} as {name}' for name, count in tried.stored.items())}"
+        else:
+            told = f"the rest with `weights={self.rungs[0].name}`"
         self.ctx.note(
-            f"{kept} of {total} layers, the rest in {self.rungs[0].name}: {standing.why} on calibration samples; "
-            f"{self.trials} allocations tried, weights {show_bytes(round(size))}",
+            f"{kept} of {total} layers; {told}: {standing.why} on calibration samples; "
+            f"{self.trials} allocations tried, all constants {show_bytes(tried.bytes)}",
             kept=[self._facts(index, raised[index]) for index in chosen],
             layers=total,
             trials=self.trials,
             measured=sum(one.tried for one in self.layers),
             budget_used=standing.used,
-            weight_bytes=round(size),
+            constant_bytes=tried.bytes,
+            weights_stored=dict(tried.stored),
         )
         for index in chosen:
             one = self.layers[index]
             predicted = (
                 f"; {one.predicted:.1%} of its outputs predicted to be noise" if one.predicted is not None else ""
             )
+            coarse = one.stored or self.rungs[0].name
             self.ctx.note(
-                f"`{one.layer.name}` in {self.rungs[raised[index]].name}: alone in {self.rungs[0].name} it costs "
+                f"`{one.layer.name}` in {self.rungs[raised[index]].name}: alone in {coarse} it costs "
                 f"{one.cost:.3g}{predicted}"
             )
 
     def _facts(self, index: int, rung: int) -> dict[str, object]:
         one = self.layers[index]
         return {"layer": one.layer.name, "in": self.rungs[rung].name, "cost": one.cost, "predicted": one.predicted}
+
+
+def _stored(notes: Sequence[Note]) -> Counter[str]:
+    """Return how many weights are stored in each format, as the passes say it."""
+    counts: Counter[str] = Counter()
+    for note in notes:
+        counts.update(note.facts.get(_STORED, {}))
+    return counts
 
 
 def _predictions(notes: Sequence[Note]) -> dict[str, float]:

@@ -32,9 +32,7 @@ _OVERHEAD_BYTES = 512
 _BYTE_BITS = 8
 
 
-def quantize_blocks(
-    model: ir.Model, ctx: Context, selection: Selection, plan: WeightPlan
-) -> dict[ir.Value, str]:
+def quantize_blocks(model: ir.Model, ctx: Context, selection: Selection, plan: WeightPlan) -> dict[ir.Value, str]:
     """Store the matrices of products, and tables that are looked up, as codes of few bits.
 
     Layers are taken in graph order, so that a solver that looks at data sees what each layer reads once the layers

@@ -59,7 +59,7 @@ def quantize_static(
         for unit in units.units:
             lowering.lower(unit)
     lowering.drop_unread()
-    _summarise(units, lowering, ctx)
+    _summarise(units, lowering, plan, rounding.solver, ctx)
     if plan.scheme.remark and any(layer.node.op_type == "MatMul" for layer in layers):
         ctx.note(plan.scheme.remark)
 
@@ -264,7 +264,7 @@ class _Lowering:
         return self._wide[value, missing]
 
 
-def _summarise(units: IntegerUnits, lowering: _Lowering, ctx: Context) -> None:
+def _summarise(units: IntegerUnits, lowering: _Lowering, plan: StaticPlan, solver: str, ctx: Context) -> None:
     done = Counter(unit.node.op_type for unit in units.units)
     left = units.left
     if not done:
@@ -274,7 +274,10 @@ def _summarise(units: IntegerUnits, lowering: _Lowering, ctx: Context) -> None:
     for (operator, _), count in left.items():
         totals[operator] += count
     parts = [f"{count} of {totals[operator]} {operator}" for operator, count in done.most_common()]
-    ctx.note(f"{', '.join(parts)} in integers{_left_text(left.items())}", integers=dict(done), left=sum(left.values()))
+    how = f"ranges by `{plan.method}`, weights by `{'rtn' if is_float(plan.scheme.weight) else solver}`"
+    ctx.note(
+        f"{', '.join(parts)} in integers; {how}{_left_text(left.items())}", integers=dict(done), left=sum(left.values())
+    )
     raised = lowering.weights.raised
     if raised:
         ctx.note(f"{raised} channels took a larger weight scale, so that their bias fits int32", raised=raised)

@@ -101,9 +101,6 @@ class QuantizedReadings:
         sampled, sums = Covariance(), RowSums(layer)
         for (x,) in self._now.batches(layer.input):
             rows = layer_rows(layer, x, limit=_ROWS_OF_A_SAMPLE, blocks=blocks)
-            # The first axis of an input may be no samples at all, and is then cut to another size than the layer reads.
-            if blocks == 1 and rows.shape[2] != inputs_of(layer):
-                return None
             sampled.update(rows)
             sums.update(x, len(x))
         if not sampled.is_known:

@@ -72,7 +72,7 @@ def can_lower_to_standard(reader: WeightReader, plan: WeightPlan) -> str | None:
     columns = walk.dims(weight_tensor(reader.layer))[1]
     misread = plan.bits in plan.scheme.whole_bytes and reader.layer.output_axis == 1
     if misread and columns * plan.bits % _BYTE_BITS:
-        return f"the target misreads codes of {plan.bits} bits of layers whose outputs fill no whole bytes; try 4 bits"
+        return f"misread by the target in {plan.bits} bits, as its outputs fill no whole bytes; `weights=int4` is not"
     return None
 
 

@@ -80,10 +80,12 @@ class Rounding:
     """A way to round.
 
     Attributes:
+        solver: Its name.
         open: Opens a rounder for layers of a model that is about to be lowered, and closes it when that is done.
         requests: Returns the statistics it will ask of layers of a graph, so that they are observed with all others.
     """
 
+    solver: str
     open: Callable[[Context, Iterable[LinearLayer]], AbstractContextManager[Rounder]]
     requests: Callable[[Iterable[LinearLayer], ir.Graph], Mapping[ir.Value, Sequence[Statistic[Any]]]]
 
@@ -98,9 +100,9 @@ def searched(task: WeightTask) -> RoundedWeight:
     return RoundedWeight(mse(task.matrix(), task.grid, least_scales=task.least_scales), task.bias)
 
 
-def without_data(rounder: Rounder) -> Rounding:
+def without_data(solver: str, rounder: Rounder) -> Rounding:
     """Return a way to open a rounder that looks at nothing but the weight."""
-    return Rounding(lambda ctx, layers: nullcontext(rounder), lambda layers, graph: {})
+    return Rounding(solver, lambda ctx, layers: nullcontext(rounder), lambda layers, graph: {})
 
 
 def weight_grid(scheme: IntegerScheme, group: str | int, layer: LinearLayer) -> Grid:

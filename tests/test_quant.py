@@ -338,7 +338,7 @@ def test_weights_only_needs_no_data_and_lets_the_runtime_fold(tmp_path: Path) ->
     assert ran["Cast"] == ran["DequantizeLinear"] == 0
     assert ran["MatMulNBits"] == 1
     assert result.error < 6 / STEPS
-    assert "computes in float" in result.notes[0]
+    assert "in float as before" in result.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,9 @@ def rounded_by(model: ir.Model, rounder: Any) -> Array:
     data = open_data({"x": IMAGES}, model)
     ctx = Context(model, Rewriter(model), X86, OnnxRuntime(), threads=1, data=data)
     assert X86.static is not None
-    quantize_static(model, ctx, Selection(), StaticPlan(X86.static, "channel", RangeMethod()), without_data("rtn", rounder))
+    quantize_static(
+        model, ctx, Selection(), StaticPlan(X86.static, "channel", RangeMethod()), without_data("rtn", rounder)
+    )
     verify(model)
     return run(model, IMAGES[:2])
 

@@ -304,7 +304,7 @@ def test_weights_of_functions_stay_in_them() -> None:
         ("y = MatMul(x, w)", "64", {"w": random(1, 64, 48)}, "multiplied by a vector"),
         ("a = MatMul(x, w) s = Neg(w) y = Add(a, s)", "64,64", {"w": random(1, 64, 64)}, "also read by Neg"),
         ("a = MatMul(x, w) y = MatMul(w, a)", "64,64", {"w": random(1, 64, 64)}, "as it is and transposed"),
-        ("y = MatMul(x, w)", "4,8", {"w": random(1, 8, 4)}, "not smaller"),
+        ("y = MatMul(x, w)", "4,8", {"w": random(1, 8, 4)}, "no smaller"),
     ],
 )
 def test_what_is_left_is_said(body: str, shape: str, weights: dict[str, Array], reason: str) -> None:

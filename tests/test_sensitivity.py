@@ -165,7 +165,7 @@ def test_command_prints_a_table_or_json(tmp_path: Path) -> None:
     arguments = ("sensitivity", model, "--passes", "quant:mode=dynamic", "--data", tmp_path / "data.npz")
     outcome = run(*arguments)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.split()[:4] == ["layer", "operator", "weights", "KL"]
+    assert outcome.out.split()[:6] == ["layer", "operator", "stored", "as", "weights", "KL"]
     assert "Spearman" in outcome.out or "no rank correlation" in outcome.out
     report = json.loads(run(*arguments, "--json").out)
     assert report["measured"] == "kl"

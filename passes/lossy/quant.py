@@ -1,4 +1,4 @@
-"""Quantization: weights and activations in 8-bit integers, laid out as the target computes with them."""
+"""Quantization: weights and activations in few bits, laid out as the target computes with them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _RECURRENT_OPS = ("LSTM", "GRU", "RNN")
 
 @dataclass(frozen=True)
 class Quant(Pass):
-    """Store and compute in 8-bit integers: static, dynamic or weights only, as the target runs fast."""
+    """Store and compute in integers of few bits: static, dynamic or weights only, as the target runs fast."""
 
     mode: Literal["auto", "static", "dynamic", "weights"] = opt(
         "auto", help="ranges from data (static), taken at run time (dynamic), or weights stored only (weights)"

@@ -199,4 +199,5 @@ def _summarise(done: Counter[str], left: Counter[tuple[str, str]], lowering: _Lo
         integers=dict(done),
         activations=inputs,
         left=left.total(),
+        stored={"int8": done.total()} if done else {},
     )

@@ -276,7 +276,7 @@ def _summarise(units: IntegerUnits, lowering: _Lowering, plan: StaticPlan, solve
     parts = [f"{count} of {totals[operator]} {operator}" for operator, count in done.most_common()]
     how = f"ranges by `{plan.method}`, weights by `{'rtn' if is_float(plan.scheme.weight) else solver}`"
     ctx.note(
-        f"{', '.join(parts)} in integers; {how}{_left_text(left.items())}", integers=dict(done), left=sum(left.values())
+        f"{', '.join(parts)} in integers; {how}{_left_text(left.items())}", integers=dict(done), left=sum(left.values()), stored=_formats(units)
     )
     raised = lowering.weights.raised
     if raised:
@@ -286,6 +286,12 @@ def _summarise(units: IntegerUnits, lowering: _Lowering, plan: StaticPlan, solve
             f"{lowering.widened} Conv read channels of zeros beside their own, which lets a faster kernel take them",
             widened=lowering.widened,
         )
+
+
+def _formats(units: IntegerUnits) -> dict[str, int]:
+    """Return how many weights are stored in which format."""
+    weights = {unit.layer.weight for unit in units.units if unit.layer is not None}
+    return {units.scheme.weight: len(weights)} if weights else {}
 
 
 def _left_text(left: Iterable[tuple[tuple[str, str], int]]) -> str:

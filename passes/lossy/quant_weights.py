@@ -85,9 +85,15 @@ def _weight_of(node: ir.Node) -> LinearLayer | None:
     tensor = walk.constant_tensor(table)
     if table is None or tensor is None or indices is None:
         return None
-    if not tensor.dtype.is_floating_point() or len(tensor.shape) != 2:
+    if not tensor.dtype.is_floating_point() or len(tensor.shape) != 2 or _holds_scales(node, tensor):
         return None
     return LinearLayer(node, indices, table, 0, 0, None)
+
+
+def _holds_scales(node: ir.Node, table: ir.TensorProtocol) -> bool:
+    """Return whether what is looked up are scales of a table that is stored as codes already."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    return walk.dims(table)[1] == 1 or any(walk.is_onnx_op(reader, "DequantizeLinear") for reader in readers)
 
 
 def _obstacle(layer: LinearLayer, ctx: Context, selection: Selection, per_channel: bool) -> str | None:

@@ -36,8 +36,8 @@ _ORT_CPU_SHARED_SCALE_OPS = frozenset(
     }
 )
 _MATRIX_OPS = frozenset({"MatMul", "Gemm"})
-# Quantized as it comes, a product of 512 rows with 16 inputs or outputs takes 0.99× to 1.28× the time of float; with 32,
-# 0.71× to 1.03×; with 64 and more, 0.29× to 0.72×. One of a single row takes 1.1× up to 128, and 0.5× from 768 on.
+# Quantized as it comes, a product of 512 rows with 16 inputs or outputs takes 0.99× to 1.28× the time of float; with
+# 32, 0.71× to 1.03×; with 64 and more, 0.29× to 0.72×. One of a single row takes 1.1× up to 128, and 0.5× from 768 on.
 _ORT_CPU_DYNAMIC_LEAST = 32
 _WEIGHT_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Gemm, against MatMul and Add, from 1×16 to 512×512: 0.68× (small) to 1.05× the time as it stands, 0.95× to 1.03× once

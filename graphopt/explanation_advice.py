@@ -106,30 +106,33 @@ def _small_for_dynamic(node: ir.Node, target: Target) -> str | None:
 
 def _slow_at_ends(node: ir.Node, scheme: IntegerScheme | None) -> str | None:
     """Return why a convolution, or the one it leads to, is slower in codes at an end of them, or None if it is not."""
-    if scheme is None or node.op_type != "Conv":
+    weight = node.inputs[1] if node.op_type == "Conv" else None
+    if scheme is None or weight is None:
         return None
-    first, seen = node, 0
-    while True:
-        slow = _slow(node, scheme)
-        if slow is not None:
-            return slow if node is first else f"leads to {slow}"
-        weight = walk.constant_tensor(node.inputs[1]) if walk.is_onnx_op(node, "Conv") else None
-        if weight is not None and walk.dims(weight)[0] >= scheme.least_depthwise:
-            return None
-        following = only_reader(node.outputs[0])
-        seen += 1
-        if following is None or following.graph is not first.graph or len(following.outputs) != 1 or seen > _FARTHEST:
-            return None
-        node = following
-
-
-def _slow(node: ir.Node, scheme: IntegerScheme) -> str | None:
-    weight = node.inputs[1] if walk.is_onnx_op(node, "Conv") and len(node.inputs) > 1 else None
-    tensor = walk.constant_tensor(weight)
-    if weight is None or tensor is None:
-        return None
-    if is_depthwise(node, weight) and walk.dims(tensor)[0] < scheme.least_depthwise:
-        return f"a depthwise convolution of fewer than {scheme.least_depthwise} channels"
     if has_narrow_groups(node, weight, scheme.least_group):
         return f"a convolution in groups of fewer than {scheme.least_group} channels"
+    first: ir.Node = node
+    reader: ir.Node | None = node
+    for _ in range(_FARTHEST):
+        if reader is None or reader.graph is not first.graph or len(reader.outputs) != 1:
+            return None
+        if walk.is_onnx_op(reader, "Conv") and constant_factor(reader) is not None:
+            if _outputs(reader) >= scheme.least_depthwise:
+                return None
+            if is_depthwise(reader, _weight(reader)):
+                is_it = "" if reader is first else "leads to "
+                return f"{is_it}a depthwise convolution of fewer than {scheme.least_depthwise} channels"
+        reader = only_reader(reader.outputs[0])
     return None
+
+
+def _weight(node: ir.Node) -> ir.Value:
+    weight = node.inputs[1]
+    assert weight is not None, "it is a constant"
+    return weight
+
+
+def _outputs(node: ir.Node) -> int:
+    tensor = walk.constant_tensor(_weight(node))
+    assert tensor is not None, "asked for of a constant weight"
+    return walk.dims(tensor)[0]

@@ -129,7 +129,10 @@ def _slow_ends(units: _Units, scheme: IntegerScheme) -> dict[Unit, str]:
 
 
 def _slow_beginning(first: Unit, units: _Units, scheme: IntegerScheme) -> dict[Unit, str]:
-    """Return the units from one on, each alone in reading the one before, up to the last slow one among narrow ones."""
+    """Return the units from one on, each alone in reading the one before, up to the last slow one among narrow ones.
+
+    Narrow layers gain enough in integers to make up for groups behind them, but not for depthwise convolutions.
+    """
     chain: list[Unit] = []
     length, unit, reason = 0, first, ""
     while True:
@@ -137,7 +140,7 @@ def _slow_beginning(first: Unit, units: _Units, scheme: IntegerScheme) -> dict[U
         if why is None and unit.layer is not None and _outputs(unit.layer) >= scheme.least_depthwise:
             break
         chain.append(unit)
-        if why is not None:
+        if why is not None and (length == len(chain) - 1 or _is_depthwise(unit)):
             length, reason = len(chain), f"leads to or is {why}"
         readers = list(dict.fromkeys(reader for value in unit.outputs for reader in units.reading(value)))
         if len(readers) != 1 or readers[0] in chain:
@@ -150,22 +153,23 @@ def _why_slow(unit: Unit, scheme: IntegerScheme) -> str | None:
     """Return what about a convolution makes its kernel on codes slower than that on floats, or None if nothing does."""
     if unit.layer is None:
         return None
-    if is_depthwise(unit.node, unit.layer.weight) and _outputs(unit.layer) < scheme.least_depthwise:
+    if _is_depthwise(unit) and _outputs(unit.layer) < scheme.least_depthwise:
         return f"a depthwise convolution of fewer than {scheme.least_depthwise} channels, slower in integers"
     if has_narrow_groups(unit.node, unit.layer.weight, scheme.least_group):
         return f"a convolution in groups of fewer than {scheme.least_group} channels, slower in integers"
     return None
 
 
+def _is_depthwise(unit: Unit) -> bool:
+    return unit.layer is not None and is_depthwise(unit.node, unit.layer.weight)
+
+
 def _lone(units: _Units, scheme: IntegerScheme) -> list[Unit]:
     """Return the depthwise convolutions between floats, whose way in and out of integers costs more than they gain."""
     if scheme.least_depthwise <= 1:
         return []
-    layers = [unit for unit in units.by_node.values() if unit.layer is not None]
-    depthwise = [unit for unit in layers if unit.layer is not None and is_depthwise(unit.node, unit.layer.weight)]
-    return [
-        unit for unit in depthwise if not _leads_on(unit, units) and not any(units.make(value) for value in unit.read())
-    ]
+    ends = [unit for unit in units.by_node.values() if not _leads_on(unit, units)]
+    return [unit for unit in ends if _is_depthwise(unit) and not any(units.make(value) for value in unit.read())]
 
 
 def _leads_on(unit: Unit, units: _Units) -> bool:

@@ -15,7 +15,7 @@ from ..analyses.linear_layers import as_linear_layer
 from ..analyses.narrow_constants import Survey, mask_bound, survey
 from ..analyses.number_formats import Ports, float_ports, is_float, ports_in
 from ..analyses.selection import Selection
-from ..solvers.cut import UNCUTTABLE, Network
+from ..solvers.cut import Network
 
 EXCLUDED = "excluded"
 # A weight whose rounding alone is this loud (dB below it) has numbers too small for the format throughout.
@@ -151,8 +151,8 @@ def _connect(network: Network, value: ir.Value, maker: ir.Node | str, readers: s
     network.add(maker, narrowed, _CAST_COST)
     network.add(widened, maker, _CAST_COST)
     for reader in readers:
-        network.add(narrowed, reader, UNCUTTABLE)
-        network.add(reader, widened, UNCUTTABLE)
+        network.add(narrowed, reader, None)
+        network.add(reader, widened, None)
 
 
 def _is_free(node: ir.Node) -> bool:

@@ -276,7 +276,10 @@ def _summarise(units: IntegerUnits, lowering: _Lowering, plan: StaticPlan, solve
     parts = [f"{count} of {totals[operator]} {operator}" for operator, count in done.most_common()]
     how = f"ranges by `{plan.method}`, weights by `{'rtn' if is_float(plan.scheme.weight) else solver}`"
     ctx.note(
-        f"{', '.join(parts)} in integers; {how}{_left_text(left.items())}", integers=dict(done), left=sum(left.values()), stored=_formats(units)
+        f"{', '.join(parts)} in integers; {how}{_left_text(left.items())}",
+        integers=dict(done),
+        left=sum(left.values()),
+        stored=_formats(units),
     )
     raised = lowering.weights.raised
     if raised:

@@ -14,7 +14,7 @@ from graphopt.backend import Array, Inspectable
 from graphopt.choices import ModelLike, find_backend, find_target, open_model
 from graphopt.data import open_data
 from graphopt.errors import BackendError, DataError
-from graphopt.explanation_advice import constant_factor, too_small
+from graphopt.explanation_advice import better_in_float, constant_factor
 from graphopt.explanation_codes import captured_behind_moves, is_dequantize, is_quantize
 from graphopt.explanation_proof import Proof, Ran, numbered, prove
 from graphopt.explanation_rules import Prediction, predict
@@ -232,7 +232,7 @@ def _quantizable(model: ir.Model, target: Target) -> list[tuple[str, str, int]]:
     """Return the operators of a float model that the target could run in integers, with their kernels and counts."""
     kernels = {op: _kernel_of(op, target) for op in sorted(target.integer_ops | target.weight_only_ops)}
     able = (node for node in numbered(model) if _could_be_integer(node, kernels))
-    counts = Counter(node.op_type for node in able if too_small(node, target) is None)
+    counts = Counter(node.op_type for node in able if better_in_float(node, target, dynamic=False) is None)
     return [(op, kernels[op], count) for op, count in counts.most_common()]
 
 

@@ -51,7 +51,7 @@ def better_in_float(node: ir.Node, target: Target, *, dynamic: bool) -> tuple[st
     """Return why a layer with a constant weight pays in float, and what to do; None where it does not."""
     if constant_factor(node) is None:
         return None
-    small = too_small(node, target) or (_small_for_dynamic(node, target) if dynamic else None)
+    small = _too_small(node, target) or (_small_for_dynamic(node, target) if dynamic else None)
     if small is not None:
         return small, _TOO_SMALL
     slow = _slow_at_ends(node, target.static)
@@ -67,7 +67,7 @@ def constant_factor(node: ir.Node) -> int | None:
     return None
 
 
-def too_small(node: ir.Node, target: Target) -> str | None:
+def _too_small(node: ir.Node, target: Target) -> str | None:
     """Return why a layer with a constant weight is too small for a target's integer kernels, or None if it is not."""
     index = constant_factor(node)
     if index is None or target.static is None or node.op_type not in target.integer_ops:

@@ -98,6 +98,13 @@ def test_why_a_weight_takes_int8_instead_is_said(body: str, weights: dict[str, A
     assert any(reason in note for note in result.notes), result.notes
 
 
+def test_why_a_table_takes_more_bits_than_asked_is_said() -> None:
+    body = "i = Cast<to=7>(x) e = Gather(w, i) y = MatMul(e, v)"
+    model = model_of(body, "2,4", {"w": random(1, 64, 64), "v": random(2, 64, 64)})
+    result = graphopt.optimize(model, "quant:mode=weights:weights=int4:solver=rtn", verify="off")
+    assert "int8 by 32: 1, int4 by 32: 1 (int8 what is looked up" in remarks(result)
+
+
 def test_weights_left_in_float_are_named_with_the_reason() -> None:
     body = "a = MatMul(x, w) y = MatMul(a, v)"
     result = quantize(model_of(body, "4,8", {"w": random(1, 8, 4), "v": random(2, 4, 3)}), None, mode="weights")

@@ -184,9 +184,9 @@ class _Run:
         before, after = (sum(one[key] for one in self.stored) for key in ("bytes_before", "bytes"))
         readers = ", ".join(f"{count} {operator}" for operator, count in self.readers.most_common())
         self.ctx.note(
-            f"weights stored as {', '.join(f'{code}: {count}' for code, count in formats.most_common())} "
-            f"(`solver={rounding.solver}`), for {readers}, {show_bytes(before)} → {show_bytes(after)}; "
-            f"{self._computes()}",
+            f"weights stored as {', '.join(f'{code}: {count}' for code, count in formats.most_common())}"
+            f"{self._of_tables()} (`solver={rounding.solver}`), for {readers}, "
+            f"{show_bytes(before)} → {show_bytes(after)}; {self._computes()}",
             solver=rounding.solver,
             weights=len(self.stored),
             float_bytes=before,
@@ -195,6 +195,11 @@ class _Run:
             layers=self.stored,
             stored=dict(Counter(one["format"] for one in self.stored)),
         )
+
+    def _of_tables(self) -> str:
+        """Say why some weights are in more bits than was asked for."""
+        others = {one["format"] for one in self.stored} - {self.plan.code}
+        return f" ({'/'.join(sorted(others))} what is looked up, which loses too much in fewer bits)" if others else ""
 
     def _computes(self) -> str:
         if not self.plan.uses_runtime_operator:

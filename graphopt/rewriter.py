@@ -281,12 +281,14 @@ class Rewriter:
 
     def make_const(self, content: ir.TensorProtocol | Array, name: str) -> ir.Value:
         """Make a constant that is in no graph yet; `adopt` puts it in."""
+        name = self.fresh_name(name)
         if isinstance(content, np.ndarray | np.generic):
             content = _as_tensor(content)
-        name = self.fresh_name(name)
-        # A tensor that has a name may be shared with a clone of the model.
-        content = renamed(content, name) if content.name is not None else content
-        content.name = name
+            content.name = name
+        elif isinstance(content, ir.Tensor):  # it may be shared with a clone, also without a name: a Constant's
+            content = ir.Tensor(content.raw, dtype=content.dtype, shape=content.shape, name=name)
+        else:
+            content = renamed(content, name)
         return ir.Value(
             name=name,
             shape=ir.Shape(walk.dims(content)),

@@ -174,9 +174,9 @@ def test_gemm_with_any_attributes(attributes: str, tmp_path: Path) -> None:
 
 
 def test_depthwise_and_grouped_convolutions(tmp_path: Path) -> None:
-    body = "a = Conv<group=8, pads=[1,1,1,1]>(x, w) y = Conv<group=2>(a, v)"
-    weights = {"w": random(1, 8, 1, 3, 3), "v": random(2, 4, 4, 1, 1)}
-    result = quantize(model_of(body, "N,8,6,6", weights), random(3, 16, 8, 6, 6), mode="static")
+    body = "a = Conv<group=64, pads=[1,1,1,1]>(x, w) y = Conv<group=2>(a, v)"
+    weights = {"w": random(1, 64, 1, 3, 3), "v": random(2, 64, 32, 1, 1)}
+    result = quantize(model_of(body, "N,64,6,6", weights), random(3, 16, 64, 6, 6), mode="static")
     assert fused(result.model, tmp_path)["QLinearConv"] == 2
     assert result.error < 6 / STEPS
 

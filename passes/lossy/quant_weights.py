@@ -108,10 +108,14 @@ def _obstacle(layer: LinearLayer, ctx: Context, selection: Selection, per_channe
     excluded = [use.node for use in layer.weight.uses() if not selection.allows(use.node)]
     if excluded:
         return f"also read by `{walk.label(excluded[0])}`, which is excluded"
+    return None if _pays(layer, per_channel) else "no smaller as int8 with its scales"
+
+
+def _pays(layer: LinearLayer, per_channel: bool) -> bool:
+    """Return whether integers and scales take less room than the floats."""
+    tensor = weight_tensor(layer)
     channels = walk.dims(tensor)[layer.output_axis] if per_channel else 1
-    if tensor.size + channels * _BYTES_PER_SCALE + _OVERHEAD_BYTES >= tensor.nbytes:
-        return "no smaller as int8 with its scales"
-    return None
+    return tensor.size + channels * _BYTES_PER_SCALE + _OVERHEAD_BYTES < tensor.nbytes
 
 
 def _is_lookup(node: ir.Node) -> bool:

@@ -287,8 +287,10 @@ class Rewriter:
             content.name = name
         elif isinstance(content, ir.Tensor):  # it may be shared with a clone, also without a name: a Constant's
             content = ir.Tensor(content.raw, dtype=content.dtype, shape=content.shape, name=name)
-        else:
+        elif content.name is not None:
             content = renamed(content, name)
+        else:
+            content.name = name
         return ir.Value(
             name=name,
             shape=ir.Shape(walk.dims(content)),

@@ -376,6 +376,19 @@ def test_constants_read_in_both_formats_are_there_in_both() -> None:
     assert np.allclose(run(model, x=x)[0], run(result.model, x=x)[0], rtol=0.02, atol=0.02)
 
 
+def test_an_output_left_out_is_not_measured() -> None:
+    model = parsed(
+        """ f (float[3, 2, 4] x, float[1, 8, 4] w, float[1, 8, 2] r) => (float[1, 2, 2] y)
+        { "", y = LSTM<hidden_size = 2>(x, w, r) }""",
+        w=RNG.standard_normal((1, 8, 4)) / 4,
+        r=RNG.standard_normal((1, 8, 2)) / 4,
+    )
+    data = [{"x": RNG.standard_normal((3, 2, 4)).astype(np.float32)}]
+    result = cast(model, data=data)
+    assert "measured 1 nodes" in notes(result)
+    assert np.allclose(run(model, **data[0])[0], run(result.model, **data[0])[0], atol=0.01)
+
+
 def least_cut(edges: Sequence[tuple[int, int, int]], nodes: int) -> int:
     """The least capacity between 0 and the last node, by trying all sides."""
     best = 1 << 60

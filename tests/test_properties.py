@@ -44,6 +44,7 @@ RELUCTANT = {
     "cast": ("graphopt.passes.lossy.stored_halves._pays",),
     "codebook": ("graphopt.passes.lossy.coded_layers._pays",),
     "logarithmic": ("graphopt.passes.lossy.coded_layers._pays",),
+    "quant:mode=dynamic": ("graphopt.passes.lossy.quant_dynamic._pays",),
     "quant:mode=weights": ("graphopt.passes.lossy.quant_weights._pays",),
 }
 RECIPE_SIZE = 8

@@ -316,3 +316,13 @@ def test_errors_of_very_large_and_small_weights_are_what_they_are(grid: Grid, si
     error = by_definition(weight, expected.values(), moment)
     assert output_error(difference, moment) / 1e20 / 1e20 == pytest.approx(error, rel=1e-2)
     assert not np.isfinite(output_error(np.array([[np.inf, 1.0]], np.float32)))
+
+
+def test_gptq_leaves_what_was_pruned_at_zero() -> None:
+    rng = np.random.default_rng(7)
+    weight = rng.standard_normal((6, 32)).astype(np.float32)
+    weight[rng.random(weight.shape) < 0.6] = 0
+    x = rng.standard_normal((200, 32)) @ rng.standard_normal((32, 32))
+    for symmetric in (True, False):
+        found = gptq(weight, Grid(bits=8, symmetric=symmetric), (x.T @ x / 200).astype(np.float32))
+        assert not found.values()[weight == 0].any()

@@ -72,7 +72,7 @@ def measure(ctx: Context, ports: Mapping[ir.Node, Ports], dtype: ir.DataType) ->
     gauges = {
         node: meter.gauge(twins[node], one)
         for node, one in ports.items()
-        if node in twins and one.outputs and not walk.is_onnx_op(node, *_MOVING_OPS)
+        if node in twins and _first_output(node, one) is not None and not walk.is_onnx_op(node, *_MOVING_OPS)
     }
     wanted = [value for gauge in gauges.values() for value in gauge]
     sums = np.zeros((len(wanted) // 3, 2))
@@ -117,14 +117,18 @@ class _Meter:
         self._zero = self._number(0.0)
 
     def gauge(self, node: ir.Node, ports: Ports) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Return (signal, noise, peak) of the first output of a node that changes."""
+        """Return (signal, noise, peak) of the first output of a node that changes and is not left out."""
         inputs = list(node.inputs)
         for index in ports.inputs:
             value = inputs[index]
             assert value is not None, "a port that changes is there"
             inputs[index] = self._round(value)
         twin = self._add(node.op_type, inputs, list(node.attributes.values()), node.domain, len(node.outputs))
-        index = ports.outputs[0]
+        for one, its_twin in zip(node.outputs, twin.outputs, strict=True):
+            if one.name == "":  # left out: some kernels count the names
+                its_twin.name = ""
+        index = _first_output(node, ports)
+        assert index is not None, "only nodes that have one are measured"
         own, other = node.outputs[index], self._round(twin.outputs[index])
         counts = self._add("Greater", [own, self._endless]).outputs[0]
         signal = self._kept(counts, own)
@@ -164,6 +168,11 @@ class _Meter:
             value.name = f"{name}/{index}"
         self._model.graph.append(node)
         return node
+
+
+def _first_output(node: ir.Node, ports: Ports) -> int | None:
+    """Return the first output of a node that changes, or None; one that is left out has no name, but may have a type."""
+    return next((index for index in ports.outputs if node.outputs[index].name), None)
 
 
 def _no_dims() -> ir.Attr:

@@ -108,6 +108,11 @@ def as_product(node: ir.Node) -> Product | None:
     return Product(LinearLayer(node, node.inputs[0], transpose.inputs[0], 1, 0, None), transpose)
 
 
+def _pays(layer: LinearLayer, least: int) -> bool:
+    """Return whether a layer has as many inputs and outputs as integers need to pay."""
+    return min(walk.dims(weight_tensor(layer))) >= least
+
+
 def _obstacle(product: Product, layers: list[LinearLayer], least: int) -> str | None:
     """Return why a product stays in float, or None; `least` is the fewest inputs and outputs that pay."""
     layer = product.layer
@@ -118,7 +123,7 @@ def _obstacle(product: Product, layers: list[LinearLayer], least: int) -> str | 
             return "its bias is no constant"
     if len(weight_tensor(layer).shape) != 2:
         return "its weight is no matrix"
-    if min(walk.dims(weight_tensor(layer))) < least:
+    if not _pays(layer, least):
         return f"fewer than {least} inputs or outputs"
     if product.transpose is None:
         others = readers_elsewhere(layer, layers)

@@ -142,6 +142,8 @@ class _Sweep:
                 target = left[:, column]
                 if place:
                     target = target + (feedback[:, None, start:column, column] @ errors[:, :place])[:, 0]
+                # What was pruned stays zero, and makes up for nothing.
+                target = np.where(wanted[:, column] == 0, np.float32(0), target)
                 code, value = self._round(target, order[:, column] // block)
                 codes[every, order[:, column]] = code
                 np.subtract(wanted[:, column], value, out=errors[:, place])

@@ -197,3 +197,10 @@ def test_nothing_is_told_of_a_model_without_outputs_of_floats() -> None:
     outcome = quantize(model, random(5, 4, WIDTH).reshape(2, 2, WIDTH)[0], mode="dynamic")
     assert outcome.ops["MatMulInteger"] == 1
     assert not any("above the noise" in note for note in outcome.notes)
+
+
+def test_a_product_right_behind_another_reads_what_that_one_gives() -> None:
+    weights = {"w": random(1, 64, 64), "v": random(2, 64, 64)}
+    result = quantize(model_of("a = MatMul(x, w) y = MatMul(a, v)", "N,64", weights), random(3, 4, 64), mode="dynamic")
+    assert result.ops["MatMulInteger"] == 2
+    assert result.error < 0.05

@@ -79,7 +79,8 @@ def quantize_dynamic(model: ir.Model, ctx: Context, selection: Selection, weight
             left[node.op_type, "its activation in 8 bits hurts the outputs"] += 1
             continue
         done[node.op_type] += 1
-        lowering.lower(product)
+        # Seen anew: its input may be what a product lowered before it gave.
+        lowering.lower(as_product(node) or product)
     _summarise(done, left, lowering, ctx)
     if trial is not None:
         trial.say(ctx)

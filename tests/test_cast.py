@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import shapes, walk
+from graphopt import choices, shapes, walk
 from graphopt.derived import DerivedTensor
 from graphopt.errors import PassError, UsageError
 from graphopt.passes.solvers.cut import Network
@@ -52,7 +52,7 @@ def cast(model: ir.Model, options: str = "compute=half", **setting: Any) -> grap
 
 def run(model: ir.Model, backend: str = "onnxruntime", **feeds: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     """Run a model. ONNX Runtime widens halves on CPUs and rounds rarely; only the reference rounds each result."""
-    backend = graphopt.choices.find_backend(backend, graphopt.choices.find_target("portable"))
+    backend = choices.find_backend(backend, choices.find_target("portable"))
     with backend.open(model, threads=1, optimize=False) as session:
         return list(session.run(feeds).values())
 

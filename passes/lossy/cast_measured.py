@@ -127,9 +127,9 @@ class _Meter:
         for one, its_twin in zip(node.outputs, twin.outputs, strict=True):
             if one.name == "":  # left out: some kernels count the names
                 its_twin.name = ""
-        index = _first_output(node, ports)
-        assert index is not None, "only nodes that have one are measured"
-        own, other = node.outputs[index], self._round(twin.outputs[index])
+        place = _first_output(node, ports)
+        assert place is not None, "only nodes that have one are measured"
+        own, other = node.outputs[place], self._round(twin.outputs[place])
         counts = self._add("Greater", [own, self._endless]).outputs[0]
         signal = self._kept(counts, own)
         noise = self._kept(counts, self._add("Sub", [own, other]).outputs[0])
@@ -171,7 +171,7 @@ class _Meter:
 
 
 def _first_output(node: ir.Node, ports: Ports) -> int | None:
-    """Return the first output of a node that changes, or None; one that is left out has no name, but may have a type."""
+    """Return the first output that changes, or None; one that is left out has no name, but may have a type."""
     return next((index for index in ports.outputs if node.outputs[index].name), None)
 
 

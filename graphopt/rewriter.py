@@ -287,10 +287,8 @@ class Rewriter:
             content.name = name
         elif isinstance(content, ir.Tensor):  # it may be shared with a clone, also without a name: a Constant's
             content = ir.Tensor(content.raw, dtype=content.dtype, shape=content.shape, name=name)
-        elif content.name is not None:
-            content = renamed(content, name)
         else:
-            content.name = name
+            content = renamed(content, name)
         return ir.Value(
             name=name,
             shape=ir.Shape(walk.dims(content)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -24,7 +23,21 @@ ACTIVATIONS_PER_INPUT = 16
 LARGEST_BATCH = 16
 
 
-class Walkthrough:
+class Closing:
+    """What is used in a `with` statement, and lets go of what it keeps when that ends."""
+
+    def close(self) -> None:
+        """Let go of everything kept."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Walkthrough(Closing):
     """Runs a model over samples up to the values asked for, and goes on from there when asked for later ones.
 
     Only the inputs of the model and the values that nodes not yet run will read are kept, large ones in a file, so that
@@ -71,14 +84,6 @@ class Walkthrough:
     def close(self) -> None:
         """Let go of everything kept."""
         self._store.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _value(self, value: ir.Value, index: int) -> Array:
         constant = constant_content(value)

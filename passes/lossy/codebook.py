@@ -11,12 +11,10 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 
-from ..analyses.forecast import forecasting
-from ..analyses.linear_layers import linear_layers
 from ..analyses.selection import select
 from ..solvers import codebook
-from .coded_layers import Coding, Tally, coded_layers, moments_of, refuse_quantized, solve
-from .coded_weights import CodedWeights
+from .coded_layers import Coding, needs_of, refuse_quantized, solver_of
+from .coded_weights import store_codes
 
 _BOOKS = {"nf4": codebook.Codebook(codebook.NF4), "fp4": codebook.Codebook(codebook.FP4)}
 # What MatMulBnb4 calls them.
@@ -53,8 +51,7 @@ class CodebookWeights(Pass):
     @property
     def needs(self) -> frozenset[Need]:
         """Canonical form; data by the solver."""
-        data = {"gptq": {Need.CALIBRATION}, "rtn": set()}.get(self.solver, {Need.CALIBRATION_OPTIONAL})
-        return frozenset({Need.CANONICAL, *data})
+        return needs_of(self.solver)
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Store the chosen weights as codes.
@@ -66,21 +63,10 @@ class CodebookWeights(Pass):
         selection = select(model, self.include, self.exclude, where="pass `codebook`")
         refuse_quantized(model, self.name)
         by_operator = self._by_operator(ctx)
-        solver = self.solver if self.solver != "auto" else "gptq" if ctx.data is not None else "mse"
+        solver = solver_of(self.solver, ctx)
         coding = Coding(_BOOKS[self.format], _BITS, self.block, solver, by_operator)
-        layers = coded_layers(model, ctx, selection, coding)
-        if not layers:
-            ctx.note("no weight is smaller stored as codes")
-            return
-        moments = moments_of(ctx, layers, coding)
-        lowering, tally = CodedWeights(ctx, _BNB_TYPES[self.format] if by_operator else None), Tally()
-        with forecasting(ctx, model, [layer for layer in linear_layers(model) if layer.weight in layers]):
-            for layer in layers.values():
-                solution = solve(layer, coding, moments.get(layer))
-                tally.add(ctx, layer, coding, solution, moments.get(layer))
-                lowering.lower(layer, solution)
         form = f"{self.format} in blocks of {self.block} ({solver})"
-        tally.note(ctx, form, how_decoded(lowering), how_read(lowering))
+        store_codes(model, ctx, selection, coding, form, bnb_type=_BNB_TYPES[self.format] if by_operator else None)
 
     def _by_operator(self, ctx: Context) -> bool:
         has_operator = ctx.target.weight_only is not None and ctx.target.weight_only.form == "MatMulNBits"
@@ -89,20 +75,3 @@ class CodebookWeights(Pass):
                 f"pass `codebook`: target `{ctx.target.name}` has no MatMulBnb4", hint="`form=table` runs everywhere"
             )
         return self.form == "MatMulBnb4" or (self.form == "auto" and _OPERATOR in ctx.target.fast_ops)
-
-
-def how_read(lowering: CodedWeights) -> str:
-    """Return which operators read codes, for people."""
-    return ", ".join(f"{count} {operator}" for operator, count in lowering.done.most_common())
-
-
-def how_decoded(lowering: CodedWeights) -> str:
-    """Return what a runtime does with the codes, for people."""
-    parts = []
-    if lowering.direct:
-        parts.append(f"{lowering.direct} products decode them at each run (MatMulBnb4)")
-    if lowering.rows:
-        parts.append(f"{lowering.rows} lookups decode the rows they read")
-    if lowering.direct + lowering.rows < lowering.done.total():
-        parts.append("the runtime decodes them once as it loads the model, then computes in float32 as before")
-    return "; ".join(parts)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
-from graphopt.authoring import Context
+from graphopt.authoring import Context, Need
 from graphopt.backend import Array
 from graphopt.errors import PassError
 from graphopt.report import show_bytes
@@ -63,6 +63,19 @@ class Coding:
         block = self.block_of(inputs)
         blocks = -(-inputs // block)
         return outputs * blocks * (block * self.bits // 8 + _FLOAT_BYTES)
+
+
+def needs_of(solver: str) -> frozenset[Need]:
+    """Return what a pass needs that stores codes: canonical form, and data by the solver."""
+    data = {"gptq": {Need.CALIBRATION}, "rtn": set()}.get(solver, {Need.CALIBRATION_OPTIONAL})
+    return frozenset({Need.CANONICAL, *data})
+
+
+def solver_of(solver: str, ctx: Context) -> str:
+    """Return the solver that ``auto`` stands for: GPTQ where there are data, and searched scales where not."""
+    if solver != "auto":
+        return solver
+    return "gptq" if ctx.data is not None else "mse"
 
 
 def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Coding) -> dict[ir.Value, LinearLayer]:

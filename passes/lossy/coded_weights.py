@@ -12,12 +12,52 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
-from ..analyses.linear_layers import LinearLayer
+from ..analyses.forecast import forecasting
+from ..analyses.linear_layers import LinearLayer, linear_layers
+from ..analyses.selection import Selection
 from ..solvers.codebook import Codebook, CodebookWeight
-from .coded_layers import is_lookup
+from .coded_layers import Coding, Tally, coded_layers, is_lookup, moments_of, solve
 
 _RULE = "codes"
 _BYTE_CODES = 256
+
+
+def store_codes(
+    model: ir.Model,
+    ctx: Context,
+    selection: Selection,
+    coding: Coding,
+    form: str,
+    *,
+    bnb_type: int | None = None,
+    remark: str = "",
+) -> None:
+    """Store the chosen weights as codes, and say what that costs and loses.
+
+    Args:
+        model: The model.
+        ctx: Where edits are made, and data.
+        selection: Which nodes may read codes.
+        coding: How weights become codes.
+        form: What the codes are called, for people.
+        bnb_type: As `CodedWeights` takes it.
+        remark: What else there is to say of runs.
+
+    Raises:
+        PassError: A weight is not finite.
+    """
+    layers = coded_layers(model, ctx, selection, coding)
+    if not layers:
+        ctx.note("no weight is smaller stored as codes")
+        return
+    moments = moments_of(ctx, layers, coding)
+    lowering, tally = CodedWeights(ctx, bnb_type), Tally()
+    with forecasting(ctx, model, [layer for layer in linear_layers(model) if layer.weight in layers]):
+        for layer in layers.values():
+            solution = solve(layer, coding, moments.get(layer))
+            tally.add(ctx, layer, coding, solution, moments.get(layer))
+            lowering.lower(layer, solution)
+    tally.note(ctx, form, "; ".join(filter(None, (lowering.decoding(), remark))), lowering.readers())
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +100,21 @@ class CodedWeights:
     direct: int = 0
     rows: int = 0
     _tables: dict[tuple[Codebook, int], ir.Value] = field(default_factory=dict)
+
+    def readers(self) -> str:
+        """Return which operators read codes, for people."""
+        return ", ".join(f"{count} {operator}" for operator, count in self.done.most_common())
+
+    def decoding(self) -> str:
+        """Return what a runtime does with the codes, for people."""
+        parts = []
+        if self.direct:
+            parts.append(f"{self.direct} products decode them at each run (MatMulBnb4)")
+        if self.rows:
+            parts.append(f"{self.rows} lookups decode the rows they read")
+        if self.direct + self.rows < self.done.total():
+            parts.append("the runtime decodes them once as it loads the model, then computes in float32 as before")
+        return "; ".join(parts)
 
     def lower(self, layer: LinearLayer, solution: CodebookWeight) -> None:
         """Store the weight of a layer and serve all its readers from the codes, as one edit."""

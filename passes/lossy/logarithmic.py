@@ -11,13 +11,10 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import UsageError
 from graphopt.options import opt
 
-from ..analyses.forecast import forecasting
-from ..analyses.linear_layers import linear_layers
 from ..analyses.selection import select
 from ..solvers.codebook import Codebook, powers_of_two
-from .codebook import how_decoded, how_read
-from .coded_layers import Coding, Tally, coded_layers, moments_of, refuse_quantized, solve
-from .coded_weights import CodedWeights, codes_in_byte
+from .coded_layers import Coding, needs_of, refuse_quantized, solver_of
+from .coded_weights import codes_in_byte, store_codes
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,7 @@ class Logarithmic(Pass):
     @property
     def needs(self) -> frozenset[Need]:
         """Canonical form; data by the solver."""
-        data = {"gptq": {Need.CALIBRATION}, "rtn": set()}.get(self.solver, {Need.CALIBRATION_OPTIONAL})
-        return frozenset({Need.CANONICAL, *data})
+        return needs_of(self.solver)
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Store the chosen weights as codes of powers of two.
@@ -60,20 +56,9 @@ class Logarithmic(Pass):
         """
         selection = select(model, self.include, self.exclude, where="pass `logarithmic`")
         refuse_quantized(model, self.name)
-        solver = self.solver if self.solver != "auto" else "gptq" if ctx.data is not None else "mse"
+        solver = solver_of(self.solver, ctx)
         book = Codebook(powers_of_two(self.bits, self.terms), self.nearest == "logarithm")
         coding = Coding(book, 8 // codes_in_byte(book), self.block, solver)
-        layers = coded_layers(model, ctx, selection, coding)
-        if not layers:
-            ctx.note("no weight is smaller stored as codes")
-            return
-        moments = moments_of(ctx, layers, coding)
-        lowering, tally = CodedWeights(ctx), Tally()
-        with forecasting(ctx, model, [layer for layer in linear_layers(model) if layer.weight in layers]):
-            for layer in layers.values():
-                solution = solve(layer, coding, moments.get(layer))
-                tally.add(ctx, layer, coding, solution, moments.get(layer))
-                lowering.lower(layer, solution)
         form = f"{'powers' if self.terms == 1 else 'sums of two powers'} of two of {self.bits} bits ({solver})"
         shifts = "no runtime here multiplies by shifts: only the file is smaller"
-        tally.note(ctx, form, f"{how_decoded(lowering)}; {shifts}", how_read(lowering))
+        store_codes(model, ctx, selection, coding, form, remark=shifts)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +13,7 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.walkthrough import Closing
 
 from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, takes_rows
@@ -55,7 +54,7 @@ def means_of(layers: Iterable[LinearLayer], graph: ir.Graph) -> dict[ir.Value, l
     return requests
 
 
-class QuantizedReadings:
+class QuantizedReadings(Closing):
     """What layers read, asked for in graph order, each after the layers before it were changed.
 
     Args:
@@ -113,14 +112,6 @@ class QuantizedReadings:
     def close(self) -> None:
         """Let go of everything kept."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _is_seen(layer: LinearLayer, graph: ir.Graph) -> bool:

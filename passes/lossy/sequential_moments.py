@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +11,7 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.walkthrough import Closing
 
 from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, takes_rows
@@ -38,7 +37,7 @@ class Moments:
     mean: Array
 
 
-class SequentialMoments:
+class SequentialMoments(Closing):
     """Second moments of layers, asked for in graph order, each after the layers before it were changed.
 
     Two walkthroughs of the calibration data go side by side: one through the model as it is being changed, one
@@ -103,11 +102,3 @@ class SequentialMoments:
     def close(self) -> None:
         """Let go of everything kept."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

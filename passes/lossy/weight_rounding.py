@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.walkthrough import Closing
 
 from ..solvers.gptq import gptq
 from ..solvers.grid import GridWeight, round_to_nearest
@@ -23,7 +22,7 @@ from .weight_plan import Solver, WeightPlan
 from .weight_readers import StoredMatrix
 
 
-class WeightRounding:
+class WeightRounding(Closing):
     """Decides codes, matrix by matrix in graph order.
 
     Args:
@@ -79,14 +78,6 @@ class WeightRounding:
         """Let go of what was kept of the data."""
         if self._moments is not None:
             self._moments.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _making_up_for(weight: Array, moments: Moments) -> Array:

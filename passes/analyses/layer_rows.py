@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from graphopt import walk
 from graphopt.backend import Array
 
 from .linear_layers import LinearLayer
@@ -23,7 +21,7 @@ def takes_rows(layer: LinearLayer) -> bool:
     if _sums_over_samples(layer):
         return False
     if layer.node.op_type in ("MatMul", "Gemm"):
-        return len(_dims(layer)) == 2
+        return len(layer.dims) == 2
     return layer.node.op_type == "Conv" or _groups(layer) == 1
 
 
@@ -112,7 +110,7 @@ class _Window:
 def _window(layer: LinearLayer, sizes: Sequence[int]) -> _Window:
     attributes = layer.node.attributes
     rank = len(sizes)
-    kernel = _dims(layer)[2:]
+    kernel = layer.dims[2:]
     strides = attributes.get_ints("strides", [1] * rank)
     dilations = attributes.get_ints("dilations", [1] * rank)
     extents = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
@@ -157,7 +155,7 @@ def _windows(x: Array, window: _Window) -> Array:
 def _unfold_transposed(layer: LinearLayer, x: Array, limit: int | None) -> Array:
     """Return the rows of a ConvTranspose of one group; output padding, where only the bias is, is left out."""
     attributes, rank = layer.node.attributes, x.ndim - 2
-    kernel = _dims(layer)[2:]
+    kernel = layer.dims[2:]
     strides = attributes.get_ints("strides", [1] * rank)
     dilations = attributes.get_ints("dilations", [1] * rank)
     spread = np.zeros((*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True))), np.float32)
@@ -180,9 +178,3 @@ def _unfold_transposed(layer: LinearLayer, x: Array, limit: int | None) -> Array
 
 def _groups(layer: LinearLayer) -> int:
     return layer.node.attributes.get_int("group", 1)
-
-
-def _dims(layer: LinearLayer) -> tuple[int, ...]:
-    tensor: ir.TensorProtocol | None = walk.constant_tensor(layer.weight)
-    assert tensor is not None, "a linear layer has a constant weight"
-    return walk.dims(tensor)

@@ -37,9 +37,14 @@ class LinearLayer:
     bias: ir.Value | None
 
     @property
+    def dims(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return walk.dims(self._tensor())
+
+    @property
     def channels(self) -> int:
         """Input channels of each output: what N:M patterns run along."""
-        dims = list(walk.dims(self._tensor()))
+        dims = list(self.dims)
         dims.pop(self.output_axis)
         return dims[0] if self.node.op_type in _CONVOLUTIONS else math.prod(dims)
 
@@ -54,7 +59,7 @@ class LinearLayer:
 
     def in_layout(self, matrix: Array) -> Array:
         """Return an array [outputs, inputs] of any dtype, ordered as `matrix` gives it, in the weight's layout."""
-        dims = list(walk.dims(self._tensor()))
+        dims = list(self.dims)
         outputs = dims.pop(self.output_axis)
         if self.node.op_type in _CONVOLUTIONS:
             channels, *kernel = dims
@@ -105,6 +110,11 @@ def _output_axis(node: ir.Node, weight_index: int, rank: int) -> int:
             return int(transposed == 0) if weight_index == 1 else int(transposed == 1)
         case _:
             return rank - 1 if weight_index == 1 else rank - 2
+
+
+def is_lookup(node: ir.Node) -> bool:
+    """Return whether a node looks rows up in a table."""
+    return walk.is_onnx_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
 
 
 def readers_elsewhere(layer: LinearLayer, layers: list[LinearLayer]) -> list[ir.Node]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import DataError
@@ -137,7 +136,7 @@ def in_portions(layers: Iterable[LinearLayer], limit: int = SUMS_LIMIT) -> list[
 
 def inputs_of(layer: LinearLayer) -> int:
     """Return how many inputs each output of a layer has: the columns of its matrix."""
-    dims = _weight_dims(layer)
+    dims = layer.dims
     return int(np.prod(dims)) // dims[layer.output_axis]
 
 
@@ -156,14 +155,8 @@ def reading(layer: LinearLayer) -> str:
     parts: Sequence[object] = (layer.node.op_type, layer.weight_index, inputs_of(layer))
     if layer.node.op_type.startswith("Conv"):
         window = [(name, attributes[name].value) for name in sorted(attributes) if name != "kernel_shape"]
-        parts = (*parts, _weight_dims(layer)[2:], window)
+        parts = (*parts, layer.dims[2:], window)
     elif layer.node.op_type == "Gemm":
         across = attributes.get_int("transA" if layer.weight_index == 1 else "transB", 0)
         parts = ("Gemm", layer.weight_index, inputs_of(layer), across)
     return " ".join(map(str, parts))
-
-
-def _weight_dims(layer: LinearLayer) -> tuple[int, ...]:
-    tensor = walk.constant_tensor(layer.weight)
-    assert tensor is not None, "a linear layer has a constant weight"
-    return walk.dims(tensor)

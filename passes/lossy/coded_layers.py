@@ -14,7 +14,7 @@ from graphopt.backend import Array
 from graphopt.errors import PassError
 from graphopt.report import show_bytes
 
-from ..analyses.linear_layers import LinearLayer, as_linear_layer
+from ..analyses.linear_layers import LinearLayer, as_linear_layer, is_lookup
 from ..analyses.quantized import first_quantized
 from ..analyses.second_moments import gram
 from ..analyses.selection import Selection
@@ -128,11 +128,6 @@ def _weight_of(node: ir.Node) -> LinearLayer | None:
     if layer is None or tensor is None or tensor.dtype is not ir.DataType.FLOAT:
         return None
     return layer
-
-
-def is_lookup(node: ir.Node) -> bool:
-    """Return whether a node looks rows up in a table."""
-    return walk.is_onnx_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
 
 
 def _pays(layer: LinearLayer, coding: Coding) -> bool:

@@ -13,10 +13,10 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 
 from ..analyses.forecast import forecasting
-from ..analyses.linear_layers import LinearLayer, linear_layers
+from ..analyses.linear_layers import LinearLayer, is_lookup, linear_layers
 from ..analyses.selection import Selection
 from ..solvers.codebook import Codebook, CodebookWeight
-from .coded_layers import Coding, Tally, coded_layers, is_lookup, moments_of, solve
+from .coded_layers import Coding, Tally, coded_layers, moments_of, solve
 
 _RULE = "codes"
 _BYTE_CODES = 256
@@ -220,7 +220,7 @@ class CodedWeights:
         """Return whether MatMulBnb4 does what a reader does: x Wᵀ, the rows of W in whole blocks."""
         if self.bnb_type is None or solution.codes.shape[1] % solution.block or not _is_block(solution.block):
             return False
-        if not walk.is_onnx_op(node, "MatMul", "Gemm") or node.inputs[1] is not layer.weight or len(_dims(layer)) != 2:
+        if not walk.is_onnx_op(node, "MatMul", "Gemm") or node.inputs[1] is not layer.weight or len(layer.dims) != 2:
             return False
         plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
         rows_are_outputs = layer.output_axis == node.attributes.get_int("transB", 0) ^ 1
@@ -250,15 +250,9 @@ def _is_block(block: int) -> bool:
     return block >= least and block & (block - 1) == 0
 
 
-def _dims(layer: LinearLayer) -> tuple[int, ...]:
-    tensor = walk.constant_tensor(layer.weight)
-    assert tensor is not None, "a linear layer has a constant weight"
-    return walk.dims(tensor)
-
-
 def _layout(layer: LinearLayer) -> tuple[list[int], list[int]]:
     """Return the shape that `LinearLayer.matrix` is a flat view of, and how its axes lie in the weight."""
-    dims = list(_dims(layer))
+    dims = list(layer.dims)
     outputs = dims.pop(layer.output_axis)
     axes = list(range(1, len(dims) + 1))
     if layer.node.op_type.startswith("Conv"):

@@ -10,13 +10,14 @@ from graphopt.errors import PassError, UsageError
 from graphopt.ranges import RangeMethod
 from graphopt.target import IntegerScheme, Target
 
+from .integer_weights import PER_CHANNEL_OPSET
 from .static_formats import first_opset, is_float
 
 Group = Literal["tensor", "channel"] | int
 # Sizes a block of weights may have.
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
-# First opset in which a DequantizeLinear has scales at all, one for each channel, or one for each block.
-_FIRST_OPSET, PER_CHANNEL_OPSET, _BLOCKED_OPSET = 10, 13, 21
+# First opset in which a DequantizeLinear has scales at all, or one for each block.
+_FIRST_OPSET, BLOCKED_OPSET = 10, 21
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StaticPlan:
             case "channel":
                 return max(formats, PER_CHANNEL_OPSET)
             case _:
-                return max(formats, _BLOCKED_OPSET)
+                return max(formats, BLOCKED_OPSET)
 
 
 def parse_group(text: str | None) -> Group | None:

@@ -12,7 +12,7 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.report import show_bytes
 
-from ..analyses.linear_layers import LinearLayer, as_linear_layer
+from ..analyses.linear_layers import LinearLayer, as_linear_layer, is_lookup
 from ..analyses.selection import Selection
 from .integer_weights import PER_CHANNEL_OPSET, StoredWeight, WeightStore, weight_tensor
 
@@ -79,7 +79,7 @@ def quantize_weights(
 
 def _weight_of(node: ir.Node) -> LinearLayer | None:
     """Return a node's constant float weight as a layer; a table counts as one whose rows are outputs."""
-    if not _is_lookup(node):
+    if not is_lookup(node):
         return as_linear_layer(node)
     table, indices = node.inputs
     tensor = walk.constant_tensor(table)
@@ -99,7 +99,7 @@ def _holds_scales(node: ir.Node, table: ir.TensorProtocol) -> bool:
 def _obstacle(layer: LinearLayer, ctx: Context, selection: Selection, per_channel: bool) -> str | None:
     """Return why a weight is not stored in integers, or None where it is."""
     tensor = weight_tensor(layer)
-    if not _is_lookup(layer.node) and not walk.is_onnx_op(layer.node, *ctx.target.weight_only_ops):
+    if not is_lookup(layer.node) and not walk.is_onnx_op(layer.node, *ctx.target.weight_only_ops):
         return f"`{ctx.target.name}` reads no stored integers there"
     if layer.weight.is_graph_output():
         return "an output of the model"
@@ -116,10 +116,6 @@ def _pays(layer: LinearLayer, per_channel: bool) -> bool:
     tensor = weight_tensor(layer)
     channels = walk.dims(tensor)[layer.output_axis] if per_channel else 1
     return tensor.size + channels * _BYTES_PER_SCALE + _OVERHEAD_BYTES < tensor.nbytes
-
-
-def _is_lookup(node: ir.Node) -> bool:
-    return walk.is_onnx_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
 
 
 @dataclass
@@ -153,7 +149,7 @@ class _Lowering:
             alone = len(weight.uses()) == 1
             for node in readers:
                 self.done[node.op_type] += 1
-                if _is_lookup(node) and layer.output_axis == 0 and node.inputs[0] is weight:
+                if is_lookup(node) and layer.output_axis == 0 and node.inputs[0] is weight:
                     self._gather_integers(node, layer, stored)
                 elif self.has_axis and alone and node not in self.in_float and _multiplies_directly(node, layer):
                     self._dequantize(node, layer.output_axis, stored)

@@ -10,13 +10,12 @@ from graphopt.target import Target, WeightOnlyScheme
 
 from ..solvers.grid import FULL_RANGE_BITS, Grid
 from .integer_weights import PER_CHANNEL_OPSET
-from .quant_plan import Group
+from .quant_plan import BLOCKED_OPSET, Group
 
 Solver = Literal["auto", "rtn", "mse", "gptq", "awq", "hqq"]
 # Solvers that need to see what a layer reads.
 SOLVERS_WITH_DATA = frozenset({"gptq", "awq"})
-# First opsets in which a DequantizeLinear has a scale for each block, and takes codes of so many bits.
-_BLOCKED_OPSET = 21
+# First opsets in which a DequantizeLinear takes codes of so many bits.
 _FIRST_OPSETS = {2: 25, 4: 21, 8: 10}
 # With 32 weights to a scale, int4 loses a third less than with 128, for a ninth more bytes.
 _USUAL_BLOCK = 32
@@ -70,7 +69,7 @@ class WeightPlan:
         """The first opset that says all of it; the runtime's own operators read bytes, which every opset has."""
         if self.uses_runtime_operator:
             return 1
-        blocked = _BLOCKED_OPSET if isinstance(self.group, int) else PER_CHANNEL_OPSET
+        blocked = BLOCKED_OPSET if isinstance(self.group, int) else PER_CHANNEL_OPSET
         return max(blocked, _FIRST_OPSETS[self.bits])
 
     @property

@@ -1,7 +1,8 @@
 """What each runtime makes of quantized operators by itself.
 
-For ONNX Runtime on CPUs this is what version 1.31 does, held against its own optimized graphs by
-`tests/test_targets.py` and `benchmarks/explain.py`. For the others it is what their documentation says.
+For ONNX Runtime on CPUs this is what versions 1.31 and 1.32 do, where they differ the one that is installed, held
+against its own optimized graphs by `tests/test_targets.py` and `benchmarks/explain.py`. For the others it is what
+their documentation says.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from graphopt.fusion_rules import Fusion, FusionRules, WeightFusion
+from graphopt.versions import release_of
 
 _U8 = frozenset({"uint8"})
 _EIGHT = frozenset({"uint8", "int8"})
-_UP_TO_SIXTEEN = _EIGHT | {"uint16", "int16"}
+_SIXTEEN = frozenset({"uint16", "int16"})
+_UP_TO_SIXTEEN = _EIGHT | _SIXTEEN
+# Where no ONNX Runtime is installed, the newest release that is known.
+_ORT_RELEASE = release_of("onnxruntime", "onnxruntime-gpu") or (1, 32)
 
 _UNARY = {
     "AveragePool": "QLinearAveragePool",
@@ -57,6 +62,7 @@ def _ort_cpu(conv_codes: frozenset[str]) -> tuple[Fusion, ...]:
             writes="either",
             kernel_to_float="MatMulIntegerToFloat",
             one_scale=True,
+            weight_scales="placed" if _ORT_RELEASE >= (1, 32) else "any",
         ),
         Fusion(
             "Gemm",
@@ -68,6 +74,7 @@ def _ort_cpu(conv_codes: frozenset[str]) -> tuple[Fusion, ...]:
             zero_points=(0, 1),
             factors=("alpha", "beta"),
             one_scale=True,
+            weight_scales="counted",
         ),
         Fusion("Add", "QLinearAdd"),
         Fusion("Mul", "QLinearMul"),
@@ -134,10 +141,12 @@ _ORT_WEIGHTS = WeightFusion(
     least_block=16,
     whole_bytes=frozenset({"uint2", "int2"}),
 )
+# Before 1.32 a product between Q and DQ in 16 bits stayed in float, and its weight was dequantized in every run.
+_ORT_CPU_WEIGHTS = replace(_ORT_WEIGHTS, floats=_SIXTEEN if _ORT_RELEASE >= (1, 32) else frozenset())
 
 ORT_X86 = FusionRules(
     fusions=_ort_cpu(_U8),
-    weights=_ORT_WEIGHTS,
+    weights=_ORT_CPU_WEIGHTS,
     written=_ORT_WRITTEN,
     propagates=_ORT_PROPAGATES,
     dynamic=True,

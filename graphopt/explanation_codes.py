@@ -43,7 +43,7 @@ class Codes:
     @property
     def stored(self) -> str:
         """Dtype of the codes as the model has them."""
-        return _dtype_of(self.node)
+        return dtype_of(self.node)
 
     @property
     def one_grid(self) -> bool:
@@ -286,7 +286,7 @@ def _codes(node: ir.Node) -> Codes:
     blocked = node.attributes.get_int("block_size", 0) > 0
     return Codes(
         node=node,
-        dtype=_dtype_of(node),
+        dtype=dtype_of(node),
         scale=float(scale.numpy().reshape(-1)[0]) if scale is not None and scale.size == 1 and not blocked else None,
         zero=0 if given is None else int(zero.numpy().reshape(-1)[0]) if zero is not None and zero.size == 1 else None,
         has_zero=given is not None,
@@ -298,7 +298,7 @@ def _own_grid(node: ir.Node) -> dict[str, Any]:
     return {"dtype": own.dtype, "zero": own.zero}
 
 
-def _dtype_of(node: ir.Node) -> str:
+def dtype_of(node: ir.Node) -> str:
     """Return the dtype of the codes that a Q makes or a DQ reads."""
     given = node.inputs[2] if len(node.inputs) > 2 else None
     known = given.dtype if given is not None else None
@@ -308,7 +308,7 @@ def _dtype_of(node: ir.Node) -> str:
         source = node.inputs[0]
         maker = source.producer()
         if maker is not None and is_quantize(maker):
-            return _dtype_of(maker)
+            return dtype_of(maker)
         tensor = walk.constant_tensor(source)
         known = source.dtype or (tensor.dtype if tensor is not None else None)
     if known is None and is_quantize(node):

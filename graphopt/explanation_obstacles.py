@@ -84,6 +84,20 @@ def axis_remark(rule: Fusion, node: ir.Node, weight: Codes | None) -> str:
     return ""
 
 
+def check_scales(rule: Fusion, node: ir.Node, weight: Codes | None) -> None:
+    """Refuse a matrix with several scales that are not those of its outputs, where the kernel looks."""
+    if rule.weight_scales == "any" or weight is None or weight.scale is not None or not weight.constant:
+        return
+    tensor, scale = (walk.constant_tensor(value) for value in weight.node.inputs[:2])
+    if tensor is None or scale is None or len(walk.dims(tensor)) != 2:
+        return
+    expected = 0 if is_transposed(node) else 1
+    along = weight.node.attributes.get_int("axis", 1) % 2 == expected
+    fits = along if rule.weight_scales == "placed" else scale.size == walk.dims(tensor)[expected]
+    if weight.node.attributes.get_int("block_size", 0) or not fits:
+        raise Obstacle("its weight has other scales than one for each output", "one scale for each output")
+
+
 def check_weight(weight: Codes, dtypes: frozenset[str], least_block: int, whole_bytes: frozenset[str]) -> str:
     """Refuse a weight in few bits in a layout that no kernel reads; return what is wrong with one it misreads."""
     node = weight.node

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.explanation_advice import advise, better_in_float
-from graphopt.explanation_codes import CodeReader, Codes, NotWritten, is_dequantize, is_quantize, only_reader
+from graphopt.explanation_codes import CodeReader, Codes, NotWritten, dtype_of, is_dequantize, is_quantize, only_reader
 from graphopt.explanation_obstacles import (
     Obstacle,
     axis_remark,
@@ -18,6 +18,7 @@ from graphopt.explanation_obstacles import (
     check_factors,
     check_other_dtypes,
     check_product,
+    check_scales,
     check_stored_whole,
     check_surplus,
     check_weight,
@@ -179,6 +180,8 @@ class _Predictor:
         remark = self._check_inputs(rule, node, inputs, codes)
         to_float = self._check_outputs(rule, core, codes[0])
         kernel = rule.kernel_to_float if to_float and rule.kernel_to_float else rule.kernel
+        if kernel == rule.kernel:
+            check_scales(rule, node, codes[1] if len(codes) > 1 else None)
         if rule.weights is not None and codes[0] is not None and codes[0].dtype == "int8":
             remark = remark or (self.rules.rewrites_int8 and "int8 activations take a slow kernel here") or ""
         return Prediction(node, "integers", kernel, remark=remark)
@@ -334,12 +337,12 @@ class _Predictor:
         )
 
     def _weight_only(self, node: ir.Node, adder: ir.Node | None) -> Prediction | None:
-        """Return the kernel that reads the codes of a weight, where only the weight is in codes."""
+        """Return the kernel that reads the codes of a weight, where it computes in float."""
         rule = self.rules.weights
         if rule is None or node.op_type not in rule.ops or len(node.inputs) < 2:
             return None
-        weight = self.codes.read(node.inputs[1])
-        if weight is None or not weight.constant or self.codes.read(node.inputs[0]) is not None:
+        weight, data = self.codes.read(node.inputs[1]), self.codes.read(node.inputs[0])
+        if weight is None or not weight.constant or (data is not None and data.dtype not in rule.floats):
             return None
         remark = check_weight(weight, rule.codes, rule.least_block, rule.whole_bytes)
         if node.op_type == "Gemm" or adder is not None:
@@ -347,11 +350,21 @@ class _Predictor:
         tail = self.codes.tail_of((adder or node).outputs[0])
         if tail is not None and only_reader(tail.outputs[0]) is not None:
             raise Obstacle(f"the {tail.op_type} behind it keeps {rule.kernel} away", f"write {rule.kernel} itself")
-        if self._ends_in_codes(adder or node) or any(
-            is_quantize(use.node) for use in (adder or node).outputs[0].uses()
-        ):
-            raise Obstacle("its result is quantized and its input is not", "quantize both, or neither")
+        if not self._ends_in_floats((adder or node).outputs[0], rule.floats):
+            if data is None:
+                raise Obstacle("its result is quantized and its input is not", "quantize both, or neither")
+            wide = " or ".join(sorted(rule.floats))
+            raise Obstacle(f"its result is not quantized to {wide} alone", f"one Q and DQ in {wide}, or none")
         return Prediction(node, "weights", rule.kernel, remark=remark)
+
+    def _ends_in_floats(self, result: ir.Value, floats: frozenset[str]) -> bool:
+        """Return whether nothing quantizes a result, or all that reads it does, to codes that are as good as floats."""
+        takers = [use.node for use in result.uses() if is_quantize(use.node)]
+        if not takers:
+            written = self.codes.written(result)
+            return not isinstance(written, Codes) or written.dtype in floats
+        alone = len(takers) == len(result.uses()) and not result.is_graph_output()
+        return alone and all(dtype_of(taker) in floats for taker in takers)
 
     def _bias_add(self, node: ir.Node) -> ir.Node | None:
         """Return the Add behind a MatMul that the runtime joins with it, or None."""

@@ -30,6 +30,8 @@ class Fusion:
         zero_points: Positions of the inputs whose zero point must be written down.
         symmetric: Whether zero points must be 0.
         one_scale: Whether what is read first must have one scale for the whole tensor.
+        weight_scales: What the kernel asks of a weight with several scales, which it reads along the outputs: ``any``:
+            nothing, results may be wrong; ``counted``: as many as outputs; ``placed``: along the axis of the outputs.
         factors: Attributes that must be 1 where there is a bias.
         since: First version of the operator it holds for.
     """
@@ -50,6 +52,7 @@ class Fusion:
     zero_points: tuple[int, ...] = ()
     symmetric: bool = False
     one_scale: bool = False
+    weight_scales: Literal["any", "counted", "placed"] = "any"
     factors: tuple[str, ...] = ()
     since: int = 1
 
@@ -64,6 +67,7 @@ class WeightFusion:
         codes: Dtypes of the weight.
         least_block: Smallest block, along the inputs, of a scale of its own; blocks are powers of two.
         whole_bytes: Dtypes the kernel gives wrong results for where a row of codes, as stored, fills no whole bytes.
+        floats: Dtypes of activations whose Q and DQ are no hindrance: the kernel is between them, as between floats.
     """
 
     ops: frozenset[str]
@@ -71,6 +75,7 @@ class WeightFusion:
     codes: frozenset[str]
     least_block: int
     whole_bytes: frozenset[str] = frozenset()
+    floats: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -417,6 +417,9 @@ def every_case() -> dict[str, Made]:
         ", Relu": {"tail": True},
         ", Relu, to float": {"tail": True, "ending": "float"},
         ", uint16": {"dtype": np.uint16},
+        ", int16, to float": {"dtype": np.int16, "ending": "float"},
+        ", int16 to uint8": {"dtype": np.int16, "out": np.uint8},
+        ", uint16, int16 weights": {"dtype": np.uint16, "weight": np.int16},
         ", uint8 weights": {"weight": np.uint8},
     }.items():
         cases[f"gemm{name}"] = lambda o=options: product("Gemm", **o)

@@ -33,6 +33,13 @@ agraph (float[2] x) => (float[2] y) { y = local.twice(x) }
 twice (a) => (b) { b = Add(a, a) }"""
 
 
+CONSTANT = """<ir_version: 8, opset_import: ["": 17]>
+agraph (float[2] x) => (float[2] y) {
+  w = Constant <value: tensor = float[2] {1.0, 2.0}> ()
+  y = Add(x, w)
+}"""
+
+
 def parse(text: str) -> ir.Model:
     model = ir.from_proto(onnx.parser.parse_model(text))
     provenance.stamp(model)
@@ -121,6 +128,33 @@ def test_set_weight_leaves_a_clone_and_its_names_alone() -> None:
     assert model.graph.initializers["w"].const_value.numpy().tolist() == [1.0, 2.0]
     assert clone.graph.initializers["w"].const_value.numpy().tolist() == [0.0, 0.0]
     assert model.graph.initializers["w"].const_value.name == "w"
+
+
+@pytest.mark.parametrize("name", [None, "", "other"])
+@pytest.mark.parametrize(
+    "held",
+    [
+        ir.Tensor(np.ones(2, np.float32)),
+        ir.LazyTensor(lambda: ir.Tensor(np.ones(2, np.float32)), dtype=ir.DataType.FLOAT, shape=ir.Shape([2])),
+        ir.StringTensor(np.array([b"a", b"b"], object)),
+    ],
+    ids=lambda held: type(held).__name__,
+)
+def test_lifting_a_constant_of_a_clone_leaves_the_name_in_the_original_alone(
+    held: ir.TensorProtocol, name: str | None
+) -> None:
+    held.name = name
+    model = parse(CONSTANT)
+    model.graph[0].attributes.add(ir.AttrTensor("value", held))
+    clone = model.clone()
+    shared = clone.graph[0].attributes["value"].as_tensor()
+    assert shared is model.graph[0].attributes["value"].as_tensor()
+    Rewriter(clone).const(shared, "lifted")
+    lifted = clone.graph.initializers["lifted"].const_value
+    assert lifted is not None
+    assert lifted.name == "lifted"
+    assert lifted.numpy().tolist() == held.numpy().tolist()
+    assert held.name == name
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(3, np.float32), np.zeros(2, np.float64)])

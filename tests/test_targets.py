@@ -191,6 +191,19 @@ def test_few_bit_weights_become_one_kernel(code: str) -> None:
     assert ran(few_bits(dtype), "MatMul") == ("weights", "MatMulNBits")
 
 
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_sixteen_bits_around_a_product_are_what_the_rule_says(op: str, dtype: type[np.generic]) -> None:
+    """As good as floats from ONNX Runtime 1.32 on: until then, they keep the product in float."""
+    assert RULES.weights is not None
+    newer = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
+    assert (np.dtype(dtype).name in RULES.weights.floats) == newer
+    state = "weights" if newer else "float"
+    assert ran(product(op, dtype), op)[0] == state
+    assert ran(product(op, dtype, ending="float"), op)[0] == state
+    assert ran(product(op, dtype, np.uint8), op)[0] == "float"
+
+
 def test_the_smallest_block_is_the_one_named() -> None:
     assert RULES.weights is not None
     least = RULES.weights.least_block

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -30,6 +31,9 @@ from graphopt.walkthrough import Walkthrough
 from graphopt.worklist import apply_rules
 
 T = TypeVar("T")
+
+# Opens what says how models stand against an original, by their outputs on samples, of which memory may allow but some.
+Judging = Callable[[ir.Model, Dataset], AbstractContextManager[Callable[[ir.Model], Standing]]]
 
 
 class Guarantee(enum.Enum):
@@ -108,6 +112,8 @@ class Context:
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
         weigh: Says how a model stands against the original on calibration samples, by the budgets of the run; None
             where the run has none, which a pass that declares `Need.BUDGET` never meets.
+        judge: Opens what says how models stand against a given one, by their outputs on given samples, without a
+            budget; None where nothing does.
         predicts: Whether notes shall say which share of each layer's outputs is to be noise, as fact `predicted_error`.
         forecast: Where a pass that is to say so puts the weights it makes, or None.
         is_attempt: Whether the model is a copy that someone tries things on, and judges.
@@ -129,6 +135,7 @@ class Context:
     reference: ir.Model | None = None
     check_rewrite: RewriteCheck | None = None
     weigh: Callable[[ir.Model], Standing] | None = None
+    judge: Judging | None = None
     predicts: bool = False
     forecast: Forecasting | None = None
     is_attempt: bool = False

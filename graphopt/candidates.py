@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,9 @@ from graphopt.standing import Standing
 
 # Bounds what is held of a language model at once: 8 windows of 256 tokens over 32,000 words are 262 MB.
 CANDIDATE_BATCH = 8
+# The most that passes let the original give them to choose by. Of a language model that gives 4,096 scores a token
+# these are 8,192 tokens.
+SELECTION_BYTES = 128 << 20
 # Outputs of the original beyond this go to temporary files; so do not those of any classifier.
 KEPT_IN_MEMORY = 512 << 20
 # Probabilities sum to 1 within what float16 can say.
@@ -149,6 +152,24 @@ class CandidateJudge:
             if used >= worst or not words:
                 worst, words = used, f"{metric.name} {metric.show(before)} → {metric.show(after)}"
         return worst, words
+
+
+def comparing(
+    backend: Backend, metrics: Sequence[type[Metric]], threads: int = 0
+) -> Callable[[ir.Model, Dataset], CandidateJudge]:
+    """Return what opens a judge without budgets, for passes to compare candidates by.
+
+    Args:
+        backend: Runs them.
+        metrics: What the run scores by, which tells whether the first output is of classes.
+        threads: Threads for the backend.
+    """
+
+    def judge(original: ir.Model, samples: Dataset) -> CandidateJudge:
+        of_classes, limit = are_of_classes(metrics), SELECTION_BYTES
+        return CandidateJudge(original, backend, samples, (), of_classes=of_classes, most_bytes=limit, threads=threads)
+
+    return judge
 
 
 def are_of_classes(metrics: Sequence[type[Metric]]) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt import explain_command, fault_commands, sensitivity_command
+from graphopt import explain_command, fault_commands, inspect_command, sensitivity_command
 from graphopt.cli_options import (
     BackendOption,
     BudgetOption,
@@ -235,22 +235,6 @@ def _show_report(report: Report, file: Path | None, quiet: bool, verbose: bool) 
             raise UsageError(f"cannot write report `{file}`: {error.strerror}", hint="choose another place") from error
 
 
-@app.command(short_help="Show what a model is made of.")
-def inspect(
-    model: Annotated[Path, typer.Argument(help="ONNX model.", show_default=False)], as_json: JsonOption = False
-) -> None:
-    """Show what a model is made of: operators, parameters, bytes, MACs, inputs, outputs, largest layers."""
-    from graphopt import tables
-    from graphopt.model_io import load, stored_bytes
-    from graphopt.summary import summarize
-
-    summary, size = summarize(load(model)), stored_bytes(model)
-    if as_json:
-        _print_json({"model": str(model), "bytes": size, **tables.as_values(summary)})
-    else:
-        tables.print_summary(str(model), summary, size)
-
-
 @app.command(short_help="Compare the outputs of two models.")
 def compare(
     a: Annotated[Path, typer.Argument(help="Reference model.", show_default=False)],
@@ -326,6 +310,9 @@ def bench(
 
 
 app.command(name="bisect", short_help="Find the one edit that breaks a model.")(fault_commands.bisect)
+app.command(name="inspect", short_help="Show what a model is made of, or which channels go together.")(
+    inspect_command.inspect
+)
 app.command(name="explain", short_help="Show what a target runs in integers, and why not the rest.")(
     explain_command.explain
 )

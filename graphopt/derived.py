@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ class DerivedTensor(ir.TensorProtocol):
 
     It costs nothing until its bytes are asked for, and then a block of rows at a time; a reshape of a transpose, and a
     tensor whose first axis is short, are made whole. Use `transposed`,
-    `sliced`, `reshaped` and `cast` to make one.
+    `sliced`, `reshaped`, `cast` and `thinned` to make one.
 
     Args:
         source: The tensor it is derived from.
@@ -72,6 +73,12 @@ class DerivedTensor(ir.TensorProtocol):
     def raw(self) -> ir.TensorProtocol:
         """The tensor behind this one."""
         return self.source
+
+    def under(self, name: str) -> Self:
+        """Return the same tensor under another name."""
+        same = copy.copy(self)
+        same.name, same.metadata_props, same.meta = name, {}, {}
+        return same
 
     def numpy(self) -> Array:
         """Return the array: a view of the source's, unless elements are cast."""
@@ -127,6 +134,31 @@ class DerivedTensor(ir.TensorProtocol):
         return f"DerivedTensor<{self._dtype.name},{self._shape}>(name={self.name!r}, source={self.source!r})"
 
 
+class _Thinned(DerivedTensor):
+    """Some elements of some axes of a tensor, gathered a block of rows at a time."""
+
+    def __init__(self, source: ir.TensorProtocol, kept: Mapping[int, Array]) -> None:
+        shape = [len(kept[axis]) if axis in kept else size for axis, size in enumerate(source.shape.numpy())]
+        super().__init__(source, self._gathered, source.dtype, shape)
+        self._kept = kept
+
+    def _gathered(self, array: Array, rows: slice = slice(None)) -> Array:
+        # The first axis first: of what is not kept of it, nothing is read.
+        array = array[self._kept[0][rows]] if 0 in self._kept else array[rows]
+        for axis in sorted(self._kept.keys() - {0}):
+            array = array.take(self._kept[axis], axis)
+        return array
+
+    def _blocks(self) -> Iterator[memoryview]:
+        array = self.source.numpy()
+        dtype = np.dtype(self._dtype.numpy()).newbyteorder("<")
+        length = int(self._shape.numpy()[0])
+        # Counted before the other axes are thinned: that is what is held.
+        rows = max(BLOCK_BYTES // max(array.nbytes // max(len(array), 1), 1), 1)
+        for start in range(0, max(length, 1), rows):
+            yield _bytes_of(np.asarray(self._gathered(array, slice(start, start + rows)), dtype, order="C"))
+
+
 def transposed(source: ir.TensorProtocol, perm: Sequence[int]) -> DerivedTensor:
     """Return a tensor with its axes permuted, as Transpose does."""
     shape = source.shape.numpy()
@@ -144,6 +176,16 @@ def sliced(source: ir.TensorProtocol, slices: Sequence[slice]) -> DerivedTensor:
     """Return a part of a tensor: one slice for each axis."""
     shape = [len(range(*piece.indices(size))) for piece, size in zip(slices, source.shape.numpy(), strict=True)]
     return DerivedTensor(source, lambda array: array[tuple(slices)], source.dtype, shape)
+
+
+def thinned(source: ir.TensorProtocol, kept: Mapping[int, Array]) -> DerivedTensor:
+    """Return some elements of a tensor.
+
+    Args:
+        source: The tensor, of one axis or more.
+        kept: Axis, counted from the front, to the indices of the elements kept, int64 and ascending.
+    """
+    return _Thinned(source, kept)
 
 
 def cast(source: ir.TensorProtocol, dtype: ir.DataType) -> DerivedTensor:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphopt.authoring import Guarantee, Pass
 from graphopt.backend import Array
 from graphopt.calibration_cache import CalibrationCache
-from graphopt.candidates import CandidateJudge, are_of_classes
+from graphopt.candidates import SELECTION_BYTES, CandidateJudge, are_of_classes, comparing
 from graphopt.choices import (
     LABELS_HINT,
     ModelLike,
@@ -63,8 +63,6 @@ from graphopt.versions import installed_version
 
 # Samples that candidates are weighed by. A mean over a quarter as many is off by twice as much; each costs a run more.
 SELECTION_SAMPLES = 256
-# Of a language model that gives 4,096 scores a token these are 8,192 tokens.
-SELECTION_BYTES = 128 << 20
 
 
 @dataclass
@@ -395,6 +393,7 @@ class Run:
             check_rewrite=checker,
             calibration=self.calibration_cache,
             weigh=self._candidate_judge() if self.budgets and self.calibration is not None else None,
+            judge=comparing(self.backend, self.metrics, self.request.threads),
         )
 
     def _candidate_judge(self) -> Callable[[ir.Model], Standing]:

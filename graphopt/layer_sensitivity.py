@@ -247,6 +247,7 @@ class _Analysis:
             threads=setting.threads,
             data=setting.data,
             calibration=setting.calibration,
+            judge=setting.judge,
             guarantee=self.one.guarantee,
         )
         assert job.scored is not None, "there is data"

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt import provenance, walk
 from graphopt.analysis import AnalysisCache
-from graphopt.authoring import Context, Guarantee, Note, Pass
+from graphopt.authoring import Context, Guarantee, Judging, Note, Pass
 from graphopt.backend import Backend
 from graphopt.calibration_cache import CalibrationCache
 from graphopt.data import Dataset
@@ -40,6 +40,7 @@ class Setting:
     check_rewrite: RewriteCheck | None = None
     calibration: CalibrationCache = field(default_factory=CalibrationCache)
     weigh: Callable[[ir.Model], Standing] | None = None
+    judge: Judging | None = None
 
 
 class PassManager:
@@ -162,6 +163,7 @@ class PassManager:
             reference=self._reference,
             check_rewrite=self.setting.check_rewrite,
             weigh=self.setting.weigh,
+            judge=self.setting.judge,
             guarantee=one.guarantee,
             analyses=self._analyses,
             calibration=self.setting.calibration,

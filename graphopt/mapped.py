@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from graphopt.derived import DerivedTensor
 from graphopt.errors import ModelError
 
 COPY_CHUNK = 1 << 20
@@ -229,6 +230,8 @@ def renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
         return MappedTensor(tensor.file, tensor.offset, tensor.length, tensor.dtype, shape, name=name)
     if tensor.dtype == ir.DataType.STRING:
         return ir.StringTensor(tensor.numpy().reshape(-1).tolist(), shape=shape, name=name)
+    if isinstance(tensor, DerivedTensor):
+        return tensor.under(name)
     return ir.LazyTensor(
         lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype), dtype=tensor.dtype, shape=shape, name=name
     )

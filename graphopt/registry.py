@@ -1,4 +1,4 @@
-"""What is installed: passes, presets, backends, targets and metrics, found by entry point and imported on use."""
+"""What is installed: passes, presets, backends, targets, metrics, inspections, by entry point and imported on use."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from graphopt import options
 from graphopt.errors import UsageError, did_you_mean, in_words
 
 GROUP = "graphopt.plugins"
-# A plug-in is a module with any of these tables.
-TABLES = ("PASSES", "PRESETS", "BACKENDS", "TARGETS", "METRICS")
+# A plug-in is a module with any of these tables. `INSPECTIONS` names what the options of `graphopt inspect` show.
+TABLES = ("PASSES", "PRESETS", "BACKENDS", "TARGETS", "METRICS", "INSPECTIONS")
 
 
 @dataclass(frozen=True)

@@ -311,8 +311,8 @@ class Rewriter:
             provenance.record(node, [near if near is not None else root[0]])
             root.insert_before(root[0], node)
 
-    def set_weight(self, value: ir.Value, tensor: ir.TensorProtocol | Array) -> None:
-        """Replace what a constant holds, wherever it is read; dtype and shape must stay.
+    def set_weight(self, value: ir.Value, tensor: ir.TensorProtocol | Array, *, resized: bool = False) -> None:
+        """Replace what a constant holds, wherever it is read; dtype and, unless it is `resized`, shape must stay.
 
         Raises:
             ValueError: ``value`` is no constant, or the new content has another dtype or shape.
@@ -320,7 +320,7 @@ class Rewriter:
         old = walk.constant_tensor(value)
         if isinstance(tensor, np.ndarray | np.generic):
             tensor = _as_tensor(tensor, value.name)
-        if old is None or tensor.dtype != old.dtype or tuple(tensor.shape) != tuple(old.shape):
+        if old is None or tensor.dtype != old.dtype or not (resized or tuple(tensor.shape) == tuple(old.shape)):
             raise ValueError(f"`{value.name}` cannot hold a {tensor.dtype} of shape {tuple(tensor.shape)}")
         producer = value.producer()
         readers = [use.node for use in value.uses()]
@@ -330,6 +330,8 @@ class Rewriter:
                 producer.attributes.add(ir.AttrTensor("value", tensor))
             else:
                 value.const_value = tensor
+            if resized:
+                value.shape = ir.Shape(walk.dims(tensor))
             self._note(*readers)
 
     def set_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
@@ -15,6 +16,7 @@ __all__ = [
     "INFERRED",
     "contents",
     "contradiction",
+    "declare_sizes",
     "dims_of",
     "forget_inferred",
     "impossible_graphs",
@@ -104,6 +106,18 @@ def forget_inferred(model: ir.Model) -> None:
         for node in graph:
             for value in node.outputs:
                 forget(value)
+
+
+def declare_sizes(value: ir.Value, sizes: Mapping[int, int]) -> None:
+    """Let some axes of a value that changed have other sizes, where its shape is declared; what was inferred goes.
+
+    Args:
+        value: The value.
+        sizes: Axis, counted from the front, to its size now.
+    """
+    forget(value)
+    if value.shape is not None:
+        value.shape = ir.Shape([sizes.get(axis, dim) for axis, dim in enumerate(value.shape)])
 
 
 def dims_of(value: ir.Value | None) -> Dims | None:

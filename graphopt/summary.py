@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -69,7 +70,7 @@ def summarize(model: ir.Model) -> ModelSummary:
     nodes = list(walk.every_node(model))
     weights = {id(tensor): tensor for tensor in walk.stored_tensors(model)}
     parameters = _parameter_tensors(model)
-    macs = {node: node_macs(node) for node in nodes if node.op_type in _MACS}
+    macs = {node: node_macs(node) for node in nodes if node.op_type in _MAC_TERMS}
     bytes_by_dtype: Counter[str] = Counter()
     for tensor in weights.values():
         bytes_by_dtype[str(tensor.dtype).lower()] += tensor.nbytes
@@ -149,10 +150,11 @@ def _parameter_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
         for value in node.inputs[1:]
         if (tensor := walk.constant_tensor(value)) is not None
     }
-    return [t for t in walk.stored_tensors(model) if id(t) not in auxiliary and _holds_weights(t.dtype)]
+    return [t for t in walk.stored_tensors(model) if id(t) not in auxiliary and holds_weights(t.dtype)]
 
 
-def _holds_weights(dtype: ir.DataType) -> bool:
+def holds_weights(dtype: ir.DataType) -> bool:
+    """Return whether tensors of a dtype count as parameters."""
     # int64 and bool hold shapes, axes and masks; int32 holds quantized biases, which are weights.
     return dtype not in (ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.STRING, ir.DataType.UNDEFINED)
 
@@ -179,59 +181,77 @@ def _weight_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     if producer is not None and walk.is_onnx_op(producer, "DequantizeLinear"):
         value = producer.inputs[0]
     tensor = walk.constant_tensor(value)
-    return tensor if tensor is not None and _holds_weights(tensor.dtype) else None
+    return tensor if tensor is not None and holds_weights(tensor.dtype) else None
 
 
-def _volume(value: ir.Value | None, start: int = 0, stop: int | None = None) -> int | None:
-    """Return the product of some dimensions of a value, dynamic ones counted as 1; None if its rank is unknown."""
+# A dimension of a value.
+Dimension = tuple[ir.Value, int]
+
+
+def _dimensions(value: ir.Value | None, start: int = 0, stop: int | None = None) -> list[Dimension] | None:
+    """Return some dimensions of a value; None if its rank is unknown."""
     if value is None or value.shape is None:
         return None
-    return math.prod(dim if isinstance(dim, int) else 1 for dim in value.shape[start:stop])
+    return [(value, axis) for axis in range(len(value.shape))[start:stop]]
 
 
-def _conv_macs(node: ir.Node) -> int | None:
-    outputs, kernel = _volume(node.outputs[0]), _volume(node.inputs[1], 1)
-    return None if outputs is None or kernel is None else outputs * kernel
+def _product(*factors: list[Dimension] | None) -> list[list[Dimension]] | None:
+    """Return the product of all these dimensions, as the only term of a sum."""
+    known = [factor for factor in factors if factor is not None]
+    return [list(itertools.chain(*known))] if len(known) == len(factors) else None
 
 
-def _conv_transpose_macs(node: ir.Node) -> int | None:
-    inputs, kernel = _volume(node.inputs[0]), _volume(node.inputs[1], 1)
-    return None if inputs is None or kernel is None else inputs * kernel
+def _conv_terms(node: ir.Node) -> list[list[Dimension]] | None:
+    return _product(_dimensions(node.outputs[0]), _dimensions(node.inputs[1], 1))
 
 
-def _gemm_macs(node: ir.Node) -> int | None:
-    outputs, a = _volume(node.outputs[0]), node.inputs[0]
-    if outputs is None or a is None or a.shape is None:
-        return None
-    inner = a.shape[0 if node.attributes.get_int("transA", 0) else 1]
-    return outputs * (inner if isinstance(inner, int) else 1)
+def _conv_transpose_terms(node: ir.Node) -> list[list[Dimension]] | None:
+    return _product(_dimensions(node.inputs[0]), _dimensions(node.inputs[1], 1))
 
 
-def _matmul_macs(node: ir.Node) -> int | None:
-    outputs, inner = _volume(node.outputs[0]), _volume(node.inputs[0], -1)
-    return None if outputs is None or inner is None else outputs * inner
+def _gemm_terms(node: ir.Node) -> list[list[Dimension]] | None:
+    inner = 0 if node.attributes.get_int("transA", 0) else 1
+    return _product(_dimensions(node.outputs[0]), _dimensions(node.inputs[0], inner, inner + 1))
 
 
-def _recurrent_macs(node: ir.Node) -> int | None:
+def _matmul_terms(node: ir.Node) -> list[list[Dimension]] | None:
+    return _product(_dimensions(node.outputs[0]), _dimensions(node.inputs[0], -1))
+
+
+def _recurrent_terms(node: ir.Node) -> list[list[Dimension]] | None:
     # Every time step multiplies each weight once per sample: X is [time, batch, features].
-    steps, weights = _volume(node.inputs[0], 0, 2), (_volume(node.inputs[1]), _volume(node.inputs[2]))
-    return None if steps is None or None in weights else steps * sum(w or 0 for w in weights)
+    steps = _dimensions(node.inputs[0], 0, 2)
+    of_inputs, of_state = (_product(steps, _dimensions(node.inputs[index])) for index in (1, 2))
+    return None if of_inputs is None or of_state is None else of_inputs + of_state
 
 
-_MACS: dict[str, Any] = {
-    "Conv": _conv_macs,
-    "ConvInteger": _conv_macs,
-    "ConvTranspose": _conv_transpose_macs,
-    "Gemm": _gemm_macs,
-    "MatMul": _matmul_macs,
-    "MatMulInteger": _matmul_macs,
-    "LSTM": _recurrent_macs,
-    "GRU": _recurrent_macs,
-    "RNN": _recurrent_macs,
+_MAC_TERMS: dict[str, Callable[[ir.Node], list[list[Dimension]] | None]] = {
+    "Conv": _conv_terms,
+    "ConvInteger": _conv_terms,
+    "ConvTranspose": _conv_transpose_terms,
+    "Gemm": _gemm_terms,
+    "MatMul": _matmul_terms,
+    "MatMulInteger": _matmul_terms,
+    "LSTM": _recurrent_terms,
+    "GRU": _recurrent_terms,
+    "RNN": _recurrent_terms,
 }
 
 
+def mac_terms(node: ir.Node) -> list[list[Dimension]] | None:
+    """Return the multiply-accumulates of a node as a sum of products of dimensions; None where ranks are unknown."""
+    return _MAC_TERMS[node.op_type](node) if node.op_type in _MAC_TERMS else []
+
+
 def node_macs(node: ir.Node) -> int | None:
-    """Return the multiply-accumulates of a node, dynamic dimensions counted as 1; None where shapes are unknown."""
-    count = _MACS[node.op_type](node) if node.op_type in _MACS else 0
-    return None if count is None else int(count)
+    """Return the multiply-accumulates of a node, dynamic dimensions counted as 1; None where ranks are unknown."""
+    terms = mac_terms(node)
+    return None if terms is None else sum(math.prod(map(extent, term)) for term in terms)
+
+
+def extent(dimension: Dimension) -> int:
+    """Return the length of a dimension, 1 of a dynamic one."""
+    value, axis = dimension
+    assert value.shape is not None, "a dimension is of a value of known rank"
+    length = value.shape[axis]
+    return length if isinstance(length, int) else 1

@@ -18,6 +18,7 @@ from graphopt.comparison import Comparison
 from graphopt.explanation import Explanation, Finding
 from graphopt.latency import Latency
 from graphopt.layer_sensitivity import LayerSensitivity, Sensitivity
+from graphopt.listing import Listing
 from graphopt.metrics import show_number
 from graphopt.report import NOT_RUN, Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
 from graphopt.rulebook import Entry
@@ -383,6 +384,18 @@ def print_rules(entries: Sequence[Entry], *, verbose: bool = False) -> None:
         targets = [", ".join(entry.targets or ())] if shown else []
         table.add_row(entry.pass_name, entry.rule, entry.equation, *why, *targets)
     _print(table)
+
+
+def print_listing(listing: Listing) -> None:
+    """Print what an inspection found."""
+    for sheet in listing.sheets:
+        table = _table(*sheet.columns, right=sheet.numbers)
+        for row in sheet.rows:
+            table.add_row(*row)
+        _print(table)
+        _print()
+    for remark in listing.remarks:
+        _print(f" {remark}")
 
 
 def _first_line(documented: Any) -> str:

@@ -37,6 +37,9 @@ PASSES = {
     "move-transposes": "graphopt.passes.exact.transposes:MoveTransposes",
     "opset": "graphopt.passes.exact.opset:Opset",
     "prune": "graphopt.passes.lossy.prune:Prune",
+    "prune-channels": "graphopt.passes.lossy.prune_channels:PruneChannels",
+    "prune-heads": "graphopt.passes.lossy.prune_heads:PruneHeads",
+    "prune-layers": "graphopt.passes.lossy.prune_layers:PruneLayers",
     "quant": "graphopt.passes.lossy.quant:Quant",
     "raise-operators": "graphopt.passes.raising.raise_operators:RaiseOperators",
     "runtime-operators": "graphopt.passes.raising.runtime_operators:RuntimeOperators",
@@ -65,6 +68,8 @@ PRESETS = {
         help="simplify, and what was decomposed raised to single operators, the target's own where these are faster",
     ),
 }
+
+INSPECTIONS = {"groups": "graphopt.passes.lossy.group_listing:list_groups"}
 
 _CLASSES = {reference.partition(":")[2]: reference for reference in PASSES.values()}
 

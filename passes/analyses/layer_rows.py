@@ -55,6 +55,27 @@ def layer_rows(layer: LinearLayer, x: Array, *, limit: int | None = None, blocks
             return _unfold_transposed(layer, x, limit)
 
 
+def output_rows(layer: LinearLayer, y: Array, *, limit: int | None = None) -> Array:
+    """Return what a layer gives at the positions whose inputs `layer_rows` gives, float32 [rows, outputs].
+
+    Args:
+        layer: A layer of which `takes_rows` holds.
+        y: Its output, or another value of that shape, samples first.
+        limit: The most rows of each sample, evenly spaced; None for all.
+    """
+    y = np.asarray(y, np.float32)
+    if layer.node.op_type in ("MatMul", "Gemm"):
+        if layer.weight_index == 0 and y.ndim > 1:
+            y = np.moveaxis(y, -2, -1)
+        rows = y.reshape(-1, y.shape[-1])
+        return rows[_evenly(len(rows), limit and limit * len(y))]
+    # Of a ConvTranspose, what its output is padded with has no rows.
+    flat = y.reshape(*y.shape[:2], -1)
+    positions = math.prod(y.shape[2:])
+    taken: Array = flat[:, :, _evenly(positions, limit)]
+    return taken.transpose(0, 2, 1).reshape(-1, y.shape[1])
+
+
 def summed_rows(layer: LinearLayer, x: Array) -> tuple[Array, int]:
     """Return the sum of all rows that `layer_rows` gives, float32 [groups, inputs], and how many these are."""
     if layer.node.op_type != "Conv":

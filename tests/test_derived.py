@@ -74,3 +74,22 @@ def test_folded_weight_is_moved_while_it_is_written(tmp_path: Path, external: bo
     graphopt.save(run.model, tmp_path / "b.onnx")
     (stored,) = onnx.load(tmp_path / "b.onnx").graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(stored), weight.T)
+
+
+@pytest.mark.parametrize("axes", [(0,), (2,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("source", ["stored", "transposed"])
+def test_thinned_bytes_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch, axes: tuple[int, ...], source: str) -> None:
+    monkeypatch.setattr(derived, "BLOCK_BYTES", 500)
+    array = RNG.standard_normal((30, 6, 7)).astype(np.float16)
+    stored = ir.tensor(array) if source == "stored" else derived.transposed(ir.tensor(array.T.copy()), (2, 1, 0))
+    kept = {axis: np.flatnonzero(RNG.random(array.shape[axis]) < 0.6) for axis in axes}
+    expected = array
+    for axis, chosen in kept.items():
+        expected = expected.take(chosen, axis)
+    tensor = derived.thinned(stored, kept)
+    assert tensor.shape.numpy() == expected.shape
+    assert written(tensor) == tensor.tobytes() == expected.tobytes()
+    assert len(list(tensor._blocks())) > 1
+    np.testing.assert_array_equal(tensor.numpy(), expected)
+    again = derived.thinned(tensor, {0: np.array([1, 3])})
+    assert written(again) == expected[[1, 3]].tobytes()

@@ -1,0 +1,123 @@
+"""What removing channels costs, group by group and width by width, in one unit: so that groups can be weighed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.authoring import Context
+from graphopt.backend import Array
+
+from ..analyses.channel_groups import ChannelGroup
+from ..analyses.linear_layers import LinearLayer
+from ..analyses.output_damage import Change, error_weights
+from ..solvers import columns
+from .channel_choice import as_reader, kept_units, read_units, true_readers, zeroed
+from .channel_sweep import DAMPING, bias_content, bias_of_layer
+from .layer_bias import LayerBias
+from .layer_targets import rows_per_sample
+from .sequential_moments import Moments, SequentialMoments
+
+
+def error_curves(
+    groups: Sequence[ChannelGroup], widths: Sequence[Sequence[int]], levels: Sequence[int], ctx: Context
+) -> list[Array]:
+    """Return what the outputs are expected to lose where one group alone has each of its widths.
+
+    The shape of a curve is that of the errors which the kept weights of its readers cannot make up for, as shares of
+    the power of what these give; its height follows what the outputs were seen to lose at one of the widths.
+
+    Args:
+        groups: The groups.
+        widths: Of each, the widths it may have, falling from the present one.
+        levels: Of each, the place of the width it is tried at, about the one to be expected.
+        ctx: The model, not changed, and the data.
+
+    Returns:
+        Of each group float64 [widths], from 0; infinite beyond 0 where nothing can be seen of a group.
+    """
+    plans = {group: (own, max(level, 1)) for group, own, level in zip(groups, widths, levels, strict=True)}
+    curves: dict[ChannelGroup, Array] = {}
+
+    changes = []
+    for group, seen in _readers(groups, ctx):
+        own, level = plans[group]
+        readers = [as_reader(group, layer, layer.matrix(), _moment(layer, seen[layer], ctx)) for layer in seen]
+        removal = columns.removal_order(readers, group.size, most=group.size - own[-1], damping=DAMPING)
+        curves[group] = removal.errors[[group.size - width for width in own]]
+        kept = kept_units(group.size, removal.order, own[level])
+        kind = group.size, *((layer.node.op_type, layer.dims) for layer in seen)
+        made = partial(_put, {value.name or "": array for value, array in _without(group, kept, seen, ctx).items()})
+        changes.append(Change(group.name, kind, float(curves[group][level]), made))
+    scales = error_weights(ctx, changes)
+    found = {group: curve * scale for (group, curve), scale in zip(curves.items(), scales, strict=True)}
+    return [found.get(group, _unknown(len(own))) for group, own in zip(groups, widths, strict=True)]
+
+
+def _put(contents: Mapping[str, Array], model: ir.Model, ctx: Context) -> None:
+    """Let constants of a copy of the model, by name, hold something else."""
+    made = (value for node in model.graph for value in node.outputs)
+    with ctx.rewriter.edit("try"):
+        for value in [*walk.initializers(model), *made]:
+            if (content := contents.get(value.name or "")) is not None:
+                ctx.rewriter.set_weight(value, content)
+
+
+def _readers(
+    groups: Sequence[ChannelGroup], ctx: Context
+) -> Iterator[tuple[ChannelGroup, Mapping[LinearLayer, Moments]]]:
+    """Yield each group with what the layers that read it read, as soon as the last of them has been seen."""
+    missing = {group: list(true_readers(group)) for group in groups}
+    seen: dict[ChannelGroup, dict[LinearLayer, Moments]] = {group: {} for group in groups}
+    order = {node: place for place, node in enumerate(ctx.model.graph)}
+    layers = {layer.node: layer for group in groups for layer in missing[group]}
+    limit = rows_per_sample(len(ctx.data) if ctx.data is not None else 0)
+    with SequentialMoments(ctx, compare=False, limit=limit) as moments:
+        for node in sorted(layers, key=lambda node: order[node]):
+            known = moments.of(layers[node], layers[node].input.name or "")
+            for group in [group for group in missing if any(layer.node is node for layer in missing[group])]:
+                layer = next(layer for layer in missing[group] if layer.node is node)
+                missing[group].remove(layer)
+                if known is not None:
+                    seen[group][layer] = known
+                if not missing[group]:
+                    found = seen.pop(group)
+                    if found:
+                        yield group, found
+
+
+def _without(
+    group: ChannelGroup, kept: Array, seen: Mapping[LinearLayer, Moments], ctx: Context
+) -> dict[ir.Value, Array]:
+    """Return the weights, and biases, of the layers that read a group as they are best without some of its units."""
+    found = zeroed(group, kept)
+    for layer, moments in seen.items():
+        units = read_units(group, layer)
+        assert units is not None, "the layer reads the group"
+        weight = layer.matrix().astype(np.float64)
+        keep = np.append(kept, True)[units]
+        new = columns.refitted(weight, _moment(layer, moments, ctx), keep=keep, damping=DAMPING)
+        found[layer.weight] = layer.from_matrix(new)
+        bias = bias_of_layer(layer, ctx)
+        if bias is None or bias.stored is None or len(bias.stored.uses()) > 1:
+            continue
+        lost = (weight - new).reshape(len(moments.mean), -1, weight.shape[1]) @ moments.mean[:, :, None]
+        tensor = walk.constant_tensor(bias.stored)
+        assert tensor is not None, "what is stored is a constant"
+        whole = (bias_content(bias, len(new)) + lost.reshape(-1)) / bias.factor
+        found[bias.stored] = whole.reshape(walk.dims(tensor)).astype(tensor.dtype.numpy())
+    return found
+
+
+def _moment(layer: LinearLayer, moments: Moments, ctx: Context) -> Array:
+    """Return H, around the mean where a bias takes the mean."""
+    bias = bias_of_layer(layer, ctx)
+    return moments.covariance if isinstance(bias, LayerBias) else moments.second
+
+
+def _unknown(levels: int) -> Array:
+    return np.append(0.0, np.full(levels - 1, np.finfo(np.float64).max / 1e6))

@@ -1,0 +1,95 @@
+"""How many channels each group is to keep: the same share of each, or where they cost the outputs least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from graphopt.authoring import Context
+
+from ..analyses.channel_groups import ChannelGroup
+from ..analyses.width_costs import WidthCosts
+from ..solvers.allocation import allocate, allocate_evenly, allowed_widths
+from .channel_curves import error_curves
+
+# Kernels take channels in blocks of 8 or 16; what does not fill one is computed all the same.
+_LIKED_MULTIPLE = 8
+# Where a block is more than this share of a group, what would be lost by rounding outweighs it.
+_FINEST_SHARE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Widths:
+    """Widths of groups.
+
+    Attributes:
+        of: Of each group, how many units are to stay.
+        macs: What the model then multiplies, as a share of what it did; None where that was not asked for.
+        holds: Whether that is no more than was asked for.
+    """
+
+    of: Mapping[ChannelGroup, int]
+    macs: float | None = None
+    holds: bool = True
+
+
+def widths_of(group: ChannelGroup, multiple: int | None) -> list[int]:
+    """Return the widths a group may have, falling from the present one.
+
+    Args:
+        group: The group.
+        multiple: What widths must be multiples of; None for what kernels like, as far as the group is wide enough.
+    """
+    if multiple is not None:
+        return allowed_widths(group.size, int(np.lcm(multiple, group.multiple)))
+    step = _LIKED_MULTIPLE
+    while step > 1 and step * _FINEST_SHARE > group.size:
+        step //= 2
+    return allowed_widths(group.size, int(np.lcm(step, group.multiple)))
+
+
+def widths_by_ratio(groups: Sequence[ChannelGroup], ratio: float, multiple: int | None) -> Widths:
+    """Return widths that leave out the same share of each group, as nearly as allowed."""
+    found = {}
+    for group in groups:
+        wanted = group.size * (1 - ratio)
+        found[group] = min(widths_of(group, multiple), key=lambda width: abs(width - wanted))
+    return Widths(found)
+
+
+class WidthPlan:
+    """Widths by what the model may cost.
+
+    Args:
+        groups: The groups that may shrink.
+        multiple: As `widths_of` takes it.
+        ctx: The model.
+    """
+
+    def __init__(self, groups: Sequence[ChannelGroup], multiple: int | None, ctx: Context) -> None:
+        self._groups, self._ctx = groups, ctx
+        self._allowed = [widths_of(group, multiple) for group in groups]
+        self._costs = WidthCosts(ctx.model, groups, self._allowed)
+        self._whole = self._costs([0] * len(groups))
+        self._curves: Sequence[np.ndarray] | None = None
+
+    def look(self, share: float) -> None:
+        """Look at what each group costs the outputs, at about a share of the MACs, and divide by that from now on."""
+        even = allocate_evenly(self._shares(), self._costs, self._whole * share)
+        self._curves = error_curves(self._groups, self._allowed, even.levels, self._ctx)
+
+    def at(self, share: float) -> Widths:
+        """Return widths with which the model does no more than a share of its MACs, or the least that can be had."""
+        budget = self._whole * share
+        if self._curves is None:
+            found = allocate_evenly(self._shares(), self._costs, budget)
+        else:
+            found = allocate(self._curves, self._costs, budget)
+        chosen = zip(self._groups, self._allowed, found.levels, strict=True)
+        widths = {group: own[level] for group, own, level in chosen}
+        return Widths(widths, found.cost / self._whole if self._whole else 1.0, found.holds)
+
+    def _shares(self) -> list[np.ndarray]:
+        return [1 - np.asarray(own) / own[0] for own in self._allowed]

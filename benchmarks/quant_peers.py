@@ -242,8 +242,11 @@ class Reader:
 def make(tool: str, model: str, data: str, out: str) -> None:
     """Quantize a model and print what that took."""
     logging.disable(logging.WARNING)
-    feeds = dict(np.load(data))
-    work = TOOLS[tool](Path(model), feeds, Path(out))
+    measure(TOOLS[tool](Path(model), dict(np.load(data)), Path(out)))
+
+
+def measure(work: Callable[[], None]) -> None:
+    """Do the work and print the seconds it took and the peak bytes resident."""
     start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Quantizers as processes: which there are, what one run of each costs, and what is known of the file it made."""
+"""Tools as processes: which there are, what one run of each costs, and what is known of the file it made."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ print("\\n" + json.dumps([seconds, peak]))
 
 @dataclass(frozen=True)
 class Tool:
-    """A quantizer: what the table calls it, and graphopt's arguments, or None for a peer that goes by this name.
+    """A tool: what the table calls it, and graphopt's arguments, or None for a peer that a script knows by this name.
 
     graphopt is given data only where it calibrates, as it scores what it made on them.
     """
@@ -48,6 +48,7 @@ class Tool:
     name: str
     own: tuple[str, ...] | None = None
     calibrates: bool = True
+    script: Path = PEER_SCRIPT
 
 
 def graphopt(passes: str, *arguments: str, calibrates: bool = True) -> Tool:
@@ -55,9 +56,9 @@ def graphopt(passes: str, *arguments: str, calibrates: bool = True) -> Tool:
     return Tool(" ".join((f"{GRAPHOPT} `{passes}`", *arguments)), ("--passes", passes, *arguments), calibrates)
 
 
-def peers(*names: str) -> tuple[Tool, ...]:
-    """Return peers by the names that `quant_peers.py` knows them by."""
-    return tuple(Tool(name) for name in names)
+def peers(*names: str, script: Path = PEER_SCRIPT) -> tuple[Tool, ...]:
+    """Return peers by the names that a script knows them by."""
+    return tuple(Tool(name, script=script) for name in names)
 
 
 @dataclass
@@ -114,7 +115,7 @@ def run(tool: Tool, model: Path, data: Path, sample: Path, folder: Path, interpr
         given += ["--data", str(data), "--eval", str(sample)] if tool.calibrates else []
         command = [sys.executable, "-c", OWN, *given]
     else:
-        command = [str(interpreter), str(PEER_SCRIPT), "make", tool.name, str(model), str(data), str(out)]
+        command = [str(interpreter), str(tool.script), "make", tool.name, str(model), str(data), str(out)]
     before, start = os.times(), time.perf_counter()
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=TIME_LIMIT)

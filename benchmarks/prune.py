@@ -16,6 +16,7 @@ stands in, and what it lacks is said. ``--quick`` scores and calibrates on fewer
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -86,7 +87,6 @@ def on_channels(setting: str) -> tuple[Tool, ...]:
         *peers(setting, "Torch-Pruning LAMP, global", "Torch-Pruning Taylor, global"),
         *peers(setting, "Torch-Pruning L1, inner", "Torch-Pruning Taylor, inner"),
         *peers(setting, "onnxsim channels", "onnxsim channels, global", "onnxsim channels, Wanda"),
-        *peers(setting, "onnxsim channels, Wanda, solved"),
         graphopt(f"prune-channels:macs={setting}:allocate=uniform"),
         graphopt(f"prune-channels:macs={setting}:allocate=error"),
     )
@@ -96,7 +96,7 @@ NARROW = (
     *peers("0.7", "Torch-Pruning L2", "Torch-Pruning L1, inner"),
     graphopt("prune-channels:macs=0.7:allocate=error"),
 )
-COVERED = (graphopt("prune-channels:ratio=0.2"), graphopt("prune-heads:ratio=0.2"))
+COVERED = tuple(graphopt(f"{name}:ratio=0.2", "--metric", "sqnr_db") for name in ("prune-channels", "prune-heads"))
 OBS = (
     *peers("0.5", "onnxsim SparseGPT"),
     graphopt("prune:method=wanda:sparsity=0.5"),
@@ -214,7 +214,8 @@ def latency_table(bench: Bench) -> Iterator[str]:
     columns = ("multiplications", "parameters", "MB", "batch 1, ms", "batch 8, ms")
     yield from head("Latency with fewer channels", "model", "tool", *columns)
     with tempfile.TemporaryDirectory() as folder:
-        for case in (*bench.cases(LARGER), resnet_case(bench, folder)):
+        # A case's folder is there while its turn lasts.
+        for case in itertools.chain(bench.cases(LARGER), [resnet_case(bench, folder)]):
             if case is None:
                 yield "| ResNet-50 | not measured: give `--resnet50 FILE` |"
                 return
@@ -230,7 +231,7 @@ def coverage_table(bench: Bench) -> Iterator[str]:
     """Yield what is left of every model at hand where a fifth of its channels, or heads, goes, and whether it runs."""
     columns = ("multiplications", "parameters", "runs", "process", "work", "CPU", "peak")
     yield from head("Every model, a fifth of its channels or heads", "model", "tool", *columns)
-    for case in (*bench.cases(list(bench.scorer.ASSETS), COVERED_SAMPLES), *large_cases(bench)):
+    for case in itertools.chain(bench.cases(list(bench.scorer.ASSETS), COVERED_SAMPLES), large_cases(bench)):
         entries = made(bench, case, COVERED)
         for entry in entries[1:]:
             runs = "" if entry.failure else run_alike(entries[0].path, entry.path, case.first(1)) or "yes"
@@ -260,7 +261,7 @@ def obs_table(bench: Bench) -> Iterator[str]:
     columns = ("score", "zeros", "process", "work", "CPU", "peak")
     yield from head("A model of 100 MB", "model", "tool", *columns)
     with tempfile.TemporaryDirectory() as folder:
-        for case in (*bench.cases(("minilm",), OBS_SAMPLES), resnet_case(bench, folder)):
+        for case in itertools.chain(bench.cases(("minilm",), OBS_SAMPLES), [resnet_case(bench, folder)]):
             if case is None:
                 yield "| ResNet-50 | not measured: give `--resnet50 FILE` |"
                 return

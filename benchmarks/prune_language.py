@@ -7,6 +7,7 @@ inputs measured after the blocks before it were pruned, the embedding and the he
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -182,19 +183,27 @@ def by_llm_compressor(modifier: str) -> Tool:
         import llmcompressor
         from datasets import Dataset
         from llmcompressor.modifiers import pruning
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
 
         ids = next(iter(feeds.values()))
         language = Language(model, ids[:1])
         pattern = {"sparsity": 0.5, "mask_structure": "2:4"} if setting == PATTERN else {"sparsity": float(setting)}
         recipe = getattr(pruning, modifier)(targets=["Linear"], ignore=["re:.*lm_head"], **pattern)
         samples = {"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()}
-        llmcompressor.oneshot(
-            model=language.module,
-            dataset=Dataset.from_dict(samples),
-            recipe=recipe,
-            max_seq_length=ids.shape[1],
-            num_calibration_samples=len(ids),
-        )
+        # The samples are token ids already, but it insists on a tokenizer.
+        unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"": 0}, "")), pad_token="")
+        with tempfile.TemporaryDirectory() as folder:  # it reads the configuration again from where the model came from
+            language.module.save_pretrained(folder)
+            language.module.config._name_or_path = language.module.name_or_path = folder
+            llmcompressor.oneshot(
+                model=language.module,
+                dataset=Dataset.from_dict(samples),
+                recipe=recipe,
+                processor=unused,
+                max_seq_length=ids.shape[1],
+                num_calibration_samples=len(ids),
+            )
         return language.write(model)
 
     return work

@@ -97,7 +97,14 @@ def with_constants(model: onnx.ModelProto, arrays: dict[str, Array]) -> onnx.Mod
     return model
 
 
-def onnxsim_tool(function: str, *, calibrates: bool = True, **settings: Any) -> Tool:
+def simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model as onnxsim simplifies it: it removes no channels before a BatchNormalization."""
+    import onnxsim
+
+    return onnxsim.simplify(model)[0]
+
+
+def onnxsim_tool(function: str, *, calibrates: bool = True) -> Tool:
     """Return a pruner of onnxsim that zeroes weights."""
 
     def work(model: onnx.ModelProto, feeds: Feeds, setting: str) -> onnx.ModelProto:
@@ -106,26 +113,24 @@ def onnxsim_tool(function: str, *, calibrates: bool = True, **settings: Any) -> 
         given: dict[str, Any] = {"n": 2, "m": 4} if setting == PATTERN else {"sparsity": float(setting)}
         if calibrates:
             given["calibration_data"] = list(batches(feeds))
-        return getattr(onnxsim, function)(model, **given, **settings)
+        return getattr(onnxsim, function)(model, **given)
 
     return work
 
 
-def onnxsim_channels(function: str, *, calibrates: bool = False, finetunes: bool = False, **settings: Any) -> Tool:
-    """Return a pruner of onnxsim that removes channels, and solves for what is left where it has that."""
+def onnxsim_channels(function: str, *, calibrates: bool = False, **settings: Any) -> Tool:
+    """Return a pruner of onnxsim that removes channels."""
 
     def work(model: onnx.ModelProto, feeds: Feeds, setting: str) -> onnx.ModelProto:
         import onnxsim
 
+        plain = simplified(model)
         given = {"calibration_data": list(batches(feeds))} if calibrates else {}
 
         def shrink(ratio: float) -> onnx.ModelProto:
-            return getattr(onnxsim, function)(model, sparsity=ratio, **given, **settings)
+            return getattr(onnxsim, function)(plain, sparsity=ratio, **given, **settings)
 
-        found = down_to(float(setting), model, feeds, shrink)
-        if finetunes:
-            return onnxsim.apply_pruning_finetune(model, found, calibration_data=list(batches(feeds)))
-        return found
+        return down_to(float(setting), model, feeds, shrink)
 
     return work
 
@@ -231,9 +236,6 @@ TOOLS: dict[str, Tool] = {
     "onnxsim channels": onnxsim_channels("apply_structured_pruning"),
     "onnxsim channels, global": onnxsim_channels("apply_structured_pruning", global_sparsity=True),
     "onnxsim channels, Wanda": onnxsim_channels("apply_structured_wanda_pruning", calibrates=True),
-    "onnxsim channels, Wanda, solved": onnxsim_channels(
-        "apply_structured_wanda_pruning", calibrates=True, finetunes=True
-    ),
     "Torch-Pruning L1": torch_pruning("L1"),
     "Torch-Pruning L2": torch_pruning("L2"),
     "Torch-Pruning L2, global": torch_pruning("L2", everywhere=True),

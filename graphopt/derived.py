@@ -142,21 +142,26 @@ class _Thinned(DerivedTensor):
         super().__init__(source, self._gathered, source.dtype, shape)
         self._kept = kept
 
-    def _gathered(self, array: Array, rows: slice = slice(None)) -> Array:
+    def _gathered(self, array: Array) -> Array:
         # The first axis first: of what is not kept of it, nothing is read.
-        array = array[self._kept[0][rows]] if 0 in self._kept else array[rows]
-        for axis in sorted(self._kept.keys() - {0}):
+        for axis in sorted(self._kept):
             array = array.take(self._kept[axis], axis)
         return array
 
     def _blocks(self) -> Iterator[memoryview]:
         array = self.source.numpy()
         dtype = np.dtype(self._dtype.numpy()).newbyteorder("<")
-        length = int(self._shape.numpy()[0])
-        # Counted before the other axes are thinned: that is what is held.
+        first = self._kept.get(0, np.arange(len(array)))
         rows = max(BLOCK_BYTES // max(array.nbytes // max(len(array), 1), 1), 1)
-        for start in range(0, max(length, 1), rows):
-            yield _bytes_of(np.asarray(self._gathered(array, slice(start, start + rows)), dtype, order="C"))
+        for start in range(0, len(array), rows):
+            chosen = first[np.searchsorted(first, start) : np.searchsorted(first, start + rows)]
+            if not len(chosen):
+                continue
+            # Rows of a transposed tensor are far apart: they are brought together before any are taken.
+            block = _contiguous(array[start : start + rows], dtype).take(chosen - start, 0)
+            for axis in sorted(self._kept.keys() - {0}):
+                block = block.take(self._kept[axis], axis)
+            yield _bytes_of(block)
 
 
 def transposed(source: ir.TensorProtocol, perm: Sequence[int]) -> DerivedTensor:

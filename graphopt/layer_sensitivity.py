@@ -30,6 +30,8 @@ OTHERS = "(other nodes)"
 PREDICTED = "predicted_error"
 # The fact of a note that says how many weights are stored in each format.
 STORED = "stored"
+# The fact of a note that says which share of a layer's outputs is noise once a share of it is gone: {share: error}.
+CURVE = "error_curve"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class LayerSensitivity:
             that say none.
         failure: Why the model does not run, or None.
         stored: The formats its weight is stored in, as the pass says it; empty where it does not.
+        curve: Of a pass that chooses how much goes of each layer: the share of its outputs that is expected to be noise
+            by the share of it that is gone; empty of other passes.
     """
 
     name: str
@@ -54,6 +58,7 @@ class LayerSensitivity:
     predicted: float | None
     failure: str | None = None
     stored: tuple[str, ...] = ()
+    curve: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def cost(self) -> float:
@@ -104,6 +109,7 @@ class Sensitivity:
                     "elements": row.elements,
                     "predicted": row.predicted,
                     "stored": list(row.stored),
+                    "curve": {f"{share:g}": error for share, error in row.curve.items()},
                     "failure": row.failure,
                     **(_as_values(row.standing) if row.standing is not None else {}),
                 }
@@ -207,16 +213,19 @@ class _Analysis:
             if not whole.edits:
                 raise UsageError(f"pass `{self.spec}` changes nothing on this model", hint=_first_reason(whole.notes))
             standing = judge(whole.model)
-        predicted = _predictions(whole.notes)
+        predicted, curves = _predictions(whole.notes), _curves(whole.notes)
         rows, left = [], []
         for index, layer in enumerate(layers, 1):
             with self.job.display.stage(f"layer {index} of {len(layers)}: {layer.name}"):
                 one = _narrowed(self.one, include=layer.globs)
-                row = self._measure(judge, context.attempt(one.run), layer, predicted)
+                # What a pass shares out among layers, a layer by itself gets another share of.
+                attempt = context.attempt(one.run, predicts=bool(curves))
+                row = self._measure(judge, attempt, layer, _predictions(attempt.notes) if curves else predicted)
             if isinstance(row, str):
                 left.append((layer.name, row))
             else:
-                rows.append(row)
+                curve = next((curves[name] for name in layer.nodes if name in curves), {})
+                rows.append(replace(row, curve=curve))
         rows += self._others(context, judge, layers)
         rows.sort(key=lambda row: row.cost, reverse=True)
         return Sensitivity(
@@ -319,6 +328,10 @@ def _is_chosen(layer: Layer, one: Any) -> bool:
 
 def _predictions(notes: Sequence[Note]) -> dict[str, float]:
     return {note.node: float(note.facts[PREDICTED]) for note in notes if note.node and PREDICTED in note.facts}
+
+
+def _curves(notes: Sequence[Note]) -> dict[str, Mapping[float, float]]:
+    return {note.node: note.facts[CURVE] for note in notes if note.node and CURVE in note.facts}
 
 
 def _first_reason(notes: Sequence[Note]) -> str:

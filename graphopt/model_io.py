@@ -21,6 +21,7 @@ from graphopt.fidelity import first_loss, unknown_field
 from graphopt.header import each_tensor, from_proto, graphs, reference, replace_tensors, to_proto
 from graphopt.mapped import COPY_CHUNK, MappedFile, MappedTensor
 from graphopt.normal_form import normalize
+from graphopt.sparse import SparselyStored, make_dense, put_sparse
 from graphopt.staged_files import StagedFiles
 from graphopt.wire import HELD_ELSEWHERE, Hole, Piece, WireError, open_holes, size_of, strip_payloads
 
@@ -215,6 +216,7 @@ def gzip_bytes(path: str | os.PathLike[str]) -> int | None:
 def _load(path: str) -> ir.Model:
     file = open_model_file(path)
     proto = _parse(file, path)
+    make_dense(proto, path)
     model = from_proto(proto, path)
     _refuse_doubled_inputs(model, path)
     data_files = DataFiles(path)
@@ -313,8 +315,6 @@ def _reference_if_mapped(tensor: ir.TensorProtocol, name: str) -> ir.ExternalTen
 def _loss_hint(loss: str) -> str:
     if "training_info" in loss:
         return "export for inference only"
-    if "sparse_initializer" in loss:
-        return "store the initializers densely"
     if "same name" in loss:
         return "export the model again: names must be unique"
     return "report it; until then remove that part from the model"
@@ -344,15 +344,19 @@ class _Inline:
     @classmethod
     def of(cls, model: ir.Model) -> _Inline:
         held: list[ir.TensorProtocol] = []
+        sparse: dict[str, SparselyStored] = {}
 
-        def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
+        def hold(tensor: ir.TensorProtocol, name: str, is_main: bool) -> ir.ExternalTensor | None:
+            if is_main and isinstance(tensor, SparselyStored):
+                sparse[name] = tensor
+                return reference(tensor, name, HELD_ELSEWHERE, 0)
             # A tensor that onnx parsed is in memory already, and is kept in the field it came in.
             if isinstance(tensor, ir.serde.TensorProtoTensor) or not _is_large(tensor):
                 return None
             held.append(tensor)
             return reference(tensor, name, HELD_ELSEWHERE, len(held) - 1)
 
-        return cls(open_holes(_to_bytes(to_proto(model, hold))), held)
+        return cls(open_holes(_to_bytes(put_sparse(to_proto(model, hold), sparse))), held)
 
     def write(self, target: Path, staged: StagedFiles) -> None:
         if size_of(self.pieces) > PROTOBUF_LIMIT:
@@ -378,10 +382,14 @@ class _External:
     @classmethod
     def of(cls, model: ir.Model, data_name: str) -> _External:
         placed: dict[object, tuple[ir.TensorProtocol, int]] = {}
+        sparse: dict[str, SparselyStored] = {}
         end = 0
 
-        def hold(tensor: ir.TensorProtocol, name: str, _: bool) -> ir.ExternalTensor | None:
+        def hold(tensor: ir.TensorProtocol, name: str, is_main: bool) -> ir.ExternalTensor | None:
             nonlocal end
+            if is_main and isinstance(tensor, SparselyStored):
+                sparse[name] = tensor
+                return reference(tensor, name, data_name, 0)
             if not _is_large(tensor):
                 return None
             key = _identity(tensor)
@@ -392,7 +400,7 @@ class _External:
                 end = offset + tensor.nbytes
             return reference(tensor, name, data_name, placed[key][1])
 
-        return cls(_to_bytes(to_proto(model, hold)), list(placed.values()))
+        return cls(_to_bytes(put_sparse(to_proto(model, hold), sparse)), list(placed.values()))
 
     @property
     def data_bytes(self) -> int:

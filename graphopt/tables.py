@@ -288,6 +288,10 @@ def print_sensitivity(result: Sensitivity, *, verbose: bool = False) -> None:
         _print(f" left alone: {_counted(len(result.left), 'layer')}" + ("" if verbose else ", `-v` says why"))
     for name, why in result.left if verbose else ():
         _print(f" {name}: {why}", style="dim")
+    for row in result.rows if verbose else ():
+        if row.curve:
+            points = ", ".join(f"{share:.0%} {error:.2g}" for share, error in row.curve.items())
+            _print(f" {row.name}: noise in its outputs by what goes of it: {points}", style="dim")
     _print(f" {_counted(result.samples, 'sample')} of `{result.source}`, one layer changed at a time", style="dim")
 
 

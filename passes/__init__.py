@@ -39,6 +39,7 @@ PASSES = {
     "prune": "graphopt.passes.lossy.prune:Prune",
     "prune-channels": "graphopt.passes.lossy.prune_channels:PruneChannels",
     "prune-heads": "graphopt.passes.lossy.prune_heads:PruneHeads",
+    "prune-hidden": "graphopt.passes.lossy.prune_hidden:PruneHidden",
     "prune-layers": "graphopt.passes.lossy.prune_layers:PruneLayers",
     "quant": "graphopt.passes.lossy.quant:Quant",
     "raise-operators": "graphopt.passes.raising.raise_operators:RaiseOperators",
@@ -47,6 +48,7 @@ PASSES = {
     "repeats": "graphopt.passes.exact.repeats:Repeats",
     "sequences": "graphopt.passes.exact.sequences:Sequences",
     "smooth-quant": "graphopt.passes.exact.smooth_quant:SmoothQuant",
+    "sparsify": "graphopt.passes.lossy.sparsify:Sparsify",
     "split-slices": "graphopt.passes.exact.split_slices:SplitSlices",
 }
 

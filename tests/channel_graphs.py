@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 SIDE = 4
 STEPS = 3
 OPSETS = (11, 13, 17, 18)
-# From here on Split and Squeeze take numbers as inputs, from 18 on Split is told how many parts there are.
-NUMBERS_AS_INPUTS, COUNTED_PARTS = 13, 18
+# From here on Split takes sizes as an input; is told how many parts there are; ReduceMean takes axes as an input.
+NUMBERS_AS_INPUTS, COUNTED_PARTS, MEANS_OF_INPUTS = 13, 18, 18
 
 
 @dataclass
@@ -79,7 +79,11 @@ class Network:
 
     def linear(self, value: str, channels: int, wanted: int) -> str:
         """Return a linear layer over rows, with or without a bias."""
-        product = self.op("MatMul", value, self.weight(channels, wanted))
+        weight = self.weight(channels, wanted)
+        if self.opset >= NUMBERS_AS_INPUTS and self.rng.random() < 0.2:
+            product = self.op("Einsum", value, weight, equation="...c,cd->...d")
+        else:
+            product = self.op("MatMul", value, weight)
         return self.op("Add", product, self.weight(wanted)) if self.rng.random() < 0.5 else product
 
     def split(self, value: str, sizes: Sequence[int], axis: int) -> list[str]:
@@ -134,12 +138,16 @@ def _transposed(net: Network) -> None:
 
 def _elementwise(net: Network) -> None:
     value, channels = net.image()
-    op = net.rng.choice(("Relu", "Sigmoid", "Tanh", "Scale", "Norm", "Prelu", "Pool"))
+    op = net.rng.choice(("Relu", "Sigmoid", "Tanh", "Scale", "Norm", "Instance", "Prelu", "Pool", "Where"))
     if op == "Scale":
         made = net.op("Mul", value, net.weight(channels, 1, 1))
     elif op == "Norm":
         vectors = [net.weight(channels) for _ in range(3)]
         made = net.op("BatchNormalization", value, *vectors, net._constant(np.ones(channels, np.float32)))
+    elif op == "Instance":
+        made = net.op("InstanceNormalization", value, net.weight(channels), net.weight(channels))
+    elif op == "Where":
+        made = net.op("Where", net.op("Less", value, net.weight(channels, 1, 1)), value, net.weight(1))
     elif op == "Prelu":
         made = net.op("PRelu", value, net.weight(channels, 1, 1))
     elif op == "Pool":
@@ -147,6 +155,20 @@ def _elementwise(net: Network) -> None:
     else:
         made = net.op(op, value)
     net.images.append((made, channels))
+
+
+def _resized(net: Network) -> None:
+    """Twice as large, by sizes that state the channels, and back."""
+    value, channels = net.image()
+    if net.rng.random() < 0.5 and channels % 4 == 0:
+        mode = net.rng.choice(("DCR", "CRD"))
+        large = net.op("DepthToSpace", value, blocksize=2, mode=mode)
+        net.images.append((net.op("SpaceToDepth", large, blocksize=2), channels))
+        return
+    sizes = net.ints(2, channels, 2 * SIDE, 2 * SIDE)
+    nothing = "" if net.opset >= NUMBERS_AS_INPUTS else net.weight(0)
+    large = net.op("Resize", value, nothing, nothing, sizes, mode="nearest")
+    net.images.append((net.op("MaxPool", large, kernel_shape=[2, 2], strides=[2, 2]), channels))
 
 
 def _residual(net: Network) -> None:
@@ -192,6 +214,8 @@ def _part(net: Network) -> None:
 
 def _stride(net: Network) -> None:
     value, channels = net.image()
+    if channels < 2:
+        return
     start, end, step = net.rng.choice(((0, channels, 2), (1, channels, 2), (channels - 1, -channels - 1, -1)))
     made = net.op("Slice", value, net.ints(start), net.ints(end), net.ints(1), net.ints(step))
     net.images.append((made, len(range(channels)[start:end:step])))
@@ -223,7 +247,11 @@ def _pooled_row(net: Network) -> None:
     value, channels = net.image()
     row, width = net.row()
     pooled = net.op("GlobalAveragePool", value)
-    flat = net.op(*net.rng.choice((("Flatten", pooled), ("Reshape", pooled, net.ints(0, -1)))))
+    way = net.rng.choice(("Flatten", "Reshape", "ReduceMean"))
+    if way == "ReduceMean" and net.opset < MEANS_OF_INPUTS:
+        flat = net.op("ReduceMean", value, axes=[2, 3], keepdims=0)
+    else:
+        flat = net.op("Flatten", pooled) if way == "Flatten" else net.op("Reshape", pooled, net.ints(0, -1))
     step = net.op("Reshape", net.linear(flat, channels, width), net.ints(-1, 1, width))
     net.rows.append((net.op("Add", row, step), width))
 
@@ -284,7 +312,7 @@ def _recurrent(net: Network) -> None:
 
 MOTIFS: Sequence[Callable[[Network], None]] = (
     _attention, _conv, _conv, _dense, _depthwise, _elementwise, _elementwise, _gate, _gated_dense, _join, _pad, _part,
-    _pick, _pooled_row, _recurrent, _residual, _residual, _shuffle, _stride, _transposed,
+    _pick, _pooled_row, _recurrent, _residual, _residual, _resized, _shuffle, _stride, _transposed,
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import graphopt
 from graphopt import Context, Guarantee, Need, Pass
 from graphopt.data import Dataset, open_data
 from graphopt.passes.analyses.channel_groups import ChannelGroup, channel_groups
-from graphopt.passes.analyses.output_damage import Change, error_weights, tried_of
+from graphopt.passes.analyses.output_damage import Change, error_weights, say_curve, tried_of
 from graphopt.passes.analyses.width_costs import WidthCosts, cost_of_cuts
 from graphopt.passes.lossy.shrinking import shrink
 from graphopt.passes.solvers.allocation import Separable, allocate, allocate_evenly, allowed_widths
@@ -192,16 +192,6 @@ def test_costs_along_one_group_are_those_at_each_of_its_widths() -> None:
     assert 0.6 * count_macs(model) < found.cost <= 0.7 * count_macs(model)
 
 
-def nothing(model: ir.Model, ctx: Context) -> None:
-    """Change nothing."""
-
-
-def scaled(name: str, factor: float, model: ir.Model, ctx: Context) -> None:
-    value = model.graph.initializers[name]
-    assert value.const_value is not None
-    ctx.rewriter.set_weight(value, value.const_value.numpy() * np.float32(factor))
-
-
 @contextmanager
 def judged(original: ir.Model, samples: Dataset) -> Iterator[object]:
     """Judge by how much the weights changed: w1 tells a hundred times as much as the others."""
@@ -226,8 +216,8 @@ def change(name: str, factor: float, ctx: Context, kind: object = None, *, is_tr
     tensor = ctx.model.graph.initializers[name].const_value
     assert tensor is not None
     error = float(np.square(tensor.numpy() * (1 - factor)).sum())
-    make = (lambda model, own: scaled(name, factor, model, own)) if is_tried else None
-    return Change(name, kind or name, error, make)
+    contents = {name: tensor.numpy() * np.float32(factor)} if is_tried else None
+    return Change(name, kind or name, error, contents)
 
 
 def test_weights_are_the_roots_of_measured_over_predicted() -> None:
@@ -249,11 +239,20 @@ def test_changes_that_were_not_tried_stand_between_those_of_their_kind() -> None
 
 def test_a_change_that_does_nothing_or_measures_nothing_has_the_weight_in_the_middle() -> None:
     ctx = prepared()
-    idle = Change("idle", "idle", 1.0, nothing)
+    idle = Change("idle", "idle", 1.0, {})
     found = error_weights(ctx, [change("w2", 0.5, ctx), idle, change("w3", 0.5, ctx)])
     assert found == pytest.approx([1, 1, 1], rel=1e-3)
     assert error_weights(replace(ctx, judge=None), [idle, idle]) == [1.0, 1.0]
     assert error_weights(ctx, []) == []
+
+
+def test_curves_are_said_where_predictions_are_asked_for() -> None:
+    ctx = prepared()
+    node = ctx.model.graph[0]
+    say_curve(ctx, node, {0.5: 0.1})
+    assert not ctx.notes
+    say_curve(replace(ctx, predicts=True), node, {0.5: 0.1})
+    assert [note.facts["error_curve"] for note in ctx.notes] == [{0.5: 0.1}]
 
 
 def test_of_many_changes_some_of_each_kind_are_tried_evenly_spaced() -> None:

@@ -31,6 +31,7 @@ ROOMS = {
         "model_io",
         "normal_form",
         "output_files",
+        "sparse",
         "staged_files",
         "wire",
     ),

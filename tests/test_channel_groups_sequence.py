@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from graphopt.passes.analyses.channel_groups import channel_groups
-
-from .hand_written_groups import MAJOR, MINOR, groups_of, letters, model_of, of_constants, reasons
+from .hand_written_groups import MAJOR, MINOR, groups_of, of_constants
 
 # Channels that are shuffled
 
@@ -145,7 +143,8 @@ def test_queries_keys_and_values_of_one_product() -> None:
 
 GROUPED_QUERIES = """
 attention (float[1,S,6] x) => (float[1,S,6] out)
-<int64[4] apart = {0, 0, 4, 2}, int64[4] keys_apart = {0, 0, 2, 2}, int64[3] joined = {0, 0, 8}, int64[1] axis = {2},
+<int64[4] apart = {0, 0, 4, 2}, int64[4] keys_apart = {0, 0, 2, 2}, int64[3] joined = {0, 0, 8},
+     int64[1] axis = {2},
  int64[5] twice = {1, 1, 2, 1, 1}, int64[4] repeated = {0, 4, -1, 2}> {
   q = MatMul(x, wq)
   qh = Reshape(q, apart)
@@ -191,6 +190,45 @@ def test_numbers_inside_of_heads_of_grouped_queries() -> None:
         {"wk:1": "abab", "wq:1": "abababab"},
         {"wo:0": "abababab", "wv:1": "abab"},
     ]
+
+
+def test_keys_that_are_cached_outside_stay_and_queries_of_each_go() -> None:
+    text = """
+    attention (float[1,S,6] x, float[1,2,P,2] past_keys, float[1,2,P,2] past_values)
+    => (float[1,S,6] out, float[1,2,T,2] keys, float[1,2,T,2] values)
+    <int64[4] apart = {0, 0, 4, 2}, int64[4] keys_apart = {0, 0, 2, 2}, int64[3] joined = {0, 0, 8},
+     int64[1] axis = {2},
+     int64[5] twice = {1, 1, 2, 1, 1}, int64[4] repeated = {0, 4, -1, 2}> {
+      q = MatMul(x, wq)
+      qh = Reshape(q, apart)
+      qt = Transpose<perm = [0, 2, 1, 3]>(qh)
+      k = MatMul(x, wk)
+      kh = Reshape(k, keys_apart)
+      kt = Transpose<perm = [0, 2, 1, 3]>(kh)
+      keys = Concat<axis = 2>(past_keys, kt)
+      k1 = Unsqueeze(keys, axis)
+      k2 = Expand(k1, twice)
+      k4 = Reshape(k2, repeated)
+      kc = Transpose<perm = [0, 1, 3, 2]>(k4)
+      v = MatMul(x, wv)
+      vh = Reshape(v, keys_apart)
+      vt = Transpose<perm = [0, 2, 1, 3]>(vh)
+      values = Concat<axis = 2>(past_values, vt)
+      v1 = Unsqueeze(values, axis)
+      v2 = Expand(v1, twice)
+      v4 = Reshape(v2, repeated)
+      scores = MatMul(qt, kc)
+      weights = Softmax<axis = -1>(scores)
+      heads = MatMul(weights, v4)
+      ht = Transpose<perm = [0, 2, 1, 3]>(heads)
+      row = Reshape(ht, joined)
+      out = MatMul(row, wo)
+    }
+    """
+    for layout in (MAJOR, MINOR):
+        (group,) = of_constants(groups_of(text, GROUPED_WEIGHTS, layout), GROUPED_WEIGHTS)
+        # The first query of each head of keys, or the second.
+        assert group == {"wo:0": "aabbaabb", "wq:1": "aabbaabb"}
 
 
 def test_keys_repeated_by_tile() -> None:
@@ -377,132 +415,3 @@ def test_hidden_units_of_other_recurrent_layers(operator: str, gates: int) -> No
         "w:1": "ab" * gates,
         "y:3": "ab",
     }
-
-
-# Attention in one operator
-
-
-def test_whole_heads_of_an_attention_operator() -> None:
-    text = """
-    attention (float[1,3,4] x) => (float[1,3,4] out) {
-      q = MatMul(x, wq)
-      k = MatMul(x, wk)
-      v = MatMul(x, wv)
-      y = Attention<q_num_heads = 4, kv_num_heads = 2>(q, k, v, mask)
-      out = MatMul(y, wo)
-    }
-    """
-    weights = {"wq": (4, 8), "wk": (4, 4), "wv": (4, 6), "wo": (12, 4), "mask": (1, 4, 3, 3)}
-    for layout in (MAJOR, MINOR):
-        (group,) = of_constants(groups_of(text, weights, layout, opset=23), weights)
-        assert group == {"mask:1": "aabb", "wk:1": "aabb", "wo:0": "aaaaaabbbbbb", "wq:1": "aaaabbbb", "wv:1": "aaabbb"}
-
-
-def test_attention_of_heads_on_an_axis() -> None:
-    text = """
-    attention (float[1,3,4] x) => (float[1,3,4] out)
-    <int64[4] apart = {0, 0, 2, 2}, int64[3] joined = {0, 0, 4}> {
-      q = MatMul(x, wq)
-      qh = Reshape(q, apart)
-      qt = Transpose<perm = [0, 2, 1, 3]>(qh)
-      y = Attention(qt, qt, qt)
-      yt = Transpose<perm = [0, 2, 1, 3]>(y)
-      row = Reshape(yt, joined)
-      out = MatMul(row, wo)
-    }
-    """
-    weights = {"wq": (4, 4), "wo": (4, 4)}
-    for layout in (MAJOR, MINOR):
-        (group,) = of_constants(groups_of(text, weights, layout, opset=23), weights)
-        assert group == {"wo:0": "aabb", "wq:1": "aabb"}
-
-
-def test_whole_heads_of_runtime_attention() -> None:
-    text = """
-    attention (float[1,3,4] x) => (float[1,3,4] out) {
-      q = MatMul(x, wq)
-      k = MatMul(x, wk)
-      v = MatMul(x, wv)
-      y = com.microsoft.MultiHeadAttention<num_heads = 2>(q, k, v, bias)
-      out = MatMul(y, wo)
-    }
-    """
-    weights = {"wq": (4, 4), "wk": (4, 4), "wv": (4, 6), "bias": (14,), "wo": (6, 4)}
-    (group,) = of_constants(groups_of(text, weights), weights)
-    assert group == {
-        "bias:0": "aabbaabbaaabbb",
-        "wk:1": "aabb",
-        "wo:0": "aaabbb",
-        "wq:1": "aabb",
-        "wv:1": "aaabbb",
-    }
-
-
-def test_packed_queries_of_a_grouped_attention_operator() -> None:
-    text = """
-    attention (float[1,3,4] x) => (float[1,3,4] out) <int32[1] lengths = {2}, int32[1] total = {3}> {
-      packed = MatMul(x, w)
-      y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(packed, , , , , lengths, total)
-      out = MatMul(y, wo)
-    }
-    """
-    weights = {"w": (4, 64), "wo": (32, 4)}  # the runtime wants heads of 8 or more
-    (group,) = of_constants(groups_of(text, weights), weights)
-    head = "a" * 8 + "b" * 8
-    assert group == {"w:1": "a" * 16 + "b" * 16 + head * 2, "wo:0": "a" * 16 + "b" * 16}
-
-
-def test_heads_of_queries_of_a_single_head_of_keys_go_one_by_one() -> None:
-    text = """
-    attention (float[1,3,4] x) => (float[1,3,4] out) {
-      q = MatMul(x, wq)
-      k = MatMul(x, wk)
-      y = Attention<q_num_heads = 2, kv_num_heads = 1>(q, k, k)
-      out = MatMul(y, wo)
-    }
-    """
-    weights = {"wq": (4, 4), "wk": (4, 2), "wo": (4, 4)}
-    (group,) = of_constants(groups_of(text, weights, opset=23), weights)
-    assert group == {"wo:0": "aabb", "wq:1": "aabb"}
-
-
-def test_fused_operators_around_attention() -> None:
-    text = """
-    fused (float[1,3,4] x) => (float[1,3,4] out) {
-      inner = MatMul(x, w0)
-      curve = com.microsoft.BiasGelu(inner, b0)
-      back = com.microsoft.FusedMatMul<transB = 1>(curve, w1)
-      sum, , , skip = com.microsoft.SkipLayerNormalization(back, x, scale, shift)
-      out = Add(sum, skip)
-    }
-    """
-    weights = {"w0": (4, 5), "b0": (5,), "w1": (4, 5), "scale": (4,), "shift": (4,)}
-    (group,) = of_constants(groups_of(text, weights), weights)
-    assert group == {"b0:0": "abcde", "w0:1": "abcde", "w1:1": "abcde"}
-
-
-def test_halves_that_a_runtime_gates() -> None:
-    text = """
-    gated (float[1,3,4] x) => (float[1,3,2] out) {
-      both = MatMul(x, w)
-      product = com.microsoft.BiasSplitGelu(both, bias)
-      out = MatMul(product, wd)
-    }
-    """
-    weights = {"w": (4, 6), "bias": (6,), "wd": (3, 2)}
-    model = model_of(text.replace("{\n", "<float[1,3,3] product> {\n", 1), weights)
-    (group,) = channel_groups(model).groups
-    assert of_constants([letters(group)], weights) == [{"bias:0": "abcabc", "w:1": "abcabc", "wd:0": "abc"}]
-
-
-def test_heads_that_do_not_fit_are_left_alone() -> None:
-    text = """
-    attention (float[1,3,4] x) => (float[1,3,4] out) {
-      q = MatMul(x, wq)
-      y = com.microsoft.MultiHeadAttention<num_heads = 3>(q, q, q)
-      out = MatMul(y, wo)
-    }
-    """
-    found = channel_groups(model_of(text, {"wq": (4, 4), "wo": (4, 4)}))
-    assert not found.groups
-    assert "it does not divide into heads" in reasons(found)

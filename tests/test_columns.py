@@ -79,7 +79,7 @@ def test_inputs_without_data_keep_their_weights() -> None:
 def test_each_step_removes_the_unit_without_which_the_rest_does_best(seed: int) -> None:
     x, weight = rows(seed, inputs=8), weight_of(seed, inputs=8)
     units = np.array([0, 1, 2, 3, 0, 1, 2, 3])
-    removal = columns.removal_order([Reader(weight, moment(x), units[None])], 4, damping=LITTLE)
+    removal = columns.removal_order([Reader(weight, moment(x), units[None], damping=LITTLE)], 4)
     gone: list[int] = []
     for unit, error in zip(removal.order, removal.errors[1:], strict=True):
         left = [one for one in range(4) if one not in gone]
@@ -93,7 +93,7 @@ def test_greedy_choice_is_close_to_the_best_of_all_subsets() -> None:
     ratios = []
     for seed in range(20):
         x, weight = rows(seed, inputs=8), weight_of(seed, inputs=8)
-        removal = columns.removal_order([Reader(weight, moment(x), np.arange(8)[None])], 8, most=3, damping=LITTLE)
+        removal = columns.removal_order([Reader(weight, moment(x), np.arange(8)[None], damping=LITTLE)], 8, most=3)
         errors = [
             least_error(x, x @ weight.T, ~np.isin(np.arange(8), gone)) for gone in itertools.combinations(range(8), 3)
         ]
@@ -108,10 +108,10 @@ def test_one_choice_serves_all_readers() -> None:
     small, large = weight_of(0, inputs=5), weight_of(1, inputs=10)
     of_second = np.array([-1, 0, 1, 2, 3, 4, 0, 1, 2, -1])  # units of different widths, and inputs of none
     readers = [
-        Reader(small, moment(first), np.arange(5)[None], importance=2.0),
-        Reader(large, moment(second), of_second[None]),
+        Reader(small, moment(first), np.arange(5)[None], importance=2.0, damping=LITTLE),
+        Reader(large, moment(second), of_second[None], damping=LITTLE),
     ]
-    removal = columns.removal_order(readers, 5, most=2, damping=LITTLE)
+    removal = columns.removal_order(readers, 5, most=2)
     for count in (1, 2):
         gone = removal.order[:count]
         apart = 2 * least_error(first, first @ small.T, ~np.isin(np.arange(5), gone))
@@ -124,7 +124,7 @@ def test_groups_read_inputs_of_their_own() -> None:
     halves = [rows(0, inputs=3), rows(1, inputs=3)]
     moments = np.stack([moment(half) for half in halves])
     weight = weight_of(0, outputs=4, inputs=3)
-    removal = columns.removal_order([Reader(weight, moments, np.tile(np.arange(3), (2, 1)))], 3, damping=LITTLE)
+    removal = columns.removal_order([Reader(weight, moments, np.tile(np.arange(3), (2, 1)), damping=LITTLE)], 3)
     keep = np.ones((2, 3), bool)
     keep[:, removal.order[0]] = False
     found = columns.refitted(weight, moments, keep=keep, damping=LITTLE)

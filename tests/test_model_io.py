@@ -482,12 +482,6 @@ def refuse_training(model: Any) -> None:
     model.training_info.add()
 
 
-def refuse_sparse_initializer(model: Any) -> None:
-    sparse = model.graph.sparse_initializer.add(dims=[4])
-    sparse.values.CopyFrom(numpy_helper.from_array(floats(1), "s"))
-    sparse.indices.CopyFrom(numpy_helper.from_array(np.array([1]), "i"))
-
-
 def refuse_sparse_attribute(model: Any) -> None:
     attribute = model.graph.node[0].attribute.add(name="a", type=onnx.AttributeProto.SPARSE_TENSOR)
     attribute.sparse_tensor.dims.append(1)
@@ -589,7 +583,6 @@ def refuse_unknown_dtype(model: Any) -> None:
 
 REFUSED: list[tuple[Callable[[Any], None], str]] = [
     (refuse_training, "training_info"),
-    (refuse_sparse_initializer, "sparse_initializer"),
     (refuse_sparse_attribute, "Sparse tensors are not supported"),
     (refuse_map_type, "Map types are not supported"),
     (refuse_opaque_type, "opaque_type"),

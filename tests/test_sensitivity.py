@@ -335,3 +335,15 @@ def test_what_a_run_weighs_candidates_by_is_closed_with_it(monkeypatch: pytest.M
 def test_api_is_public() -> None:
     assert graphopt.sensitivity is sensitivity
     assert samples()["labels"].shape == (40,)
+
+
+def test_curves_of_a_pass_that_shares_out_are_shown_and_predictions_are_those_of_the_layer_alone() -> None:
+    spec = "prune:sparsity=0.9:scope=global"
+    found = sensitivity(chain(), spec, data=inputs(), samples=8)
+    assert [len(row.curve) for row in found.rows] == [3, 3]
+    for row in found.rows:
+        assert list(row.curve) == pytest.approx([0.45, 0.9, 0.95])
+        errors = list(row.curve.values())
+        assert errors == sorted(errors)
+    assert all(row.predicted is not None for row in found.rows)
+    assert len(found.as_dict()["layers"][0]["curve"]) == 3

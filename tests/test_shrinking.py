@@ -236,6 +236,34 @@ def test_the_same_places_in_all_heads(body: str) -> None:
     assert dims(model, "wo") == [9, 8]
 
 
+def test_a_computed_shape_is_overwritten_once_for_all_that_read_it() -> None:
+    """Heads go, then places in those that are left: one Where says both to three Reshapes."""
+    model = model_of(COMPUTED)
+    wide = [
+        ("wq", 1),
+        ("bq", 0),
+        ("q0", 2),
+        ("q1", 2),
+        ("wk", 1),
+        ("k1", 2),
+        ("wv", 1),
+        ("v1", 2),
+        ("o2", 2),
+        ("wo", 0),
+    ]
+    apart = [("q2", 2), ("k2", 2), ("v2", 2), ("q", 1), ("k", 1), ("v", 1), ("a0", 1), ("a1", 1), ("a", 1), ("o0", 1)]
+    heads = by_hand(model, 3, dict.fromkeys(wide, np.repeat(np.arange(3), 4)) | dict.fromkeys([*apart, ("o1", 2)]))
+    model = check_removal(model, {heads: removed(3, 1)}, feed_of(model, B=2, S=5))
+    shapes.infer_shapes(model)
+    places = np.tile(np.arange(4), 2)
+    inside = [("q2", 3), ("k2", 3), ("v2", 3), ("q", 3), ("k", 2), ("v", 3), ("o0", 3), ("o1", 3)]
+    both = by_hand(model, 4, dict.fromkeys(wide, places) | dict.fromkeys(inside))
+    check_removal(model, {both: removed(4, 0)}, feed_of(model, B=2, S=5))
+    readers = [[use.node.op_type for use in node.outputs[0].uses()] for node in model.graph if node.op_type == "Where"]
+    assert ["Reshape"] * 3 in readers
+    assert all("Where" not in read for read in readers)
+
+
 @pytest.mark.parametrize("side", ["major", "minor"])
 def test_attention_operator_keeps_its_scale(side: str) -> None:
     """Two heads of keys serve four of queries; the scale would follow the width of a head."""

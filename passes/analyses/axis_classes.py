@@ -51,10 +51,26 @@ class _Alike:
         self.order: dict[Axis, int] = {axis: turn for turn, axis in enumerate(graph.nodes)}
         self.first: dict[Axis, Axis] = {}
         self.members: dict[Axis, list[Axis]] = {}
+        self._collect(graph)
+        while alike_parts := list(_equal_parts(emit.splits, self.first)):
+            graph.add_edges_from(alike_parts)
+            self._collect(graph)
+
+    def _collect(self, graph: nx.Graph) -> None:
+        self.members.clear()
         for axes in nx.connected_components(graph):
             members = sorted(axes, key=self.order.__getitem__)
             self.members[members[0]] = members
             self.first.update(dict.fromkeys(members, members[0]))
+
+
+def _equal_parts(splits: Sequence[Split], first: Mapping[Axis, Axis]) -> Iterable[tuple[Axis, Axis]]:
+    """Yield parts that are the same, not known as such: what is the same, split into as many elements at two places."""
+    known: dict[tuple[Axis, tuple[int, ...]], Split] = {}
+    for split in splits:
+        lengths = tuple(_static(part) for part in split.parts)
+        like = known.setdefault((first[split.whole], lengths), split)
+        yield from ((a, b) for a, b in zip(like.parts, split.parts, strict=True) if first[a] != first[b])
 
 
 def _named(emit: Emit) -> Iterable[Axis]:
@@ -93,7 +109,7 @@ def _choose_sides(
             if lengths[index] > 1 and alike.first[part] not in frozen and alike.first[split.whole] not in frozen
         ]
         preferred = [index for index in open_parts if alike.first[split.parts[index]] in cut] or open_parts
-        side = layout.splits if split.kind == "splits" else layout.convolutions
+        side = _side(split, layout)
         chosen = (preferred[0] if side is Side.MAJOR else preferred[-1]) if preferred else None
         for index, part in enumerate(split.parts):
             if index != chosen and lengths[index] > 1:
@@ -110,6 +126,16 @@ def _choose_sides(
         cut.add(alike.first[split.parts[chosen]])
         ties.append(Tie(split.whole, split.parts[chosen], None, _number_of_part(lengths, chosen)))
     return ties, freezes
+
+
+def _side(split: Split, layout: Layout) -> Side:
+    match split.kind:
+        case "splits":
+            return layout.splits
+        case "convolutions":
+            return layout.convolutions
+        case "heads":
+            return Side.MAJOR
 
 
 def _hold(splits: Sequence[Split], alike: _Alike, frozen: set[Axis]) -> None:

@@ -7,14 +7,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from graphopt.backend import Array
-
 from .axis_ties import Axis, AxisRule, Emit, NodeAxes, length_of
 
 _INSIDE = "it lies inside of the heads of an attention operator"
 _ALONG = "an attention operator goes along it"
 _ROTATED = "it lies inside of the heads of a rotary embedding"
-_SINGLE = "it is the one head of keys or values that all queries read"
 _UNEVEN = "it does not divide into heads"
 _MICROSOFT = "com.microsoft"
 
@@ -22,8 +19,8 @@ _MICROSOFT = "com.microsoft"
 class _Heads:
     """The heads of an attention operator: a head of keys and values goes with those of queries that read it.
 
-    Where there is a single one for all queries (Shazeer, Fast Transformer Decoding, 2019), it stays, and heads of
-    queries go one by one.
+    Where heads of keys cannot go, as when there is a single one for all queries (Shazeer, Fast Transformer Decoding,
+    2019), of the queries of each as many go.
 
     Args:
         query: How many heads the queries have.
@@ -36,13 +33,11 @@ class _Heads:
         if not query or not key or query % key:
             raise ValueError(f"{query} heads of queries for {key} of keys")
         self.query, self.emit, self.inside = query, emit, inside
-        self.count = key if key > 1 else query
-        self.axis = emit.between(self.count)
+        self.by_count = {key: emit.between(key)}
+        if query != key:
+            self.by_count[query] = emit.between(query)
+            emit.split(self.by_count[query], [self.by_count[key], emit.between(query // key)], "heads")
         self.tied: set[Axis] = set()
-
-    def numbers(self, length: int, heads: int) -> Array:
-        """Return for each of so many elements in a row of heads which head of those that can go it goes with."""
-        return np.arange(length) // (length // heads) // (heads // self.count)
 
     def tie(self, axis: Axis, heads: int) -> None:
         """Tie an axis along which so many heads lie one behind the other."""
@@ -50,11 +45,25 @@ class _Heads:
         length = length_of(axis)
         if length is None or length % heads:
             self.emit.freeze(axis, _UNEVEN)
-            self.emit.freeze(self.axis, _UNEVEN)
-        elif heads < self.count:
-            self.emit.freeze(axis, _SINGLE)
+            self.freeze(_UNEVEN)
+        elif length == heads:
+            self.emit.tie(axis, self.by_count[heads])
         else:
-            self.emit.tie(axis, self.axis, None, self.numbers(length, heads))
+            # Said as a split, it is the same as that of a Reshape before or behind it.
+            within = self.emit.between(length // heads)
+            self.emit.freeze(within, self.inside)
+            self.emit.split(axis, [self.by_count[heads], within], "heads")
+
+    def tie_elements(self, axis: Axis, start: int, length: int, heads: int) -> None:
+        """Tie so many elements of an axis, along which so many heads lie one behind the other."""
+        self.tied.add(axis)
+        places = np.arange(length)
+        self.emit.tie(axis, self.by_count[heads], start + places, places // (length // heads))
+
+    def freeze(self, reason: str) -> None:
+        """Freeze all heads."""
+        for axis in self.by_count.values():
+            self.emit.freeze(axis, reason)
 
     def tie_tensor(self, node: NodeAxes, index: int, heads: int, *, output: bool = False) -> None:
         """Tie what is [batch, rows, heads · size] or [batch, heads, rows, size], if it is there."""
@@ -136,15 +145,10 @@ def _tie_packed(heads: _Heads, axis: Axis, counts: list[int], widths: list[int |
     known = [width for width in widths if width]
     if len(known) < len(widths) or any(width % count for width, count in zip(known, counts, strict=True)):
         heads.emit.freeze(axis, _UNEVEN)
-        return heads.emit.freeze(heads.axis, _UNEVEN)
-    heads.tied.add(axis)
+        return heads.freeze(_UNEVEN)
     start = 0
     for width, count in zip(known, counts, strict=True):
-        places = np.arange(start, start + width)
-        if count < heads.count:
-            heads.emit.freeze(axis, _SINGLE, places)
-        else:
-            heads.emit.tie(axis, heads.axis, places, heads.numbers(width, count))
+        heads.tie_elements(axis, start, width, count)
         start += width
     return None
 
@@ -184,12 +188,12 @@ def packed_attention(node: NodeAxes, emit: Emit) -> None:
             _tie_packed(heads, node.input(index, axis), [count] * 3, widths)
     if node.has(4):
         emit.freeze_value(node.node.inputs[4], _INSIDE)
-        emit.freeze(heads.axis, _INSIDE)
+        heads.freeze(_INSIDE)
     heads.tie_scores(node, 5)
     heads.tie_tensor(node, 0, count, output=True)
     if node.gives(1):
         emit.freeze_value(node.node.outputs[1], _INSIDE)
-        emit.freeze(heads.axis, _INSIDE)
+        heads.freeze(_INSIDE)
     heads.tied |= {node.input(0, -1), node.input(1, 0)}
     heads.freeze_others(node)
 

@@ -64,15 +64,15 @@ def expand(node: NodeAxes, emit: Emit) -> None:
 def tile(node: NodeAxes, emit: Emit) -> None:
     """Each repeat of an element goes with it; repeats of a single one are as free as their number."""
     data, result = _given(node, 0), node.node.outputs[0]
-    for axis in _axes(data):
-        length, repeated = length_of(axis), length_of(Axis(result, axis.axis))
-        if length is None or repeated is None or not length:
+    times = node.sizes(1)
+    for place, axis in enumerate(_axes(data)):
+        repeated, length = Axis(result, place), length_of(axis)
+        count = times[place] if times is not None else None
+        if length is None or not isinstance(count, int):
             emit.freeze(axis, _OF_UNKNOWN_SIZE)
-            emit.freeze(Axis(result, axis.axis), _OF_UNKNOWN_SIZE)
+            emit.freeze(repeated, _OF_UNKNOWN_SIZE)
         elif length > 1:
-            emit.tie(Axis(result, axis.axis), axis, None, np.arange(repeated) % length)
-        elif size_origins(node.node.inputs[1]) is None:
-            emit.freeze(Axis(result, axis.axis), _COMPUTED)
+            emit.tie(repeated, axis, None, np.arange(length * count) % length)
 
 
 def tie_reshaped(data: ir.Value, result: ir.Value, emit: Emit) -> None:

@@ -27,8 +27,9 @@ shrink by itself, which holds for an axis that comes from a constant the shrinki
 - ``emit.split(whole, parts, kind)``: one axis is several in one (``whole[i * len(parts[1]) + j]`` is ``parts[0][i]``,
   ``parts[1][j]``; any number of parts, outermost first). One of the parts is cut, and tied to the whole; the others are
   frozen. Which one: of those with more than one element that nothing else freezes, the first where the `Layout` says
-  MAJOR for this kind of site, the last where it says MINOR; but a part cut at an earlier site comes first. A symbolic
-  part freezes all the others; parts of length 1 do not count, and one part alone is a plain tie.
+  MAJOR for this kind of site, the last where it says MINOR (of heads always the first); but a part cut at an earlier
+  site comes first. A symbolic part freezes all the others; parts of length 1 do not count, and one part alone is a
+  plain tie.
 - ``emit.between(length)``: an axis of no tensor, to say a relation by way of it: a Reshape [a, b] to [c, d] is two
   splits of one axis of a · b elements.
 """
@@ -48,7 +49,7 @@ from graphopt.backend import Array
 from graphopt.shape_facts import Call
 from graphopt.value_records import fact_of
 
-SplitKind: TypeAlias = Literal["splits", "convolutions"]
+SplitKind: TypeAlias = Literal["splits", "convolutions", "heads"]
 
 
 class Axis(NamedTuple):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import BackendError
@@ -32,13 +34,13 @@ class Change:
         name: The layer or group, as users call it.
         kind: What changes of the same kind are expected to do alike, such as an operator and its sizes.
         predicted: The error expected of it, as a share of the power of what it changes.
-        make: Makes it in a copy of the model, through the context it is given; None of one that is not tried.
+        contents: What constants of the model hold then, by name, each in its own shape; None of one that is not tried.
     """
 
     name: str
     kind: Hashable
     predicted: float
-    make: Callable[[ir.Model, Context], None] | None
+    contents: Mapping[str, Array] | None
 
 
 def tried_of(kinds: Sequence[Hashable], most: int = _MOST_TRIED) -> list[int]:
@@ -81,21 +83,42 @@ def error_weights(ctx: Context, changes: Sequence[Change]) -> list[float]:
     samples = ctx.data.sample(_SAMPLES, ctx.seed)
     with ctx.judge(ctx.model.clone(), samples) as judge:
         for index, change in enumerate(changes):
-            if change.make is None or not change.predicted > 0:
+            if change.contents is None or not change.predicted > 0:
                 continue
-            candidate = ctx.attempt(change.make)
+            candidate = ctx.attempt(partial(_put, change.contents))
             try:
                 measured = judge(candidate.model).divergence if candidate.edits else np.nan
             except BackendError:
                 measured = np.nan
             ratios[index] = measured / change.predicted
-    tried = sum(change.make is not None for change in changes)
+    tried = sum(change.contents is not None for change in changes)
     if tried < len(changes):
         ctx.note(
             f"{tried} of {len(changes)} layers tried alone; the others count as those of their kind",
             tried=tried,
         )
     return list(_weights(ratios, [change.kind for change in changes]))
+
+
+def say_curve(ctx: Context, node: ir.Node, errors: Mapping[float, float]) -> None:
+    """Say, where predictions are asked for, what a layer is expected to lose of its outputs by what goes of it.
+
+    Args:
+        ctx: Where it is said.
+        node: The layer, or the first that makes the channels of a group.
+        errors: The share of its outputs that is noise, by the share of it that is gone.
+    """
+    if ctx.predicts:
+        ctx.note("error curve", node, error_curve=dict(errors))
+
+
+def _put(contents: Mapping[str, Array], model: ir.Model, ctx: Context) -> None:
+    """Let constants of a copy of the model, by name, hold something else."""
+    made = (value for node in walk.every_node(model) for value in node.outputs)
+    with ctx.rewriter.edit("try"):
+        for value in [*walk.initializers(model), *made]:
+            if (content := contents.get(value.name or "")) is not None:
+                ctx.rewriter.set_weight(value, content)
 
 
 def _weights(ratios: Array, kinds: Sequence[Hashable]) -> Array:

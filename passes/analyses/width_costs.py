@@ -75,7 +75,7 @@ class WidthCosts:
 
     def at(self, kept: Sequence[float]) -> float:
         """Return what the model costs where groups keep so many units."""
-        return self._fixed + sum(_value(term, kept) for term in self._terms)
+        return self._fixed + float(sum(_value(term, kept) for term in self._terms))
 
     def along(self, item: int, levels: Sequence[int]) -> Array:
         """Return what the model costs at each level of one group, the others where they are: [levels]."""

@@ -30,10 +30,10 @@ class SplitSlices(Pass):
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Look at each value once, by its Slices within its own graph."""
         for graph in list(walk.every_graph(model)):
-            for value, cuts in _cuts_by_value(graph).items():
+            for cuts in _cuts_by_value(graph).values():
                 pieces = _tiling(cuts)
                 if pieces:
-                    _split(value, pieces, walk.opset(model), ctx)
+                    _split(pieces, walk.opset(model), ctx)
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ def _tiling(cuts: Sequence[_Cut]) -> list[_Cut]:
     return []
 
 
-def _split(value: ir.Value, pieces: Sequence[_Cut], opset: int, ctx: Context) -> None:
+def _split(pieces: Sequence[_Cut], opset: int, ctx: Context) -> None:
     nodes = [piece.node for piece in pieces]
+    value = nodes[0].inputs[0]  # by now maybe a piece of a Split itself
     first = min(pieces, key=lambda piece: piece.order).node
     with ctx.rewriter.edit("split", *nodes):
         split = make_split(value, pieces[0].axis, [piece.end - piece.start for piece in pieces], opset, nodes, ctx)

@@ -1,4 +1,4 @@
-"""Which residual blocks to remove: by what the outputs lose, measured, or by how little a block changes what it reads."""
+"""Which residual blocks to remove: by what the outputs lose, measured, or by how far each turns what it reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def choose_measured(
     Returns:
         Indices of blocks, first the first one to go; the divergence without them; and how many models were tried.
     """
-    assert ctx.judge is not None and ctx.data is not None, "whoever asks has a judge and samples"
+    assert ctx.judge is not None, "whoever asks has a judge"
+    assert ctx.data is not None, "whoever asks has samples"
     chosen: list[int] = []
     reached, tried = 0.0, 0
     costs, totals, known_at = np.full(len(blocks), -np.inf), np.zeros(len(blocks)), np.full(len(blocks), -1)

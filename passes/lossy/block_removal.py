@@ -12,9 +12,10 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.statistics import Moments
 
-from ..analyses.linear_layers import linear_layers, readers_elsewhere
+from ..analyses.linear_layers import linear_layers
 from ..analyses.residual_blocks import ResidualBlock
 from .prune_aims import Aims
+from .solved_layers import solve_anew
 
 _RULE = "remove block"
 
@@ -56,33 +57,13 @@ def remove_blocks(blocks: Sequence[ResidualBlock], constants: Mapping[ResidualBl
 def refit_behind(blocks: Sequence[ResidualBlock], aims: Aims, ctx: Context) -> int:
     """Solve the layers behind the first of some removed blocks anew, by least squares; return how many that were.
 
-    Each is to give what it gave in the model as it was, and the last layer of a residual block what makes the sum
-    what it was (He et al., Channel Pruning for Accelerating Very Deep Neural Networks, 2017).
-
     Args:
         blocks: The blocks, removed by now.
         aims: Opened before they were.
         ctx: Where edits are made.
     """
-    every, solved = linear_layers(ctx.model), 0
     behind = _nodes_behind([block.total for block in blocks], ctx.model)
-    for layer in every:
-        if layer.node not in behind or layer.weight.is_graph_output() or readers_elsewhere(layer, every):
-            continue
-        if sum(other.weight is layer.weight for other in every) > 1 or _is_scaled(layer.node):
-            continue
-        aim = aims.of(layer)
-        if aim is None:
-            continue
-        stored = layer.from_matrix(aim.weight)
-        if not np.isfinite(stored.astype(np.float32)).all():
-            continue
-        with ctx.rewriter.edit("refit", layer.node):
-            ctx.rewriter.set_weight(layer.weight, stored)
-            if aim.bias is not None:
-                aim.bias.shift(aim.shift(aim.weight), ctx)
-        solved += 1
-    return solved
+    return solve_anew([layer for layer in linear_layers(ctx.model) if layer.node in behind], aims, ctx)
 
 
 def drop_empty_sums(blocks: Sequence[ResidualBlock], ctx: Context) -> None:
@@ -110,10 +91,6 @@ def _nodes_behind(starts: Sequence[ir.Node], model: ir.Model) -> Collection[ir.N
         if any(value.producer() in found for value in walk.values_read(node)):
             found.add(node)
     return found
-
-
-def _is_scaled(node: ir.Node) -> bool:
-    return node.op_type == "Gemm" and node.attributes.get_float("alpha", 1.0) != 1.0
 
 
 def _sweep(node: ir.Node, ctx: Context) -> None:

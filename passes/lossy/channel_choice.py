@@ -15,7 +15,7 @@ from ..analyses.channel_groups import ChannelGroup, input_axis, is_matrix, outpu
 from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import group_count, inputs_of
 from ..solvers import columns
-from ..solvers.objective import output_error
+from ..solvers.objective import by_group, output_error
 
 Criterion = Literal["l1", "l2", "variance", "obs"]
 # Criteria that look at what layers read.
@@ -84,7 +84,7 @@ def order_by_variance(group: ChannelGroup, covariances: Mapping[LinearLayer, Arr
     return np.argsort(scores, kind="stable")
 
 
-def as_reader(group: ChannelGroup, layer: LinearLayer, weight: Array, moment: Array) -> columns.Reader:
+def as_reader(group: ChannelGroup, layer: LinearLayer, weight: Array, moment: Array, rows: int) -> columns.Reader:
     """Return a layer for the solver; its errors count against the power of what it gives.
 
     Args:
@@ -92,11 +92,16 @@ def as_reader(group: ChannelGroup, layer: LinearLayer, weight: Array, moment: Ar
         layer: A layer that reads it.
         weight: [outputs, inputs].
         moment: [groups, inputs, inputs], around the mean where a bias takes the mean.
+        rows: How many rows that was taken over.
     """
     units = read_units(group, layer)
     assert units is not None, "the layer reads the group"
-    power = output_error(weight.astype(np.float32), moment)
-    return columns.Reader(weight, moment, units, 1.0 / power if power > 0 else 1.0)
+    damping = columns.damping_for(moment, rows)
+    # Damping is as if there was more of each input than was seen, which counts on both sides.
+    ridge = damping * np.trace(moment, axis1=1, axis2=2).astype(np.float64) / moment.shape[2]
+    squares = np.square(by_group(weight, moment), dtype=np.float64).sum(axis=(1, 2))
+    power = output_error(weight.astype(np.float32), moment) + float(ridge @ squares)
+    return columns.Reader(weight, moment, units, 1.0 / power if power > 0 else 1.0, damping)
 
 
 def zeroed(group: ChannelGroup, kept: Array) -> dict[ir.Value, Array]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -14,13 +13,16 @@ from graphopt.backend import Array
 
 from ..analyses.channel_groups import ChannelGroup
 from ..analyses.linear_layers import LinearLayer
-from ..analyses.output_damage import Change, error_weights
+from ..analyses.output_damage import Change, error_weights, say_curve, tried_of
 from ..solvers import columns
 from .channel_choice import as_reader, kept_units, read_units, true_readers, zeroed
-from .channel_sweep import DAMPING, bias_content, bias_of_layer
+from .channel_sweep import bias_content, bias_of_layer
 from .layer_bias import LayerBias
 from .layer_targets import rows_per_sample
 from .sequential_moments import Moments, SequentialMoments
+
+# A layer that has lost this share of what it gives has lost all.
+_MOST_LOST = 0.999
 
 
 def error_curves(
@@ -28,8 +30,8 @@ def error_curves(
 ) -> list[Array]:
     """Return what the outputs are expected to lose where one group alone has each of its widths.
 
-    The shape of a curve is that of the errors which the kept weights of its readers cannot make up for, as shares of
-    the power of what these give; its height follows what the outputs were seen to lose at one of the widths.
+    The shape of a curve is that of the errors which the kept weights of its readers cannot make up for, against what
+    is left of what these give; its height follows what the outputs were seen to lose at one of the widths.
 
     Args:
         groups: The groups.
@@ -44,27 +46,27 @@ def error_curves(
     curves: dict[ChannelGroup, Array] = {}
 
     changes = []
+    readers_of = {group: true_readers(group) for group in groups}
+    kinds = {group: (group.size, *((one.node.op_type, one.dims) for one in readers_of[group])) for group in groups}
+    tried = {groups[place] for place in tried_of([kinds[group] for group in groups])}
     for group, seen in _readers(groups, ctx):
         own, level = plans[group]
-        readers = [as_reader(group, layer, layer.matrix(), _moment(layer, seen[layer], ctx)) for layer in seen]
-        removal = columns.removal_order(readers, group.size, most=group.size - own[-1], damping=DAMPING)
-        curves[group] = removal.errors[[group.size - width for width in own]]
+        readers = [
+            as_reader(group, layer, layer.matrix(), _moment(layer, moments, ctx), moments.rows)
+            for layer, moments in seen.items()
+        ]
+        removal = columns.removal_order(readers, group.size, most=group.size - own[-1])
+        curves[group] = _as_noise(removal.errors[[group.size - width for width in own]] / len(readers))
         kept = kept_units(group.size, removal.order, own[level])
-        kind = group.size, *((layer.node.op_type, layer.dims) for layer in seen)
-        made = partial(_put, {value.name or "": array for value, array in _without(group, kept, seen, ctx).items()})
-        changes.append(Change(group.name, kind, float(curves[group][level]), made))
+        contents = None
+        if group in tried:
+            contents = {value.name or "": array for value, array in _without(group, kept, seen, ctx).items()}
+        changes.append(Change(group.name, kinds[group], float(curves[group][level]), contents))
+        first = (group.writers or group.readers)[0].node
+        say_curve(ctx, first, {1 - width / group.size: float(e) for width, e in zip(own, curves[group], strict=True)})
     scales = error_weights(ctx, changes)
     found = {group: curve * scale for (group, curve), scale in zip(curves.items(), scales, strict=True)}
     return [found.get(group, _unknown(len(own))) for group, own in zip(groups, widths, strict=True)]
-
-
-def _put(contents: Mapping[str, Array], model: ir.Model, ctx: Context) -> None:
-    """Let constants of a copy of the model, by name, hold something else."""
-    made = (value for node in model.graph for value in node.outputs)
-    with ctx.rewriter.edit("try"):
-        for value in [*walk.initializers(model), *made]:
-            if (content := contents.get(value.name or "")) is not None:
-                ctx.rewriter.set_weight(value, content)
 
 
 def _readers(
@@ -100,7 +102,9 @@ def _without(
         assert units is not None, "the layer reads the group"
         weight = layer.matrix().astype(np.float64)
         keep = np.append(kept, True)[units]
-        new = columns.refitted(weight, _moment(layer, moments, ctx), keep=keep, damping=DAMPING)
+        moment = _moment(layer, moments, ctx)
+        damping = columns.damping_for(moment, moments.rows)
+        new = columns.refitted(weight, moment, keep=keep, damping=damping)
         found[layer.weight] = layer.from_matrix(new)
         bias = bias_of_layer(layer, ctx)
         if bias is None or bias.stored is None or len(bias.stored.uses()) > 1:
@@ -117,6 +121,15 @@ def _moment(layer: LinearLayer, moments: Moments, ctx: Context) -> Array:
     """Return H, around the mean where a bias takes the mean."""
     bias = bias_of_layer(layer, ctx)
     return moments.covariance if isinstance(bias, LayerBias) else moments.second
+
+
+def _as_noise(errors: Array) -> Array:
+    """Return what is lost against what is left, of what is lost as a share of the whole.
+
+    The last channels take little more with them than those before, but without them all is noise.
+    """
+    lost = np.minimum(errors, _MOST_LOST)
+    return np.asarray(lost / (1.0 - lost))
 
 
 def _unknown(levels: int) -> Array:

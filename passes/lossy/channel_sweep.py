@@ -16,6 +16,7 @@ from ..analyses.channel_groups import ChannelGroup
 from ..analyses.linear_layers import LinearLayer, linear_layers, readers_elsewhere
 from ..analyses.second_moments import group_count, inputs_of
 from ..solvers import columns
+from ..solvers.objective import output_error
 from .channel_choice import (
     Criterion,
     as_reader,
@@ -28,10 +29,13 @@ from .channel_choice import (
 )
 from .layer_bias import LayerBias, bias_of
 from .layer_targets import LayerTargets, Residual, Target
-from .sequential_moments import SequentialMoments
+from .sequential_moments import Moments, SequentialMoments
 
-# Of millions of rows, least squares need but little help where inputs all but repeat each other.
-DAMPING = 1e-3
+# Shares of the mean of H's diagonal tried as ridge: with thousands of samples the least is best, with dozens more.
+_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+# Of a layer with more inputs, each try takes seconds: two must do.
+_MANY_INPUTS = 2500
+_FEW_DAMPINGS = (1e-2, 1e-1)
 
 
 class ChannelSweep:
@@ -99,7 +103,9 @@ class ChannelSweep:
         """Write the weights and the bias that do best."""
         weight = layer.matrix().astype(np.float64)
         moment, cross = _around(target, bias)
-        new = columns.refitted(weight, moment, keep=keep, cross=cross, damping=DAMPING)
+        new = columns.refitted(
+            weight, moment, keep=keep, cross=cross, damping=_best_damping(weight, target, keep, bias)
+        )
         self._known.pop(layer.node, None)
         with np.errstate(over="ignore"):
             stored = layer.from_matrix(new)
@@ -145,25 +151,26 @@ class ChannelSweep:
                 keep = self._kept_inputs(layer)
                 moment, cross = _around(target, bias)
                 moment = moment * (keep[:, :, None] & keep[:, None, :])
-                weight = columns.refitted(layer.matrix(), moment, keep=keep, cross=cross, damping=DAMPING)
-                readers.append(as_reader(group, layer, weight, moment))
-        for layer, covariance in self._ahead(later).items():
-            covariances[layer] = covariance
-            readers.append(as_reader(group, layer, layer.matrix(), covariance))
+                damping = columns.damping_for(moment, target.rows)
+                weight = columns.refitted(layer.matrix(), moment, keep=keep, cross=cross, damping=damping)
+                readers.append(as_reader(group, layer, weight, moment, target.rows))
+        for layer, known in self._ahead(later).items():
+            covariances[layer] = known.covariance
+            readers.append(as_reader(group, layer, layer.matrix(), known.covariance, known.rows))
         if self._criterion == "variance":
             return order_by_variance(group, covariances)
         most = group.size - self._widths[group]
-        return columns.removal_order(readers, group.size, most=most, damping=DAMPING).order
+        return columns.removal_order(readers, group.size, most=most).order
 
-    def _ahead(self, layers: Sequence[LinearLayer]) -> dict[LinearLayer, Array]:
-        """Return the covariance of what layers read that come after others still to be solved."""
-        found: dict[LinearLayer, Array] = {}
+    def _ahead(self, layers: Sequence[LinearLayer]) -> dict[LinearLayer, Moments]:
+        """Return the moments of what layers read that come after others still to be solved."""
+        found: dict[LinearLayer, Moments] = {}
         if layers:
             with SequentialMoments(self._ctx, compare=False) as moments:
                 for layer in layers:
                     known = moments.of(layer, layer.input.name or "")
                     if known is not None:
-                        found[layer] = known.covariance
+                        found[layer] = known
         return found
 
     def _target(self, layer: LinearLayer) -> Target | None:
@@ -236,6 +243,22 @@ def _around(target: Target, bias: LayerBias | None) -> tuple[Array, Array]:
     if bias is None:
         return target.second, target.cross
     return target.covariance, target.cross_covariance
+
+
+def _best_damping(weight: Array, target: Target, keep: Array, bias: LayerBias | None) -> float:
+    """Return the ridge with which what is solved on half of the rows does best on the other half."""
+    usual = columns.damping_for(target.covariance, target.rows)
+    if len(target.halves) < 2:
+        return usual
+    (moment, cross), (others, other_cross) = (_around(half, bias) for half in target.halves)
+    best, least = usual, np.inf
+    for damping in _DAMPINGS if weight.shape[1] <= _MANY_INPUTS else _FEW_DAMPINGS:
+        new = columns.refitted(weight, moment, keep=keep, cross=cross, damping=damping)
+        # E|y − Ŵ x̂|² but for E|y|², which is the same for all.
+        error = output_error(new, others.astype(np.float64)) - 2 * float(np.vdot(new, other_cross))
+        if error < least:
+            best, least = damping, error
+    return best
 
 
 def _products(weight: Array, mean: Array) -> Array:

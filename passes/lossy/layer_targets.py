@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,7 +17,7 @@ from graphopt.backend import Array
 
 from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, output_rows, takes_rows
-from ..analyses.linear_layers import LinearLayer
+from ..analyses.linear_layers import LinearLayer, linear_layers
 from ..analyses.second_moments import group_count, inputs_of
 
 # Rows looked at of all samples together, where these have so many: of one image they are much alike, so that as many
@@ -51,6 +51,9 @@ class Target:
         mean: E[x̂], float64 [groups, inputs].
         wanted: E[y], float64 [outputs].
         with_bias: Whether the layer's bias is part of y.
+        rows: How many rows these are of.
+        halves: The problems of every other batch, and of those between, where there are both: what is solved on one
+            can be judged by the other.
     """
 
     second: Array
@@ -60,6 +63,8 @@ class Target:
     mean: Array
     wanted: Array
     with_bias: bool
+    rows: int
+    halves: tuple[Target, ...] = ()
 
 
 def rows_per_sample(samples: int, inputs: int = 0) -> int:
@@ -81,6 +86,9 @@ class LayerTargets:
         assert ctx.data is not None, "the pass did not declare that it needs calibration data"
         self._graph, self._samples = ctx.model.graph, max(len(ctx.data), 1)
         copy = ctx.model.clone()
+        # Weights of the copy stay what they were, whatever becomes of the model's.
+        self._were = {now.node: was for now, was in zip(linear_layers(ctx.model), linear_layers(copy), strict=True)}
+        self._cuts: Mapping[tuple[str, int], Array] = {}
         self._values = {value.name or "": value for value in copy.graph.inputs}
         self._values.update({value.name or "": value for node in copy.graph for value in node.outputs})
         with ExitStack() as stack:
@@ -99,36 +107,53 @@ class LayerTargets:
             layer: A layer that is seen, as the model now has it.
             residual: The sum to restore, or None to restore the layer's own output.
         """
-        found = _Sums()
+        halves, was = (_Sums(), _Sums()), self._were.get(layer.node, layer)
+        if group_count(was) != group_count(layer):
+            return None
         if residual is not None:
-            for rows, targets in self._of_sum(layer, residual):
-                found.update(rows, targets)
-            return found.target(with_bias=True) if found.is_known else None
-        weight = layer.matrix().astype(np.float64)
-        groups, inputs = group_count(layer), inputs_of(layer)
+            for turn, (rows, targets) in enumerate(self._of_sum(layer, residual)):
+                halves[turn % 2].update(rows, targets)
+            return _whole(halves, [half.target(with_bias=True) for half in halves if half.is_known])
+        weight = self._taken(was.matrix().astype(np.float64), was.node.outputs[0], _channel_axis(was), 0)
+        groups, inputs = group_count(was), inputs_of(was)
         by_group = weight.reshape(groups, -1, inputs)
         # Of two ways to the same, the one with fewer products.
         of_outputs = by_group.shape[1] < inputs
         single = by_group.astype(np.float32)
-        for rows, were in self._of_inputs(layer):
-            found.update(rows, were @ single.transpose(0, 2, 1) if of_outputs else were)
-        if not found.is_known:
-            return None
-        return found.target(with_bias=False, through=None if of_outputs else by_group)
+        for turn, (rows, were) in enumerate(self._of_inputs(layer, was)):
+            halves[turn % 2].update(rows, were @ single.transpose(0, 2, 1) if of_outputs else were)
+        through = None if of_outputs else by_group
+        return _whole(halves, [half.target(with_bias=False, through=through) for half in halves if half.is_known])
 
     def _of_sum(self, layer: LinearLayer, residual: Residual) -> Iterator[tuple[Array, Array]]:
         limit = self._limit(layer)
         sums = self._before.batches(self._values[residual.total.name or ""])
         for (x, other), (total,) in zip(self._now.batches(layer.input, residual.other), sums, strict=True):
             rows = layer_rows(layer, x, limit=limit)
-            targets = output_rows(layer, np.subtract(total, other), limit=limit)
+            axis = _channel_axis(layer)
+            wanted = self._taken(total, residual.total, axis, axis)
+            targets = output_rows(layer, np.subtract(wanted, other), limit=limit)
             yield rows, targets.reshape(len(targets), len(rows), -1).transpose(1, 0, 2)
 
-    def _of_inputs(self, layer: LinearLayer) -> Iterator[tuple[Array, Array]]:
+    def _of_inputs(self, layer: LinearLayer, was: LinearLayer) -> Iterator[tuple[Array, Array]]:
         limit = self._limit(layer)
-        were = self._before.batches(self._values[layer.input.name or ""])
-        for (x,), (was,) in zip(self._now.batches(layer.input), were, strict=True):
-            yield layer_rows(layer, x, limit=limit), layer_rows(layer, was, limit=limit)
+        were = self._before.batches(was.input)
+        for (x,), (old,) in zip(self._now.batches(layer.input), were, strict=True):
+            yield layer_rows(layer, x, limit=limit), layer_rows(was, old, limit=limit)
+
+    def narrow(self, kept: Mapping[tuple[str, int], Array]) -> None:
+        """Take note that channels are gone from the model by now, so that layers are to give only what is left.
+
+        Args:
+            kept: By name and axis of values, axes counted from the front: bool [their length before].
+        """
+        self._cuts = kept
+
+    def _taken(self, array: Array, value: ir.Value, axis: int, along: int) -> Array:
+        """Return what is left of an array along one of its axes, which is an axis of a value, from either end."""
+        rank = len(value.shape) if value.shape is not None else 0
+        kept = self._cuts.get((value.name or "", axis % max(rank, 1)))
+        return array if kept is None else np.asarray(array.take(np.flatnonzero(kept), along))
 
     def _limit(self, layer: LinearLayer) -> int:
         return rows_per_sample(self._samples, inputs_of(layer))
@@ -144,6 +169,13 @@ class LayerTargets:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _channel_axis(layer: LinearLayer) -> int:
+    """Return which axis of a layer's output its outputs are, from either end."""
+    if layer.node.op_type.startswith("Conv"):
+        return 1
+    return -1 if layer.weight_index == 1 else -2
 
 
 class _Sums:
@@ -167,6 +199,11 @@ class _Sums:
             y = others - self._origins[1]
             self._products += y.transpose(0, 2, 1) @ (rows - self._origins[0])
             self._sum = self._sum + y.sum(axis=1, dtype=np.float64)
+
+    @property
+    def count(self) -> int:
+        """How many rows there were."""
+        return self._rows.count
 
     @property
     def is_known(self) -> bool:
@@ -197,4 +234,33 @@ class _Sums:
             mean,
             wanted.reshape(-1),
             with_bias,
+            self.count,
         )
+
+
+def _whole(sums: Sequence[_Sums], halves: Sequence[Target]) -> Target | None:
+    """Return the problem of all rows from those of halves; None where one holds what is not finite."""
+    counts = np.array([one.count for one in sums if one.count])
+    if not halves or len(halves) < len(counts):
+        return None
+    if len(halves) == 1:
+        return halves[0]
+    pairs = list(zip(counts / counts.sum(), halves, strict=True))
+    mean = np.sum([share * half.mean for share, half in pairs], axis=0)
+    wanted = np.sum([share * half.wanted for share, half in pairs], axis=0)
+    covariance, cross = np.zeros(halves[0].covariance.shape), np.zeros(halves[0].cross.shape)
+    for share, half in pairs:
+        # Each around its own mean, and the halves' means around that of all.
+        away, short = half.mean - mean, half.wanted - wanted
+        covariance += share * (half.covariance + away[:, :, None] * away[:, None, :])
+        cross += share * (half.cross_covariance + _product(short, away))
+    second = covariance + mean[:, :, None] * mean[:, None, :]
+    singles = second.astype(np.float32), covariance.astype(np.float32)
+    around_zero = cross + _product(wanted, mean)
+    return Target(*singles, around_zero, cross, mean, wanted, halves[0].with_bias, int(counts.sum()), tuple(halves))
+
+
+def _product(outputs: Array, inputs: Array) -> Array:
+    """Return y xᵀ of [outputs] and [groups, inputs], each group of outputs with its own inputs: [outputs, inputs]."""
+    found = outputs.reshape(len(inputs), -1)[:, :, None] * inputs[:, None, :]
+    return np.asarray(found.reshape(-1, inputs.shape[1]))

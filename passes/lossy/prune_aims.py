@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,21 @@ from graphopt.backend import Array
 from graphopt.walkthrough import Closing
 
 from ..analyses.linear_layers import LinearLayer
-from ..solvers.objective import DAMPING, by_group
+from ..solvers.kept_weights import solve_kept
+from ..solvers.objective import by_group
+from ..solvers.sparsity import Unstructured
 from .channel_sweep import bias_content, bias_of_layer
 from .layer_bias import LayerBias
 from .layer_targets import LayerTargets, Residual, Target
+
+# Shares of H's diagonal that are tried to hold weights where they are, the firmest first.
+_RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+# What a single batch gets, which nothing can judge.
+_ALONE = 0.03
+# Share of the mean of H's diagonal that is added to all of it, for inputs that hardly ever move.
+_FLOOR = 0.001
+# Share of the weights that is left out while ridges are tried, and steps from one ridge's solution to the next one's.
+_TRIED, _STEPS = 0.5, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +36,8 @@ class Aim:
 
     Attributes:
         weight: The dense weight that does best, float32 [outputs, inputs].
-        second_moment: E[x̂ x̂ᵀ] of what is read, around the mean where the bias takes the mean; float32 [groups, inputs,
-            inputs].
+        second_moment: E[x̂ x̂ᵀ] of what is read, around the mean where the bias takes the mean, and steadied where there
+            are few samples; float32 [groups, inputs, inputs].
         bias: Where the mean goes, or None.
         target: What all this was found from.
     """
@@ -63,9 +75,11 @@ class Aims(Closing):
         target = self._targets.of(layer, self._residual(layer, bias))
         if target is None:
             return None
-        second = target.second if bias is None else target.covariance
-        cross = target.cross if bias is None else target.cross_covariance
-        return Aim(_making_up(layer.matrix(), second, cross), second, bias, target)
+        return Aim(*_steadied(layer.matrix(), target, centred=bias is not None), bias, target)
+
+    def narrow(self, kept: Mapping[tuple[str, int], Array]) -> None:
+        """Take note that channels are gone by now; see `LayerTargets.narrow`."""
+        self._targets.narrow(kept)
 
     def _residual(self, layer: LinearLayer, bias: LayerBias | None) -> Residual | None:
         """Return the sum at the end of a residual block, where all that its other term hangs on is settled."""
@@ -90,17 +104,66 @@ class Aims(Closing):
         self._targets.close()
 
 
-def _making_up(matrix: Array, second: Array, cross: Array) -> Array:
-    """Return the dense weight that gives most nearly what is wanted, on what the layer now reads.
+def _steadied(matrix: Array, target: Target, *, centred: bool) -> tuple[Array, Array]:
+    """Return the dense weight that does best, and the second moment with which to come near to it.
 
-    E[y x̂ᵀ] (E[x̂ x̂ᵀ])⁻¹ is the least-squares answer; damped towards the weight as it is.
+    With few samples, weights that make up for others fit these samples and nothing else. So leaving the weights as they
+    are is rewarded: tr((W−Ŵ) R (W−Ŵ)ᵀ), R a multiple of H's diagonal, is added to the error (ridge regression, Hoerl
+    and Kennard, 1970). How much is tried out, on half of the samples against the other.
     """
-    damping = DAMPING * np.diagonal(second, axis1=1, axis2=2).mean(axis=1, dtype=np.float64)
-    damped = second.astype(np.float64) + damping[:, None, None] * np.eye(second.shape[1])
-    wanted = by_group(cross, second) + damping[:, None, None] * by_group(matrix.astype(np.float64), second)
+    second, cross = _sides(target, centred=centred)
+    ridge = _ridge(matrix, target, centred=centred)
+    held = _held(second, ridge)
+    moment, own = second.astype(np.float64), by_group(matrix.astype(np.float64), second)
+    diagonal = np.arange(second.shape[1])
+    moment[:, diagonal, diagonal] += held
+    wanted = by_group(cross, second) + own * held[:, None]
     try:
-        solved = np.swapaxes(np.linalg.solve(damped, np.swapaxes(wanted, 1, 2)), 1, 2)
+        solved = np.swapaxes(np.linalg.solve(moment, np.swapaxes(wanted, 1, 2)), 1, 2)
     except np.linalg.LinAlgError:
-        return matrix.astype(np.float32)
-    # What is zero stays so, and what the calibration data make of it is nothing to come near to.
-    return np.where(matrix == 0, np.float32(0), solved.reshape(matrix.shape).astype(np.float32))
+        return matrix.astype(np.float32), moment.astype(np.float32)
+    # What is zero stays so.
+    weight = np.where(matrix == 0, np.float32(0), solved.reshape(matrix.shape).astype(np.float32))
+    return weight, moment.astype(np.float32)
+
+
+def _sides(target: Target, *, centred: bool) -> tuple[Array, Array]:
+    """Return E[x̂ x̂ᵀ] and E[y x̂ᵀ] of a problem, around the means or not."""
+    if centred:
+        return target.covariance, target.cross_covariance
+    return target.second, target.cross
+
+
+def _held(second: Array, ridge: float) -> Array:
+    """Return what is added to H's diagonal, [groups, inputs]; something where inputs are always zero, too."""
+    diagonal = np.diagonal(second, axis1=1, axis2=2).astype(np.float64)
+    mean = diagonal.mean(axis=1, keepdims=True)
+    return ridge * diagonal + _FLOOR * np.where(mean > np.finfo(np.float32).tiny, mean, 1.0)
+
+
+def _ridge(matrix: Array, target: Target, *, centred: bool) -> float:
+    """Return the share of H's diagonal with which half of the samples does best on the other half.
+
+    Tried with the larger half of the weights kept, and solved for.
+    """
+    if len(target.halves) < 2:
+        return _ALONE
+    sides = [_sides(half, centred=centred) for half in target.halves]
+    own = by_group(matrix.astype(np.float32), target.second)
+    costs = np.square(own) * np.diagonal(target.second, axis1=1, axis2=2)[:, None]
+    kept = Unstructured(_TRIED).kept(costs.reshape(-1, costs.shape[-1])).reshape(own.shape)
+    losses, starts = [], [own, own]
+    for ridge in _RIDGES:
+        loss = 0.0
+        for side, (judge, fit) in enumerate(((sides[0], sides[1]), (sides[1], sides[0]))):
+            held = _held(fit[0], ridge).astype(np.float32)
+            moment = fit[0].copy()
+            diagonal = np.arange(moment.shape[1])
+            moment[:, diagonal, diagonal] += held
+            goal = by_group(fit[1], moment).astype(np.float32) + own * held[:, None]
+            found = solve_kept(own, kept, moment, start=starts[side], goal=goal, steps=_STEPS)
+            starts[side] = found
+            # E|y − Ŵ x̂|² without E|y|², which is the same for all.
+            loss += float(np.vdot(found, found @ judge[0])) - 2 * float(np.vdot(found, by_group(judge[1], moment)))
+        losses.append(loss)
+    return _RIDGES[int(np.argmin(losses))]

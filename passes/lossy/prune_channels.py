@@ -95,20 +95,24 @@ class PruneChannels(Pass):
             ctx.note(f"so few {self.units} are asked for, or allowed, to go that none does: the model is unchanged")
             return
         before = {group: group.size for group in cut}
-        solved = 0
-        if ctx.data is None:
-            kept = {group: kept_units(group.size, order_by_weights(group, criterion), cut[group]) for group in cut}
-        else:
-            sweep = ChannelSweep(ctx, cut, criterion)
-            kept = sweep.run()
-            solved = sweep.solved
-            kept = _as_they_are_now(kept, ctx, self.layout)
-        shrink(ctx, kept)
+        solved = self.cut(cut, criterion, ctx)
         removed, total = sum(before.values()) - sum(cut.values()), sum(group.size for group in groups)
         text = f"{removed} of {total} {self.units} removed, in {len(cut)} of {len(groups)} groups{self.listed(cut)}"
         text += f"; {solved} layers solved anew for what they gave" if solved else ""
         text += f"; {widths.macs:.1%} of the MACs left" if widths.macs is not None else ""
         ctx.note(text, removed=removed, channels=total, groups=len(cut), solved=solved)
+
+    def cut(self, widths: Mapping[ChannelGroup, int], criterion: Criterion, ctx: Context) -> int:
+        """Choose which units of groups stay, and remove the others; return how many layers were solved anew."""
+        if ctx.data is None:
+            kept = {
+                group: kept_units(group.size, order_by_weights(group, criterion), widths[group]) for group in widths
+            }
+            shrink(ctx, kept)
+            return 0
+        sweep = ChannelSweep(ctx, widths, criterion)
+        shrink(ctx, _as_they_are_now(sweep.run(), ctx, self.layout))
+        return sweep.solved
 
     def listed(self, cut: Mapping[ChannelGroup, int]) -> str:
         """Return what to say of single groups, of which so many units stay; of channels there are too many."""
@@ -127,9 +131,7 @@ class PruneChannels(Pass):
         chosen = [group for group in chosen if group not in streams] or streams
         _leave(mixed, "an operator such as a normalization mixes them", ctx)
         if chosen is not streams:
-            _leave(
-                streams, "they are the stream of a residual network, cut where errors say that it pays", ctx
-            )
+            _leave(streams, "they are the stream of a residual network, cut where errors say that it pays", ctx)
         return chosen
 
     def _by_error(self, ctx: Context) -> bool:

@@ -40,8 +40,8 @@ class PruneLayers(Pass):
         "measured", help="what a block costs: what its loss does to the outputs, or how far it turns what it reads"
     )
     compensate: bool = opt(True, help="whether the mean of a branch stays, and the layers behind it are solved anew")
-    include: tuple[str, ...] = opt((), help="only blocks with a layer whose name or operator matches one of these globs")
-    exclude: tuple[str, ...] = opt((), help="no block with a layer whose name or operator matches one of these globs")
+    include: tuple[str, ...] = opt((), help="only blocks with a layer whose name or operator matches a glob")
+    exclude: tuple[str, ...] = opt((), help="no block with a layer whose name or operator matches a glob")
 
     name = _NAME
     guarantee = Guarantee.LOSSY
@@ -101,13 +101,11 @@ class PruneLayers(Pass):
         removed = [blocks[index] for index in chosen]
         words = f"{len(removed)} of {len(blocks)} residual blocks removed ({_listed(removed)}), {how}"
         solved = self._remove(removed, constants, ctx)
-        left = _macs(walk.every_node(model)) / before if before else 1.0
-        words += f"; {left:.1%} of the multiplications left" + (f", {solved} layers solved anew" if solved else "")
-        ctx.note(words, removed=[block.name for block in removed], blocks=len(blocks), macs_left=left, solved=solved)
+        share = _macs(walk.every_node(model)) / before if before else 1.0
+        words += f"; {share:.1%} of the multiplications left" + (f", {solved} layers solved anew" if solved else "")
+        ctx.note(words, removed=[block.name for block in removed], blocks=len(blocks), macs_left=share, solved=solved)
 
-    def _remove(
-        self, removed: Sequence[ResidualBlock], constants: Mapping[ResidualBlock, Array], ctx: Context
-    ) -> int:
+    def _remove(self, removed: Sequence[ResidualBlock], constants: Mapping[ResidualBlock, Array], ctx: Context) -> int:
         """Remove blocks, and return how many layers were solved anew."""
         if not self.compensate:
             remove_blocks(removed, {}, ctx)
@@ -148,8 +146,8 @@ class PruneLayers(Pass):
         most, share = (1 - self.macs) * whole, self.macs
         if sum(own) < most:
             raise PassError(
-                f"pass `{_NAME}` is to leave {share:.1%} of the multiplications, and {1 - sum(own) / whole:.1%} are left "
-                "without any residual block",
+                f"pass `{_NAME}` is to leave {share:.1%} of the multiplications, and "
+                f"{1 - sum(own) / whole:.1%} are left without any residual block",
                 hint="a larger `macs`, or `prune-channels` for what is in no block",
             )
         return lambda chosen: sum(own[index] for index in chosen) < most, [max(one / whole, 1e-9) for one in own]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
-import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
 from ..analyses.linear_layers import LinearLayer
-from ..analyses.output_damage import Change, error_weights
+from ..analyses.output_damage import Change, error_weights, say_curve, tried_of
 from ..analyses.second_moments import ROWS_PER_SAMPLE
 from ..solvers import mask
 from ..solvers.allocation import Separable, allocate
@@ -23,10 +21,10 @@ from .channel_sweep import bias_of_layer
 from .layer_bias import LayerBias
 from .sequential_moments import SequentialMoments
 
-# Shares at which errors are looked at; between them the logarithm of the error is taken for a straight line.
-_LOOKS = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
-# Shares a layer may get.
-_LEVELS = np.linspace(0.0, 0.96, 97)
+# Shares between which a layer's is chosen.
+_STEP = 0.01
+# Errors below the lowest share looked at: those of the smallest of weights that are spread evenly about zero.
+_POWER_OF_SMALLEST = 3
 
 
 def shares_by_magnitude(layers: Sequence[LinearLayer], sparsity: float) -> list[float]:
@@ -56,36 +54,48 @@ def shares_by_error(layers: Sequence[LinearLayer], sparsity: float, ctx: Context
         sparsity: The share of all their weights that is to be zero.
         ctx: Calibration data.
     """
-    curves, changes = [], []
+    if len(layers) < 2:
+        return [sparsity] * len(layers)
+    curves, changes, sizes = [], [], []
+    kinds = [(layer.node.op_type, layer.dims) for layer in layers]
+    chosen = set(tried_of(kinds))
+    looks = sparsity / 2, sparsity, (1 + sparsity) / 2
+    shares = np.arange(0.0, looks[-1], _STEP)
     with SequentialMoments(ctx, compare=False, limit=ROWS_PER_SAMPLE) as moments:
-        for layer in layers:
+        for place, layer in enumerate(layers):
             matrix, seen = layer.matrix(), moments.of(layer, layer.input.name or "")
             bias = bias_of_layer(layer, ctx)
             moment = None if seen is None else seen.second if bias is None else seen.covariance
             power = output_error(matrix.astype(np.float32, copy=False), moment) or 1.0
-            curves.append(_curve(matrix, moment, power))
-            tried = mask.prune_quickly(matrix, Unstructured(sparsity), moment)
-            contents = {layer.weight.name or "": layer.from_matrix(tried.weight)}
-            if seen is not None and bias is not None and bias.stored is not None:
-                contents[bias.stored.name or ""] = _with_mean(bias, matrix - tried.weight, seen.mean)
-            kind = layer.node.op_type, layer.dims
-            changes.append(Change(walk.label(layer.node), kind, tried.error / power, partial(_put, contents)))
+            tried = [mask.prune_quickly(matrix, Unstructured(share), moment) for share in looks]
+            errors = np.maximum.accumulate([one.error / power for one in tried])
+            say_curve(ctx, layer.node, dict(zip(looks, errors.tolist(), strict=True)))
+            curves.append(_between(shares, looks, errors))
+            sizes.append(float(matrix.size))
+            contents = None
+            if place in chosen:
+                contents = {layer.weight.name or "": layer.from_matrix(tried[1].weight)}
+                if seen is not None and bias is not None and bias.stored is not None:
+                    contents[bias.stored.name or ""] = _with_mean(bias, matrix - tried[1].weight, seen.mean)
+            changes.append(Change(walk.label(layer.node), kinds[place], errors[1], contents))
     scales = error_weights(ctx, changes)
-    sizes = [float(layer.matrix().size) for layer in layers]
-    kept = Separable([size * (1 - _LEVELS) for size in sizes])
+    kept = Separable([size * (1 - shares) for size in sizes])
     weighed = [scale * curve for scale, curve in zip(scales, curves, strict=True)]
-    found = allocate(weighed, kept, (1 - sparsity) * sum(sizes))
-    return [float(_LEVELS[level]) for level in found.levels]
+    levels = allocate(weighed, kept, (1 - sparsity) * sum(sizes)).levels
+    found = [float(shares[level]) for level in levels]
+    ctx.note(
+        f"of single layers {min(found):.0%} to {max(found):.0%} go, where it costs the outputs least", shares=found
+    )
+    return found
 
 
-def _curve(matrix: Array, moment: Array | None, power: float) -> Array:
-    """Return the share of a layer's outputs that is noise at each level."""
-    errors = [mask.prune_quickly(matrix, Unstructured(share), moment).error / power for share in _LOOKS]
-    rising = np.maximum.accumulate(np.maximum(errors, np.finfo(np.float32).tiny))
-    found = np.exp(np.interp(_LEVELS, _LOOKS, np.log(rising)))
-    # The first few weights cost hardly anything: about the square of their share.
-    found *= np.square(np.minimum(_LEVELS / _LOOKS[0], 1.0))
-    return np.asarray(found)
+def _between(shares: Array, looks: Sequence[float], errors: Array) -> Array:
+    """Return the errors at all shares, from 0; between those looked at, they go by powers of the share."""
+    known = np.log(np.maximum(errors, np.finfo(np.float32).tiny))
+    first = known[0] - _POWER_OF_SMALLEST * np.log(looks[0] / _STEP)
+    places = np.log([_STEP, *looks])
+    found = np.exp(np.interp(np.log(np.maximum(shares, _STEP)), places, [first, *known]))
+    return np.where(shares > 0, found, 0.0)
 
 
 def _with_mean(bias: LayerBias, difference: Array, mean: Array) -> Array:
@@ -95,12 +105,3 @@ def _with_mean(bias: LayerBias, difference: Array, mean: Array) -> Array:
     lost = by_group(difference.astype(np.float64), mean[:, None]) @ mean[:, :, None]
     whole = tensor.numpy().astype(np.float64).reshape(-1) + lost.reshape(-1) / bias.factor
     return whole.reshape(walk.dims(tensor)).astype(tensor.dtype.numpy())
-
-
-def _put(contents: Mapping[str, Array], model: ir.Model, ctx: Context) -> None:
-    """Let constants of a copy of the model, by name, hold something else."""
-    made = (value for node in walk.every_node(model) for value in node.outputs)
-    with ctx.rewriter.edit("try"):
-        for value in [*walk.initializers(model), *made]:
-            if (content := contents.get(value.name or "")) is not None:
-                ctx.rewriter.set_weight(value, content)

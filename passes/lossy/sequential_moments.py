@@ -29,12 +29,14 @@ class Moments:
         cross: E[x x̂ᵀ], float32 [groups, inputs, inputs], where x is the input in the model as it was; None where
             that was not asked for.
         mean: E[x̂], float64 [groups, inputs].
+        rows: How many rows these are of.
     """
 
     second: Array
     covariance: Array
     cross: Array | None
     mean: Array
+    rows: int
 
 
 class SequentialMoments(Closing):
@@ -97,7 +99,7 @@ class SequentialMoments(Closing):
             return None
         if cross is not None:
             cross = cross / np.float32(found.count) if np.isfinite(cross).all() else None
-        return Moments(found.second(), found.covariance(), cross, found.mean())
+        return Moments(found.second(), found.covariance(), cross, found.mean(), found.count)
 
     def close(self) -> None:
         """Let go of everything kept."""

@@ -14,6 +14,9 @@ from graphopt.backend import Array
 from .cuts import mistake
 from .shrunk_shapes import Mending
 
+# Rank of a query whose heads lie side by side on its last axis.
+_HEADS_TOGETHER = 3
+
 Rule = Callable[[ir.Node, Mending], None]
 
 
@@ -151,9 +154,6 @@ def _rotary(node: ir.Node, mending: Mending) -> None:
         left, _ = _rows(mending.cuts.stays(node.inputs[0], 2), count, node)
         mending.ctx.rewriter.set_attribute(node, "num_heads", int(left.sum()))
 
-
-# Rank of a query whose heads lie side by side on its last axis.
-_HEADS_TOGETHER = 3
 
 _STANDARD: Mapping[str, Rule] = {
     "Attention": _attention("q_num_heads", "kv_num_heads"),

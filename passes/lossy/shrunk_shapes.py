@@ -16,8 +16,8 @@ from .sized_operands import Editor, numbers_of, operand
 
 # Slices end here to say "at the end"; what is beyond an axis is cut off.
 _AT_THE_END = 2**31 - 1
-# From here on Split takes its sizes as an input.
-_SPLIT_SIZES_AS_INPUT = 13
+# From here on Split takes its sizes, and Squeeze its axes, as an input.
+_SIZES_AS_INPUT = 13
 
 
 class Mending:
@@ -151,7 +151,7 @@ def _split(node: ir.Node, mending: Mending) -> None:
 
 def _state_split(node: ir.Node, sizes: list[int], mending: Mending) -> None:
     rewriter = mending.ctx.rewriter
-    if walk.opset(mending.ctx.model) < _SPLIT_SIZES_AS_INPUT:
+    if walk.opset(mending.ctx.model) < _SIZES_AS_INPUT:
         rewriter.set_attribute(node, "split", sizes)
         return
     mending.editor.read(node, 1, np.array(sizes, np.int64))
@@ -275,7 +275,7 @@ def _squeeze(node: ir.Node, mending: Mending) -> None:
     if all(int(stays.sum()) > 1 for stays in mending.cuts.of(node.inputs[0]).values()):
         return
     axes = [axis for axis, dim in enumerate(dims) if dim == 1]
-    if walk.opset(mending.ctx.model) < _SPLIT_SIZES_AS_INPUT:
+    if walk.opset(mending.ctx.model) < _SIZES_AS_INPUT:
         mending.ctx.rewriter.set_attribute(node, "axes", axes)
     else:
         mending.editor.read(node, 1, np.array(axes, np.int64))

@@ -66,6 +66,9 @@ class Editor:
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self._copies: dict[tuple[ir.Value, tuple[int, ...], bytes], ir.Value] = {}
+        self._overwritten: dict[
+            tuple[ir.Value, ir.Graph | ir.Function | None, tuple[tuple[int, int], ...]], ir.Value
+        ] = {}
         self._left: dict[ir.Value, None] = {}
 
     def change(self, told: Operand, numbers: Mapping[int, int]) -> None:
@@ -111,21 +114,29 @@ class Editor:
                 self._ctx.rewriter.erase(producer)
 
     def _overwrite(self, told: Operand, numbers: Mapping[int, int]) -> None:
-        """Put numbers in some places of what is computed at run time."""
-        old = told.node.inputs[told.index]
+        """Put numbers in some places of what is computed at run time, in one go with what was put there before."""
+        node, old = told.node, told.node.inputs[told.index]
         assert old is not None, "an operand that is no attribute is an input"
-        dtype = (old.dtype or ir.DataType.INT64).numpy()
-        places, content = np.zeros(len(told.numbers), bool), np.zeros(len(told.numbers), dtype)
+        base, before = _written_over(old)
+        assert base is not None, "a Where chooses between two values"
+        numbers = dict(sorted({**before, **numbers}.items()))
+        # Nodes of one graph are met in its order: what the first of them reads is there for the others.
+        key = base, node.graph, tuple(numbers.items())
+        if key not in self._overwritten:
+            self._overwritten[key] = self._chosen(base, numbers, len(told.numbers), node)
+        self._replace(node, told.index, self._overwritten[key])
+
+    def _chosen(self, base: ir.Value, numbers: Mapping[int, int], count: int, node: ir.Node) -> ir.Value:
+        dtype = (base.dtype or ir.DataType.INT64).numpy()
+        places, content = np.zeros(count, bool), np.zeros(count, dtype)
         for place, number in numbers.items():
             places[place], content[place] = True, number
         rewriter = self._ctx.rewriter
-        fixed = [
-            rewriter.const(part, f"{old.name}_{what}", near=told.node)
-            for part, what in ((places, "places"), (content, "left"))
-        ]
-        node = rewriter.make("Where", [fixed[0], fixed[1], old], sources=[told.node], name=f"{old.name}_mended")
-        rewriter.insert(node, before=told.node)
-        rewriter.set_input(told.node, told.index, node.outputs[0])
+        where = rewriter.const(places, f"{base.name}_places", near=node)
+        what = rewriter.const(content, f"{base.name}_left", near=node)
+        choice = rewriter.make("Where", [where, what, base], sources=[node], name=f"{base.name}_mended")
+        rewriter.insert(choice, before=node)
+        return choice.outputs[0]
 
     def _replace(self, node: ir.Node, index: int, value: ir.Value) -> None:
         old = node.inputs[index]
@@ -149,3 +160,17 @@ def numbers_of(told: Operand, places: Sequence[int] | None = None) -> tuple[int,
     if len(known) != len(wanted):
         raise mistake("where it cuts is only known at run time", told.node)
     return known
+
+
+def _written_over(value: ir.Value) -> tuple[ir.Value | None, dict[int, int]]:
+    """Return what a value is but for some places, and the numbers in these, where a Where puts them there."""
+    node = value.producer()
+    if node is None or not walk.is_onnx_op(node, "Where"):
+        return value, {}
+    where, what = (walk.constant_tensor(part) for part in node.inputs[:2])
+    if where is None or what is None or walk.dims(where) != walk.dims(what) or len(walk.dims(where)) != 1:
+        return value, {}
+    if shapes.static_shape(node.inputs[2]) != walk.dims(where):
+        return value, {}
+    content = what.numpy()
+    return node.inputs[2], {int(place): int(content[place]) for place in np.flatnonzero(where.numpy())}

@@ -93,7 +93,8 @@ def _making_up_for(weight: Array, moments: Moments) -> Array:
         solved = np.linalg.solve(second + damping, (weight @ (cross + damping)).T).T
     except np.linalg.LinAlgError:
         return weight
-    return np.asarray(solved, np.float32)
+    # What was pruned stays zero, and makes up for nothing.
+    return np.where(weight == 0, np.float32(0), np.asarray(solved, np.float32))
 
 
 def settled(solver: Solver, *, has_data: bool) -> Solver:

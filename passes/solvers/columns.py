@@ -13,6 +13,8 @@ from .objective import DAMPING, by_group
 
 # Inverses are float64 up to so many inputs, 0.5 GB; beyond, float32 does with half.
 _WIDE_INPUTS = 8192
+# Of almost no rows, the identity has this weight in the estimate of a covariance.
+_MOST_SHRUNK = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +27,14 @@ class Reader:
             inputs] where outputs come in groups of equal size that read inputs of their own.
         units: int64 [groups, inputs]: the unit each input belongs to, -1 for an input of no unit.
         importance: What an error of this layer counts.
+        damping: Share of the mean of H's diagonal that is added to the diagonal.
     """
 
     weight: Array
     second_moment: Array
     units: Array
     importance: float = 1.0
+    damping: float = DAMPING
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +51,7 @@ class Removal:
     errors: Array
 
 
-def removal_order(
-    readers: Sequence[Reader], size: int, *, most: int | None = None, damping: float = DAMPING
-) -> Removal:
+def removal_order(readers: Sequence[Reader], size: int, *, most: int | None = None) -> Removal:
     """Return the order in which units cost least, each time the one without which the kept weights do best.
 
     Removing the inputs u of a layer that has already been made up for costs tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ), once all other
@@ -62,10 +64,9 @@ def removal_order(
         readers: All layers that read the units.
         size: How many units there are.
         most: How many to remove at most; all but one by default.
-        damping: Share of the mean of H's diagonal that is added to the diagonal.
     """
     most = size - 1 if most is None else min(most, size - 1)
-    eliminations = [one for reader in readers for one in _eliminations(reader, size, most, damping)]
+    eliminations = [one for reader in readers for one in _eliminations(reader, size, most)]
     alive = np.ones(size, bool)
     order, errors = np.zeros(most, np.int64), np.zeros(most + 1)
     for step in range(most):
@@ -78,6 +79,31 @@ def removal_order(
         for one in eliminations if step + 1 < most else ():
             one.remove(unit)
     return Removal(order, errors)
+
+
+def damping_for(second_moment: Array, rows: int) -> float:
+    """Return the damping that a moment of so many rows needs, so that what few rows agree on is not taken for true.
+
+    This is the weight the identity has in the estimate of a covariance that is expected to be nearest, of rows drawn
+    from a normal distribution (the oracle approximating shrinkage of Chen et al., Shrinkage Algorithms for MMSE
+    Covariance Estimation, 2010): about the number of directions the rows spread over, against the number of rows.
+
+    Args:
+        second_moment: H, [inputs, inputs] or [groups, inputs, inputs].
+        rows: How many rows it was taken over.
+
+    Returns:
+        A share of the mean of H's diagonal; `DAMPING` at least.
+    """
+    moments = _by_group(second_moment)
+    inputs = moments.shape[-1]
+    trace = np.trace(moments, axis1=1, axis2=2).astype(np.float64)
+    squares = np.sum(np.square(moments, dtype=np.float64), axis=(1, 2))
+    spread = squares - trace**2 / inputs
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = ((1 - 2 / inputs) * squares + trace**2) / ((rows + 1 - 2 / inputs) * spread)
+    share = float(np.clip(np.nan_to_num(shares, nan=0.0), 0.0, _MOST_SHRUNK).max())
+    return max(DAMPING, share / (1 - share))
 
 
 def refitted(
@@ -173,13 +199,13 @@ class _Elimination:
         self._count += len(chosen)
 
 
-def _eliminations(reader: Reader, size: int, most: int, damping: float) -> list[_Elimination]:
+def _eliminations(reader: Reader, size: int, most: int) -> list[_Elimination]:
     found = []
     rows = by_group(reader.weight, reader.second_moment)
     for weight, moment, units in zip(rows, _by_group(reader.second_moment), reader.units, strict=True):
         if not (units >= 0).any() or not len(weight):
             continue
-        damped, _ = _damped(moment, damping)
+        damped, _ = _damped(moment, reader.damping)
         inverse = np.linalg.inv(damped)
         found.append(_Elimination(weight, (inverse + inverse.T) / 2, _columns_of(units, size), reader.importance, most))
     return found

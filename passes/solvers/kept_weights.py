@@ -14,7 +14,15 @@ _SETTLED = 1e-6
 _ELEMENTS = 1 << 22
 
 
-def solve_kept(weight: Array, kept: Array, second_moment: Array, *, start: Array | None = None) -> Array:
+def solve_kept(
+    weight: Array,
+    kept: Array,
+    second_moment: Array,
+    *,
+    start: Array | None = None,
+    goal: Array | None = None,
+    steps: int = _STEPS,
+) -> Array:
     """Return Ŵ, zero where nothing is kept, of the least tr((W−Ŵ) H (W−Ŵ)ᵀ).
 
     Each output is a system of its own over the inputs it keeps. All of them are solved at once by conjugate gradients
@@ -26,22 +34,29 @@ def solve_kept(weight: Array, kept: Array, second_moment: Array, *, start: Array
         kept: bool, likewise.
         second_moment: H, float32 [groups, inputs, inputs], positive definite.
         start: Ŵ to begin with; W where nothing is known.
+        goal: W H, where W itself is not known: the weight given is then only where to begin.
+        steps: The most steps.
     """
     outputs = weight.shape[1]
     rows = max(_ELEMENTS // max(weight.size // outputs, 1), 1)
     first = weight if start is None else start
     parts = [slice(at, at + rows) for at in range(0, outputs, rows)]
-    return np.concatenate([_solved(weight[:, at], kept[:, at], second_moment, first[:, at]) for at in parts], axis=1)
+    solved = []
+    for at in parts:
+        found = np.where(kept[:, at], first[:, at], np.float32(0))
+        residual = (weight[:, at] - found) @ second_moment if goal is None else goal[:, at] - found @ second_moment
+        solved.append(_descended(found, residual, kept[:, at], second_moment, steps))
+    return np.concatenate(solved, axis=1)
 
 
-def _solved(weight: Array, kept: Array, second_moment: Array, start: Array) -> Array:
-    found = np.where(kept, start, np.float32(0))
-    residual = np.where(kept, (weight - found) @ second_moment, np.float32(0))
+def _descended(found: Array, residual: Array, kept: Array, second_moment: Array, steps: int) -> Array:
+    """Return where steps of conjugate gradients lead from a solution whose residual is given."""
+    residual = np.where(kept, residual, np.float32(0))
     scale = 1 / np.diagonal(second_moment, axis1=1, axis2=2)[:, None, :]
     direction = residual * scale
     size = _products(residual, direction)
     enough = _SETTLED**2 * size.max(initial=0.0)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         if size.max(initial=0.0) <= enough:
             break
         image = np.where(kept, direction @ second_moment, np.float32(0))

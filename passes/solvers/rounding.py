@@ -71,6 +71,7 @@ def swept(rows: Array, found: GridWeight, moment: Array, *, sweeps: int = 1) -> 
     order = np.argsort(-np.diagonal(moment), kind="stable")
     permuted = moment[np.ix_(order, order)]
     levels = np.ascontiguousarray(levels_of(found).T[order])
+    pruned = rows.T[order] == 0  # stays zero, once it is
     scales = np.broadcast_to(grid.spread(found.scales, inputs), rows.shape).T[order]
     zeros = np.zeros_like(levels)
     if found.zero_points is not None:
@@ -78,7 +79,7 @@ def swept(rows: Array, found: GridWeight, moment: Array, *, sweeps: int = 1) -> 
     # gradient[j] = (Δ H)ⱼ of every output, kept up to date
     gradient = permuted @ (rows.T[order] - levels * scales)
     for left in reversed(range(sweeps)):
-        if not _sweep(levels, gradient, scales, zeros, permuted, grid, again=left > 0):
+        if not _sweep(levels, gradient, scales, zeros, pruned, permuted, grid, again=left > 0):
             break
     codes = np.empty_like(found.codes)
     codes[:, order] = (levels + zeros).T.astype(grid.dtype)
@@ -86,7 +87,15 @@ def swept(rows: Array, found: GridWeight, moment: Array, *, sweeps: int = 1) -> 
 
 
 def _sweep(
-    levels: Array, gradient: Array, scales: Array, zeros: Array, moment: Array, grid: Grid, *, again: bool
+    levels: Array,
+    gradient: Array,
+    scales: Array,
+    zeros: Array,
+    pruned: Array,
+    moment: Array,
+    grid: Grid,
+    *,
+    again: bool,
 ) -> bool:
     """Move levels [inputs, outputs] in place, and return whether any moved; the gradient too, for the next sweep."""
     inputs, any_moved = len(levels), False
@@ -97,6 +106,7 @@ def _sweep(
             scale = scales[column]
             best = levels[column] + local[column - start] / (moment[column, column] * scale)
             best = np.clip(np.rint(best), grid.lowest - zeros[column], grid.highest - zeros[column])
+            np.copyto(best, levels[column], where=pruned[column] & (levels[column] == 0))
             change = best - levels[column]
             outputs = _some_or_all(change)
             if outputs is None:

@@ -10,13 +10,14 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from graphopt import shapes
-from graphopt.passes.analyses.channel_groups import ChannelGroup, Groups, Layout, channel_groups
+from graphopt.passes.analyses.channel_groups import ChannelGroup, Groups, Layout, Side, channel_groups
 
 from .pass_runs import loaded
 from .removed_channels import check_removal, feed_of, removed
 
 Weights = Mapping[str, Sequence[int]]
 Lettered = dict[str, str]
+MAJOR, MINOR = Layout(splits=Side.MAJOR), Layout(splits=Side.MINOR)
 
 
 def model_of(text: str, weights: Weights, opset: int = 21) -> ir.Model:
@@ -41,7 +42,7 @@ def groups_of(
     """
     groups = channel_groups(model_of(text, weights, opset), layout).groups
     for index in range(len(groups)):
-        if runs and not groups[index].mixers and groups[index].size > 1:
+        if runs and not groups[index].mixers:
             remove_a_unit(model_of(text, weights, opset), layout, index)
     return [letters(group) for group in groups]
 
@@ -68,6 +69,6 @@ def of_constants(groups: Sequence[Lettered], weights: Weights) -> list[Lettered]
     return [{name: units for name, units in group.items() if name.split(":")[0] in weights} for group in groups]
 
 
-def reasons(groups: Groups) -> dict[str, str]:
-    """Return why channels are frozen, by what they are called."""
-    return {frozen.name: frozen.reason for frozen in groups.frozen}
+def reasons(groups: Groups) -> set[str]:
+    """Return why channels are frozen."""
+    return {frozen.reason for frozen in groups.frozen}

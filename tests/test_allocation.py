@@ -18,6 +18,8 @@ from graphopt.data import Dataset, open_data
 from graphopt.passes.analyses.channel_groups import ChannelGroup, channel_groups
 from graphopt.passes.analyses.output_damage import Change, error_weights, say_curve, tried_of
 from graphopt.passes.analyses.width_costs import WidthCosts, cost_of_cuts
+from graphopt.passes.lossy.channel_trial import best_of
+from graphopt.passes.lossy.channel_widths import Widths
 from graphopt.passes.lossy.shrinking import shrink
 from graphopt.passes.solvers.allocation import Separable, allocate, allocate_evenly, allowed_widths
 from graphopt.standing import Standing
@@ -253,6 +255,34 @@ def test_curves_are_said_where_predictions_are_asked_for() -> None:
     assert not ctx.notes
     say_curve(replace(ctx, predicts=True), node, {0.5: 0.1})
     assert [note.facts["error_curve"] for note in ctx.notes] == [{0.5: 0.1}]
+
+
+@contextmanager
+def counted(original: ir.Model, samples: Dataset) -> Iterator[object]:
+    """Judge by the zeros in the weight that reads the inner channels alone."""
+
+    def judge(model: ir.Model) -> Standing:
+        tensor = model.graph.initializers["w3"].const_value
+        assert tensor is not None
+        return Standing("noise", float((tensor.numpy() == 0).mean()), {}, {})
+
+    yield judge
+
+
+def test_of_several_divisions_the_one_is_taken_that_loses_least_by_trial() -> None:
+    ctx = replace(prepared(), judge=counted)
+    groups = channel_groups(ctx.model).groups
+    inner = next(group for group in groups if group.size == 8)
+    other = next(group for group in groups if group is not inner)
+    ways = {"more": Widths({inner: 3, other: 12}), "less": Widths({inner: 7, other: 10})}
+    assert best_of(ways, "obs", None, ctx) is ways["less"]
+    (note,) = [note for note in ctx.notes if "divided" in note.facts]
+    assert note.facts["losses"] == pytest.approx({"more": 5 / 8, "less": 1 / 8})
+    assert not ctx.rewriter.edits
+    # What does not hold, or is the same again, is not tried.
+    ways = {"more": ways["more"], "same": Widths({inner: 3}), "none": Widths({other: 2}, holds=False)}
+    assert best_of(ways, "obs", None, ctx) is ways["more"]
+    assert sum("divided" in note.facts for note in ctx.notes) == 1
 
 
 def test_of_many_changes_some_of_each_kind_are_tried_evenly_spaced() -> None:

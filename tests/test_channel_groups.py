@@ -16,6 +16,7 @@ pytest.importorskip("onnxruntime")
 import graphopt
 from graphopt import shapes
 from graphopt.passes.analyses.channel_groups import Layout, Side, channel_groups
+from graphopt.passes.lossy.removable_channels import find_channels
 from graphopt.passes.lossy.separate_vectors import separate_vectors
 from graphopt.rewriter import Rewriter
 
@@ -23,7 +24,7 @@ from .command_line import run
 from .graph_generator import build, feeds, random_recipe
 from .lettered_groups import groups_of, model_of, of_constants, reasons
 from .pass_runs import loaded
-from .removed_channels import check_removal, removed
+from .removed_channels import check_removal, context, removed
 
 # Twelve topologies: those with convolutions here, the others in test_channel_groups_sequence.py.
 
@@ -72,7 +73,10 @@ def test_groups_know_their_layers_and_frozen_channels_their_reasons() -> None:
     assert [layer.node.name for layer in inner.readers] == ["Conv_4"]
     assert not stream.mixers
     assert [(axis.name, axis.size) for axis in found.frozen] == [("Conv_0", 3), ("Gemm_8", 5)]
-    assert reasons(found) == {"Conv_0": "`x` is an input of the model", "Gemm_8": "`out` is an output of the model"}
+    assert {axis.name: axis.reason for axis in found.frozen} == {
+        "Conv_0": "`x` is an input of the model",
+        "Gemm_8": "`out` is an output of the model",
+    }
 
 
 def test_shortcuts_padded_with_zeros() -> None:
@@ -283,6 +287,63 @@ def test_layers_with_equal_biases_are_told_apart() -> None:
     assert [len(group.writers) for group in channel_groups(model).groups] == [2, 1]
     assert separate_vectors(model, rewriter) == 0
     assert rewriter.edits == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "read", "sizes"),
+    [("b = Conv(a, w1, zeros)", 4, [4, 4]), ("c = Conv(x, w1, zeros) b = Add(a, c)", 3, [4])],
+)
+def test_what_is_shared_is_told_apart_only_where_it_matters(nodes: str, read: int, sizes: list[int]) -> None:
+    """Channels of two layers that go together anyway may share a bias."""
+    text = f"biases (float[1,3,2,2] x) => (float[1,2,2,2] out) {{ a = Conv(x, w0, zeros) {nodes} out = Conv(b, w2) }}"
+    weights = {"w0": (4, 3, 1, 1), "w1": (4, read, 1, 1), "w2": (2, 4, 1, 1), "zeros": (4,)}
+    ctx = context(model_of(text, weights))
+    assert [group.size for group in find_channels(ctx).groups] == sizes
+    assert ctx.rewriter.edits == len(sizes) - 1
+
+
+def test_channels_that_no_weight_makes_are_frozen() -> None:
+    """Numbers compared with a list of numbers: each row of the weight is looked up by one of them."""
+    text = """
+    one_hot (float[1,5,1] x) => (float[1,5,2] out) <float[6] list = {0, 1, 2, 3, 4, 5}> {
+      same = Equal(x, list)
+      codes = Cast<to = 1>(same)
+      a = MatMul(codes, w0)
+      out = MatMul(a, w1)
+    }
+    """
+    found = channel_groups(model_of(text, {"w0": (6, 4), "w1": (4, 2)}))
+    assert [group.size for group in found.groups] == [4]
+    assert "no weight makes it: it is only read" in reasons(found)
+
+
+def test_channels_that_only_an_embedding_or_a_recurrent_layer_makes_may_go() -> None:
+    text = """
+    recurrent (int64[5,2] x) => (float[?,?,?] out) <int64[1] one = {1}> {
+      a = Gather(table, x)
+      b, last = LSTM<hidden_size = 3>(a, w, r)
+      c = Squeeze(b, one)
+      out = MatMul(c, w1)
+    }
+    """
+    weights = {"table": (7, 4), "w": (1, 12, 4), "r": (1, 12, 3), "w1": (3, 2)}
+    found = channel_groups(model_of(text, weights)).groups
+    assert [(group.size, len(group.writers)) for group in found] == [(4, 0), (3, 0)]
+    assert len(groups_of(text, weights)) == 2
+
+
+def test_the_only_channel_of_its_kind_is_frozen() -> None:
+    text = """
+    picked (float[1,3,2,2] x) => (float[1,2,2,2] out) <int64[4] places = {0, 1, 2, 2}> {
+      a = Conv(x, w0)
+      b = Gather<axis = 1>(a, places)
+      out = Conv(b, w1)
+    }
+    """
+    found = channel_groups(model_of(text, {"w0": (3, 3, 1, 1), "w1": (2, 4, 1, 1)}))
+    assert [group.size for group in found.groups] == [2]
+    alone = [axis for axis in found.frozen if "no other channel like it" in axis.reason]
+    assert [(axis.name, axis.size) for axis in alone] == [("Conv->a", 1)]
 
 
 def test_what_callers_can_give_is_frozen() -> None:

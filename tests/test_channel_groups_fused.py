@@ -9,7 +9,7 @@ import pytest
 
 from graphopt.passes.analyses.channel_groups import channel_groups
 
-from .hand_written_groups import MAJOR, MINOR, groups_of, letters, model_of, of_constants, reasons
+from .lettered_groups import MAJOR, MINOR, groups_of, letters, model_of, of_constants, reasons
 
 # Attention in one operator
 
@@ -68,6 +68,26 @@ def test_whole_heads_of_runtime_attention() -> None:
         "wq:1": "aabb",
         "wv:1": "aaabbb",
     }
+
+
+def test_keys_and_values_whose_heads_lie_on_an_axis() -> None:
+    """Their third axis is that of the rows, of any number, and not that of the heads."""
+    text = """
+    attention (float[N,S,4] x, float[N,T,4] other) => (float[N,S,4] out) <int64[4] apart = {0, -1, 2, 2}> {
+      q = MatMul(x, wq)
+      k = MatMul(other, wk)
+      v = MatMul(other, wv)
+      k_apart = Reshape(k, apart)
+      v_apart = Reshape(v, apart)
+      k_heads = Transpose<perm = [0, 2, 1, 3]>(k_apart)
+      v_heads = Transpose<perm = [0, 2, 1, 3]>(v_apart)
+      y = com.microsoft.MultiHeadAttention<num_heads = 2>(q, k_heads, v_heads)
+      out = MatMul(y, wo)
+    }
+    """
+    weights = dict.fromkeys(("wk", "wo", "wq", "wv"), (4, 4))
+    (group,) = of_constants(groups_of(text, weights), weights)
+    assert group == dict.fromkeys(("wk:1", "wo:0", "wq:1", "wv:1"), "aabb")
 
 
 def test_packed_queries_of_a_grouped_attention_operator() -> None:
@@ -235,6 +255,21 @@ def test_embeddings_normalised_in_one_operator() -> None:
     columns = ("kinds:1", "places:1", "scale:0", "shift:0", "w:0", "words:1")
     assert of_constants([letters(group)], weights) == [dict.fromkeys(columns, "abcd")]
     assert [node.op_type for node in group.mixers] == ["EmbedLayerNormalization"]
+
+
+def test_rows_of_embeddings_are_as_many_as_are_asked_for() -> None:
+    text = """
+    embedded (int32[1,4] ids, int32[1,4] parts) => (float[1,2,3] out) <float[1,4,2] y> {
+      y, mask = com.microsoft.EmbedLayerNormalization(ids, parts, words, places, kinds, scale, shift)
+      moved = Add(y, more)
+      turned = Transpose<perm = [0, 2, 1]>(moved)
+      out = MatMul(turned, w)
+    }
+    """
+    weights = {"words": (7, 2), "places": (4, 2), "kinds": (2, 2), "scale": (2,), "shift": (2,), "more": (4, 2)}
+    found = channel_groups(model_of(text, weights | {"w": (4, 3)}))
+    assert not found.groups
+    assert "`ids` is an input of the model" in reasons(found)
 
 
 def test_a_convolution_that_adds_and_activates() -> None:

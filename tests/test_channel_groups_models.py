@@ -18,7 +18,7 @@ from graphopt.passes.lossy.separate_sizes import separate_sizes
 from graphopt.passes.lossy.separate_vectors import separate_vectors
 from graphopt.rewriter import Rewriter
 
-from .hand_written_groups import letters, of_constants
+from .lettered_groups import letters, of_constants
 from .pass_runs import loaded, outputs_of
 from .removed_channels import check_removal, removed
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from .hand_written_groups import MAJOR, MINOR, groups_of, of_constants
+from .lettered_groups import MAJOR, MINOR, groups_of, of_constants
 
 # Channels that are shuffled
 

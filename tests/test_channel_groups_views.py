@@ -18,7 +18,7 @@ from graphopt.dims import named
 from graphopt.passes.analyses.axis_factors import Factors, shared_factors
 from graphopt.passes.analyses.channel_groups import Layout, channel_groups
 
-from .hand_written_groups import MAJOR, MINOR, groups_of, model_of, of_constants, reasons
+from .lettered_groups import MAJOR, MINOR, groups_of, model_of, of_constants, reasons
 
 # Views
 

@@ -100,6 +100,23 @@ def test_channels_are_frozen(nodes: str, reason: str) -> None:
     assert held.node is not None
 
 
+def test_a_table_of_indices_is_no_weight() -> None:
+    nodes = (
+        "i = Constant<value = int64[2,2] {0, 1, 2, 3}>() c = Gather<axis = 1>(a, i) b = ReduceSum<keepdims = 0>(c, one)"
+    )
+    assert between(nodes, read=2) == []
+
+
+def test_a_slope_for_all_channels_is_none_of_one() -> None:
+    """Before opset 7, a slope of one axis is for channels."""
+    nodes = "c = PRelu(a, slope) b = Identity(c)"
+    weights = {"w0": (4, 3, 1, 1), "w1": (2, 4, 1, 1)}
+    text = f"slopes (float[1,3,4,4] x) => (float[1,2,4,4] out) {{ a = Conv(x, w0) {nodes} out = Conv(b, w1) }}"
+    for slope, held in (((1,), {}), ((4,), {"slope:0": "abcd"})):
+        (group,) = channel_groups(model_of(text, weights | {"slope": slope}, opset=6)).groups
+        assert of_constants([letters(group)], weights | {"slope": slope}) == [BOTH | held]
+
+
 def test_sizes_of_other_axes_may_be_read() -> None:
     nodes = "s = Shape(a) n = Gather(s, two) d = Cast<to = 1>(n) b = Mul(a, d)"
     assert between(nodes) == [BOTH]
@@ -178,8 +195,8 @@ def test_channels_picked_once_are_groups_of_their_own() -> None:
 def test_padded_channels(mode: str, frozen: bool) -> None:
     pads = "pads = Constant<value = int64[8] {0, 1, 0, 0, 0, -1, 0, 0}>() "
     found = between(f'{pads} b = Pad<mode = "{mode}">(a, pads)')
-    # The channel that is cut off goes for free, and so does the one made of zeros.
-    assert found == ([] if frozen else [{"w0:0": "abc.", "w1:1": ".abc"}, {"w0:0": "...a"}, {"w1:1": "a..."}])
+    # The channel that is cut off is the only one of its kind, and nothing makes the one of zeros.
+    assert found == ([] if frozen else [{"w0:0": "abc.", "w1:1": ".abc"}])
 
 
 # Mixers

@@ -9,7 +9,7 @@ import pytest
 
 from graphopt.passes.solvers import columns
 from graphopt.passes.solvers.columns import Reader
-from graphopt.passes.solvers.objective import output_error
+from graphopt.passes.solvers.objective import DAMPING, output_error
 
 # A ridge far below what the tests tell apart.
 LITTLE = 1e-10
@@ -151,3 +151,19 @@ def test_all_but_one_can_go_and_no_more() -> None:
     assert len(removal.order) == 5
     assert (np.diff(removal.errors) >= 0).all()
     assert len(columns.removal_order([], 3, most=0).order) == 0
+
+
+def test_few_rows_are_damped_more_and_errors_on_others_fall() -> None:
+    """Of 12 rows, 30 inputs can be explained by any 12: what is left out seems to cost nothing."""
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((30, 30)) * np.geomspace(2, 0.1, 30)
+    few, many = rng.standard_normal((12, 30)) @ mix, rng.standard_normal((4000, 30)) @ mix
+    weight = rng.standard_normal((3, 30))
+    dampings = [columns.damping_for(moment(few), rows) for rows in (12, 120, 12_000)]
+    assert dampings[0] > dampings[1] > dampings[2] == DAMPING
+    assert columns.damping_for(np.zeros((2, 5, 5)), 10) == DAMPING
+    keep = np.arange(30)[None] % 2 == 0
+    firm = columns.refitted(weight, moment(few), keep=keep, damping=dampings[0])
+    loose = columns.refitted(weight, moment(few), keep=keep, damping=LITTLE)
+    assert output_error(weight - loose, moment(few)) < output_error(weight - firm, moment(few))
+    assert output_error(weight - loose, moment(many)) > output_error(weight - firm, moment(many))

@@ -157,6 +157,13 @@ def test_the_compensated_choice_loses_less_than_magnitude(text: str) -> None:
     assert best < 0.8 * distance(model, pruned(model, "prune-channels:ratio=0.4", data=False).model)
 
 
+@pytest.mark.parametrize("text", [PLAIN, RESIDUAL])
+def test_what_weights_choose_is_made_up_for_with_data(text: str) -> None:
+    model, spec = parsed(text), "prune-channels:ratio=0.4:criterion=l2"
+    made_up = distance(model, pruned(model, spec).model)
+    assert made_up < 0.8 * distance(model, pruned(model, spec, data=False).model)
+
+
 def test_layers_without_a_bias_get_one_and_keep_their_means() -> None:
     model = parsed(RESIDUAL)
     result = pruned(model, "prune-channels:ratio=0.4")

@@ -12,7 +12,10 @@ import pytest
 import graphopt
 from graphopt import shapes, walk
 from graphopt.errors import PassCrash
+from graphopt.passes.lossy.cuts import Cuts
 from graphopt.passes.lossy.shrinking import shrink
+from graphopt.passes.lossy.shrunk_attributes import mend_attributes
+from graphopt.passes.lossy.shrunk_shapes import Mending
 
 pytest.importorskip("onnxruntime")
 
@@ -586,6 +589,32 @@ def test_operators_of_a_runtime() -> None:
     assert "scale" not in own.attributes
     assert given.attributes["num_heads"].as_int() == 4
     assert given.attributes["scale"].as_float() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("node", "sizes", "axis"),
+    [
+        ("y = com.microsoft.MultiHeadAttention<num_heads=4>(x)", [2, 5, 4, 3, 2], 2),
+        (
+            "y = com.microsoft.RotaryEmbedding<num_heads=4, rotary_embedding_dim=2>(x, at, cosines, cosines)",
+            [2, 4, 5, 8],
+            1,
+        ),
+    ],
+)
+def test_heads_on_an_axis_are_counted_where_an_attribute_says_how_many(node: str, sizes: list[int], axis: int) -> None:
+    """ONNX Runtime's CPU has no kernel for packed heads."""
+    told = f"float[{','.join(map(str, sizes))}] x"
+    model = parsed(f"""<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]> g
+    (float[1] z, int64[1] at) => (float[?,?,?] out) <{told}, float[9,1] cosines> {{
+      {node}
+      out = Add(y, z)
+    }}""")
+    group = by_hand(model, 4, {("x", axis): None})
+    mending = Mending(Cuts({group: removed(4, 1)}), context(model))
+    (heads,) = [node for node in model.graph if "num_heads" in node.attributes]
+    mend_attributes(heads, mending)
+    assert heads.attributes["num_heads"].as_int() == 3
 
 
 def test_groups_of_a_normalization_go_whole() -> None:

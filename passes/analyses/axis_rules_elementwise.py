@@ -29,7 +29,8 @@ def broadcasting(node: NodeAxes, emit: Emit) -> None:
             continue
         if old and index > 0 and len(node.sizes_in(index)) < len(node.sizes_out()):
             if node.node.op_type == "PRelu" and len(node.sizes_in(index)) == 1:
-                emit.tie(node.input(index, 0), node.output(0, 1))
+                if node.sizes_in(index) != (1,):
+                    emit.tie(node.input(index, 0), node.output(0, 1))
             else:
                 emit.freeze_value(value, "it broadcasts as operators did before opset 7")
                 emit.freeze_value(output, "it broadcasts as operators did before opset 7")
@@ -79,7 +80,7 @@ _UNARY = (
 )
 _BROADCASTING = (
     *("Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual"),
-    *("Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "SwiGLU"),
+    *("Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum"),
     *("Where", "Xor"),
 )
 _QUANTIZED = (

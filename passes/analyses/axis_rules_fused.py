@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
-import onnx_ir as ir
 
 from .axis_rules_elementwise import unary
 from .axis_rules_products import convolution, gemm
@@ -33,13 +32,15 @@ def skip_normalization(node: NodeAxes, emit: Emit) -> None:
 def embedding_normalization(node: NodeAxes, emit: Emit) -> None:
     """A sum of rows of tables, normalised along the last axis; the sum may be an output, too."""
     result = node.output(0, -1)
+    for axis in (0, 1):  # batch and rows
+        emit.tie(node.input(0, axis), node.output(0, axis))
     for index in (2, 3, 4, 5, 6):
         if node.has(index):
             emit.tie(node.input(index, -1), result)
         if node.has(index) and len(node.sizes_in(index)) > 1:
             emit.freeze(node.input(index, 0), _LOOKED_UP)
     if node.gives(2):
-        emit.tie(node.output(2, -1), result)
+        emit.tie_values(node.node.outputs[2], node.node.outputs[0])
     emit.mixes(result)
 
 
@@ -74,12 +75,7 @@ def split_gelu(node: NodeAxes, emit: Emit) -> None:
         emit.tie(halves, result, None, np.arange(count) % (count // 2))
     if node.has(1):
         emit.tie(node.input(1, 0), halves)
-    _tie_leading(node.node.inputs[0], node.node.outputs[0], emit)
-
-
-def _tie_leading(value: ir.Value | None, result: ir.Value, emit: Emit) -> None:
-    if value is not None:
-        emit.tie_values(value, result, skip=(len(value.shape or ()) - 1,))
+    emit.tie_values(node.value(), node.node.outputs[0], skip=(halves.axis,))
 
 
 def fused_convolution(node: NodeAxes, emit: Emit) -> None:

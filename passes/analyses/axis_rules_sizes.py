@@ -11,12 +11,10 @@ from graphopt import walk
 
 from .axis_rules_views import tie_to_origins
 from .axis_ties import Axis, AxisRule, Emit, NodeAxes
-from .size_origins import size_origins
+from .size_origins import SHAPE_INPUT, size_origins
 
 # What hands sizes on, as `size_origins` follows them: by which inputs.
 _HANDS_ON = ("Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where")
-# Which input of these says of what shape the output is, axis for axis; they tie the axes themselves.
-_SHAPE_INPUT: Mapping[str, int] = MappingProxyType({"ConstantOfShape": 0, "Expand": 1, "Reshape": 1})
 
 
 def shape(node: NodeAxes, emit: Emit) -> None:
@@ -37,8 +35,8 @@ def _read_otherwise(sizes: ir.Value) -> Iterator[ir.Value]:
         if value.is_graph_output():
             yield value
         for use in value.uses():
-            if walk.is_onnx_op(use.node, *_SHAPE_INPUT) and _SHAPE_INPUT[use.node.op_type] == use.idx:
-                continue
+            if walk.is_onnx_op(use.node, *SHAPE_INPUT) and SHAPE_INPUT[use.node.op_type] == use.idx:
+                continue  # its own rule ties the axes
             if walk.is_onnx_op(use.node, *_HANDS_ON) and (use.idx == 0 or use.node.op_type in ("Concat", "Where")):
                 made = use.node.outputs[0]
                 if made not in seen:

@@ -15,12 +15,14 @@ from graphopt.backend import Array
 from .axis_classes import ElementClasses, element_classes
 from .axis_rules import ask_rules
 from .axis_ties import Axis as Axis
-from .axis_ties import Emit
+from .axis_ties import Emit, Freeze
 from .axis_ties import Layout as Layout
 from .axis_ties import Side as Side
 from .linear_layers import LinearLayer, linear_layers
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_MADE_BY_NOTHING = "no weight makes it: it is only read"
+_ONLY_ONE = "there is no other channel like it, and one must stay"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,8 @@ class ChannelGroup:
         size: How many units there are; a unit is the least that can be removed.
         axes: For each axis with elements in the group, int64 [length of the axis]: the unit each element belongs to,
             -1 for an element of no unit of this group. Weights, biases and activations alike.
-        writers: Linear layers whose outputs are channels of the group.
+        writers: Linear layers whose outputs are channels of the group; none where only embeddings or recurrent layers
+            make them.
         readers: Linear layers whose inputs are channels of the group.
         mixers: Nodes other than linear layers that mix what they read over the channels, such as normalizations: what
             is left changes when a channel goes.
@@ -81,7 +84,8 @@ class Groups:
 def channel_groups(model: ir.Model, layout: Layout | None = None) -> Groups:
     """Return the channels of the main graph, divided into those that can be removed together and those that cannot.
 
-    Units of one group have the same number of elements on the same axes, so that each costs the same. A constant that
+    Units of one group have the same number of elements on the same axes, so that each costs the same. A group has two
+    units or more, and a weight that makes them: that of a layer, an embedding or a recurrent layer. A constant that
     several nodes read ties what they do with it; that is right for weights, while vectors that happen to hold the same
     are better told apart before (`separate_vectors`).
 
@@ -95,8 +99,9 @@ def channel_groups(model: ir.Model, layout: Layout | None = None) -> Groups:
     frozen: list[FrozenAxis] = []
     for component in element_classes(emit, layout or Layout()):
         if layers.touches(component):
-            groups += _groups_of(component, layers, emit)
-            frozen += _frozen_of(component, layers)
+            offered, held = _groups_of(component, layers, emit)
+            groups += offered
+            frozen += _frozen_of(held, layers)
     return Groups(_in_order(groups, layers), frozen)
 
 
@@ -117,9 +122,16 @@ class _Layers:
         """Return whether any weight has an axis among these."""
         return any(is_matrix(axis.value) for axis in component.axes)
 
+    def make(self, axes: Mapping[Axis, Array]) -> bool:
+        """Return whether a weight makes the channels on some axes: they lie along it, and along what its node gives."""
+        values = {axis.value for axis in axes}
+        return any(axis in self.outputs for axis in axes) or any(
+            not values.isdisjoint(use.node.outputs) for value in values if is_matrix(value) for use in value.uses()
+        )
+
     def holds_otherwise(self, value: ir.Value) -> bool:
         """Return whether a value is a weight of other nodes than linear layers: an embedding, a recurrent layer."""
-        return value not in self.weights and value.dtype in _FLOATS and is_matrix(value)
+        return value not in self.weights and is_matrix(value)
 
     def name(self, axes: Iterable[Axis], writers: Sequence[LinearLayer]) -> str:
         """Return the label of the first layer that makes the channels, else of the first node that holds a weight."""
@@ -145,35 +157,57 @@ def input_axis(layer: LinearLayer) -> Axis:
 
 
 def is_matrix(value: ir.Value) -> bool:
-    """Return whether a value is a constant that is longer than 1 along two axes or more: a weight, not a bias."""
+    """Return whether a value is a constant that is longer than 1 along two axes or more: a weight, not a bias.
+
+    Numbers of elements are none, however they lie.
+    """
     tensor = walk.constant_tensor(value)
-    return tensor is not None and sum(size > 1 for size in walk.dims(tensor)) > 1
+    return tensor is not None and tensor.dtype in _FLOATS and sum(size > 1 for size in walk.dims(tensor)) > 1
 
 
-def _groups_of(component: ElementClasses, layers: _Layers, emit: Emit) -> list[ChannelGroup]:
-    """Return the classes that may go, divided by how many elements they have on which axes."""
+def _groups_of(component: ElementClasses, layers: _Layers, emit: Emit) -> tuple[list[ChannelGroup], ElementClasses]:
+    """Return the classes that may go, divided by how many elements they have on which axes, and what all others are."""
     free = np.array([freeze is None for freeze in component.frozen])
-    groups = []
+    groups: list[ChannelGroup] = []
+    held = list(component.frozen)
     for members in _alike(component, free, emit):
-        size = int(members.sum())
-        unit_of = np.full(len(free) + 1, -1, np.int64)
-        unit_of[:-1][members] = np.arange(size)
-        units: dict[int, Array] = {}  # axes that share their numbers share their units
-        axes: dict[Axis, Array] = {}
-        for axis in component.axes:
-            numbers = component.numbers[axis]
-            if id(numbers) not in units:
-                units[id(numbers)] = unit_of[numbers]
-            if (units[id(numbers)] >= 0).any():
-                axes[axis] = units[id(numbers)]
+        axes = _units_on_axes(component, members)
         mixers = list(dict.fromkeys(node for node, axis in emit.mixers if axis in axes))
         axes = {axis: own for axis, own in axes.items() if axis.value not in emit.made_up}
         if not any(is_matrix(axis.value) for axis in axes):
             continue
+        size = int(members.sum())
+        reason = _why_to_keep(size, axes, layers)
+        if reason is not None:
+            freeze = Freeze(next(iter(axes)), reason, None, None, 0)
+            for number in np.flatnonzero(members).tolist():
+                held[number] = freeze
+            continue
         writers = _ordered(layers.outputs, axes, layers)
         readers = _ordered(layers.inputs, axes, layers)
         groups.append(ChannelGroup(layers.name(axes, writers), size, axes, writers, readers, mixers))
-    return groups
+    return groups, replace(component, frozen=held)
+
+
+def _units_on_axes(component: ElementClasses, members: Array) -> dict[Axis, Array]:
+    """Return the unit of each element of the axes that have any, of classes numbered one after the other."""
+    unit_of = np.append(np.where(members, np.cumsum(members) - 1, -1), -1)
+    units: dict[int, Array] = {}  # axes that share their numbers share their units
+    axes: dict[Axis, Array] = {}
+    for axis in component.axes:
+        numbers = component.numbers[axis]
+        if id(numbers) not in units:
+            units[id(numbers)] = unit_of[numbers]
+        if (units[id(numbers)] >= 0).any():
+            axes[axis] = units[id(numbers)]
+    return axes
+
+
+def _why_to_keep(size: int, axes: Mapping[Axis, Array], layers: _Layers) -> str | None:
+    """Return why channels that nothing holds are no group all the same, or None."""
+    if not layers.make(axes):
+        return _MADE_BY_NOTHING
+    return _ONLY_ONE if size == 1 else None
 
 
 def _alike(component: ElementClasses, free: Array, emit: Emit) -> list[Array]:

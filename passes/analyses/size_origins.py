@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -14,6 +15,9 @@ from .axis_ties import Axis
 
 # A number that is written down, an axis whose length it is, or None where it is neither.
 Origin: TypeAlias = int | Axis | None
+
+# Which input of these says of what shape the output is, axis for axis.
+SHAPE_INPUT: Mapping[str, int] = MappingProxyType({"ConstantOfShape": 0, "Expand": 1, "Reshape": 1})
 
 _MOVES_NOTHING = ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,8 @@ from .sequential_moments import Moments, SequentialMoments
 
 # A layer that has lost this share of what it gives has lost all.
 _MOST_LOST = 0.999
+# Of fewer samples, none are set apart to measure on.
+_FEWEST_SAMPLES = 8
 
 
 def error_curves(
@@ -49,14 +52,19 @@ def error_curves(
     readers_of = {group: true_readers(group) for group in groups}
     kinds = {group: (group.size, *((one.node.op_type, one.dims) for one in readers_of[group])) for group in groups}
     tried = {groups[place] for place in tried_of([kinds[group] for group in groups])}
-    for group, seen in _readers(groups, ctx):
+    assert ctx.data is not None, "the pass did not declare that it needs calibration data"
+    # What is solved for some samples is measured on others, or nothing would seem lost where there are few.
+    rest, judged = ctx.data.split(ctx.seed) if len(ctx.data) >= _FEWEST_SAMPLES else (ctx.data, ctx.data)
+    for group, seen in _readers(groups, replace(ctx, data=rest)):
         own, level = plans[group]
         readers = [
             as_reader(group, layer, layer.matrix(), _moment(layer, moments, ctx), moments.rows)
             for layer, moments in seen.items()
         ]
         removal = columns.removal_order(readers, group.size, most=group.size - own[-1])
-        curves[group] = _as_noise(removal.errors[[group.size - width for width in own]] / len(readers))
+        # Each layer that reads a group loses something: a stream of many readers is no cheaper than they are together.
+        mean = removal.errors[[group.size - width for width in own]] / len(readers)
+        curves[group] = len(readers) * _as_noise(mean)
         kept = kept_units(group.size, removal.order, own[level])
         contents = None
         if group in tried:
@@ -64,7 +72,7 @@ def error_curves(
         changes.append(Change(group.name, kinds[group], float(curves[group][level]), contents))
         first = (group.writers or group.readers)[0].node
         say_curve(ctx, first, {1 - width / group.size: float(e) for width, e in zip(own, curves[group], strict=True)})
-    scales = error_weights(ctx, changes)
+    scales = error_weights(replace(ctx, data=judged), changes)
     found = {group: curve * scale for (group, curve), scale in zip(curves.items(), scales, strict=True)}
     return [found.get(group, _unknown(len(own))) for group, own in zip(groups, widths, strict=True)]
 

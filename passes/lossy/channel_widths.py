@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +80,21 @@ class WidthPlan:
         even = allocate_evenly(self._shares(), self._costs, self._whole * share)
         self._curves = error_curves(self._groups, self._allowed, even.levels, self._ctx)
 
-    def at(self, share: float) -> Widths:
-        """Return widths with which the model does no more than a share of its MACs, or the least that can be had."""
+    def at(self, share: float, *, whole: Collection[ChannelGroup] = ()) -> Widths:
+        """Return widths with which the model does no more than a share of its MACs, or the least that can be had.
+
+        Args:
+            share: The share of the MACs.
+            whole: Groups that shrink only where nothing else will do; once there are curves.
+        """
         budget = self._whole * share
         if self._curves is None:
             found = allocate_evenly(self._shares(), self._costs, budget)
         else:
-            found = allocate(self._curves, self._costs, budget)
+            dear = 1e6 * sum(float(curve.max()) for curve in self._curves)
+            pairs = zip(self._groups, self._curves, strict=True)
+            curves = [curve + dear * (np.arange(len(curve)) > 0) * (group in whole) for group, curve in pairs]
+            found = allocate(curves, self._costs, budget)
         chosen = zip(self._groups, self._allowed, found.levels, strict=True)
         widths = {group: own[level] for group, own, level in chosen}
         return Widths(widths, found.cost / self._whole if self._whole else 1.0, found.holds)

@@ -89,11 +89,10 @@ def tying_operators(group: ChannelGroup) -> Counter[str]:
         if node is None:
             continue
         joined = {value for value in node.inputs if value in held}
-        if node in writers:
-            found["depthwise Conv" if joined and _has_groups(node) else ""] += 1
-        elif len(joined) > 1:
+        if node in writers and joined and _has_groups(node):
+            found["depthwise Conv"] += 1
+        elif node not in writers and len(joined) > 1:
             found[node.op_type] += 1
-    del found[""]
     return found
 
 

@@ -21,6 +21,7 @@ from ..analyses.selection import Selection, select
 from .channel_choice import OF_DATA, Criterion, is_stream, kept_units, order_by_weights
 from .channel_latency import widths_by_latency
 from .channel_sweep import ChannelSweep
+from .channel_trial import best_of
 from .channel_widths import WidthPlan, Widths, widths_by_ratio
 from .removable_channels import find_channels
 from .shrinking import shrink
@@ -147,7 +148,7 @@ class PruneChannels(Pass):
         if self._by_error(ctx):
             plan.look(share)
         if self.macs is not None:
-            widths = plan.at(share)
+            widths = self._best(plan, groups, share, ctx) if self._by_error(ctx) else plan.at(share)
         else:
             widths, measured = widths_by_latency(plan, share, ctx)
             ctx.note(f"a run takes {measured:.0%} of its time at {widths.macs:.1%} of the MACs", latency=measured)
@@ -156,6 +157,17 @@ class PruneChannels(Pass):
             what = "MACs" if self.macs is not None else "time"
             ctx.note(f"no more can be removed: {share:.0%} of the {what} cannot be reached", reached=False)
         return widths
+
+    def _best(self, plan: WidthPlan, groups: Sequence[ChannelGroup], share: float, ctx: Context) -> Widths:
+        """Return widths by error, with or without streams, or equal shares of the others, whichever loses least."""
+        streams = [group for group in groups if is_stream(group)]
+        inner = [group for group in groups if group not in streams]
+        candidates = {"by error": plan.at(share)}
+        if streams and inner:
+            candidates["by error, streams whole"] = plan.at(share, whole=streams)
+        if inner:
+            candidates["evenly"] = WidthPlan(inner, self.multiple, ctx).at(share)
+        return best_of(candidates, self.criterion or "obs", self.layout, ctx)
 
 
 def _leave(groups: Sequence[ChannelGroup], reason: str, ctx: Context) -> None:

@@ -14,9 +14,9 @@ from .separate_vectors import separate_vectors
 
 
 def find_channels(ctx: Context, layout: Layout | None = None) -> Groups:
-    """Return the channels of the model, after an edit that tells apart equal biases and shapes of several layers.
+    """Return the channels of the model, after edits that tell apart equal biases and shapes of several layers.
 
-    A model without any channels to remove is left as it is.
+    Where that would change nothing in what can go, it is not done: tried out on a copy first.
 
     Args:
         ctx: The model, and what changes it.
@@ -24,12 +24,17 @@ def find_channels(ctx: Context, layout: Layout | None = None) -> Groups:
     """
     ctx.analyse(shapes.infer_shapes)
     found = channel_groups(ctx.model, layout)
-    if not found.groups:
-        trial = ctx.model.clone()
-        shapes.infer_shapes(trial)
-        if not tell_apart(trial, Rewriter(trial)) or not channel_groups(trial, layout).groups:
-            return found
-    return channel_groups(ctx.model, layout) if tell_apart(ctx.model, ctx.rewriter) else found
+    trial = ctx.model.clone()
+    shapes.infer_shapes(trial)
+    if not tell_apart(trial, Rewriter(trial)) or _outline(channel_groups(trial, layout)) == _outline(found):
+        return found
+    tell_apart(ctx.model, ctx.rewriter)
+    return channel_groups(ctx.model, layout)
+
+
+def _outline(found: Groups) -> list[tuple[str, int]]:
+    """Return what tells whether groups were one only because of something shared."""
+    return [(group.name, group.size) for group in found.groups]
 
 
 def tell_apart(model: ir.Model, rewriter: Rewriter) -> int:

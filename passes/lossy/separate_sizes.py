@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -11,10 +10,7 @@ import onnx_ir as ir
 from graphopt import shapes, walk
 from graphopt.rewriter import Rewriter
 
-from ..analyses.size_origins import size_origins
-
-# Which input of these says of what shape the output is.
-_SHAPE_INPUT: Mapping[str, int] = MappingProxyType({"ConstantOfShape": 0, "Expand": 1, "Reshape": 1})
+from ..analyses.size_origins import SHAPE_INPUT, size_origins
 
 
 def separate_sizes(model: ir.Model, rewriter: Rewriter) -> int:
@@ -30,9 +26,9 @@ def separate_sizes(model: ir.Model, rewriter: Rewriter) -> int:
     changed = 0
     for graph in walk.graphs_within(model.graph):
         for node in list(graph):
-            if not walk.is_onnx_op(node, *_SHAPE_INPUT):
+            if not walk.is_onnx_op(node, *SHAPE_INPUT):
                 continue
-            index = _SHAPE_INPUT[node.op_type]
+            index = SHAPE_INPUT[node.op_type]
             value = node.inputs[index] if index < len(node.inputs) else None
             known = _known_sizes(value)
             if value is not None and known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,8 @@ from .shrunk_shapes import Mending
 
 # Rank of a query whose heads lie side by side on its last axis.
 _HEADS_TOGETHER = 3
+# Where heads lie on an axis of their own: [batch, heads, rows, width], [batch, rows, heads, parts, width].
+_AXIS_OF_HEADS: Mapping[int, int] = MappingProxyType({4: 1, 5: 2})
 
 Rule = Callable[[ir.Node, Mending], None]
 
@@ -94,8 +97,9 @@ def _group_normalization(attribute: str, last_attribute: str | None = None) -> R
 def _attention(heads: str, heads_of_keys: str | None) -> Rule:
     """Return a rule for attention over query, key and value.
 
-    Each is [batch, sequence, heads · width], or has its heads on an axis of their own. Without a key, the query is all
-    three, one behind the other.
+    Each is [batch, sequence, heads · width], or has its heads on an axis of their own: [batch, heads, sequence, width],
+    or packed [batch, sequence, heads, parts, width]. A query of three axes without a key is all three, one behind the
+    other.
 
     Args:
         heads: The attribute for the number of heads of the query.
@@ -103,25 +107,38 @@ def _attention(heads: str, heads_of_keys: str | None) -> Rule:
     """
 
     def rule(node: ir.Node, mending: Mending) -> None:
-        cuts, rewriter = mending.cuts, mending.ctx.rewriter
-        query, key = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
-        dims = cuts.dims(query) or ()
+        rewriter, query = mending.ctx.rewriter, node.inputs[0]
+        key = node.inputs[1] if len(node.inputs) > 1 else None
         count = node.attributes.get_int(heads, 0)
         keys = node.attributes.get_int(heads_of_keys, count) if heads_of_keys is not None else count
-        if len(dims) != _HEADS_TOGETHER or not count:
-            # With heads apart, [batch, heads, sequence, width], no attribute says how many there are.
-            _keep_scale(node, cuts.length(query, len(dims) - 1), cuts.new_length(query, len(dims) - 1), mending)
-            return
-        stays = cuts.stays(query, 2)
-        rows = count if key is not None else count + 2 * keys
-        left, width = _rows(stays, rows, node)
-        of_keys = left[count : count + keys] if key is None else _rows(cuts.stays(key, 2), keys, node)[0]
-        _keep_scale(node, len(stays) // rows, width, mending)
-        rewriter.set_attribute(node, heads, int(left[:count].sum()))
-        if heads_of_keys is not None:
-            rewriter.set_attribute(node, heads_of_keys, int(of_keys.sum()))
+        if key is None and len(mending.cuts.dims(query) or ()) == _HEADS_TOGETHER:
+            stays, rows = mending.cuts.stays(query, 2), count + 2 * keys
+            left, width_left = _rows(stays, rows, node)
+            _keep_scale(node, len(stays) // rows, width_left, mending)
+            after, after_keys = int(left[:count].sum()), int(left[count : count + keys].sum())
+        else:
+            after, before, width = _heads(query, count, node, mending)
+            _keep_scale(node, before, width, mending)
+            after_keys = _heads(key, keys, node, mending)[0] if key is not None else after
+        # Where the heads have an axis of their own, an attribute need not say how many there are.
+        if heads in node.attributes:
+            rewriter.set_attribute(node, heads, after)
+        if heads_of_keys is not None and heads_of_keys in node.attributes:
+            rewriter.set_attribute(node, heads_of_keys, after_keys)
 
     return rule
+
+
+def _heads(value: ir.Value | None, count: int, node: ir.Node, mending: Mending) -> tuple[int, int | None, int | None]:
+    """Return how many of so many heads of a tensor are left, and how wide one was and is."""
+    cuts = mending.cuts
+    rank = len(cuts.dims(value) or ())
+    if rank == _HEADS_TOGETHER:
+        stays = cuts.stays(value, 2)
+        left, width = _rows(stays, count, node)
+        return int(left.sum()), len(stays) // count, width
+    left_of_axis = cuts.new_length(value, _AXIS_OF_HEADS.get(rank, 1))
+    return left_of_axis or count, cuts.length(value, rank - 1), cuts.new_length(value, rank - 1)
 
 
 def _keep_scale(node: ir.Node, before: int | None, after: int | None, mending: Mending) -> None:
@@ -149,10 +166,9 @@ def _projected_attention(node: ir.Node, mending: Mending) -> None:
 
 
 def _rotary(node: ir.Node, mending: Mending) -> None:
-    dims, count = mending.cuts.dims(node.inputs[0]) or (), node.attributes.get_int("num_heads", 0)
-    if len(dims) == _HEADS_TOGETHER and count:
-        left, _ = _rows(mending.cuts.stays(node.inputs[0], 2), count, node)
-        mending.ctx.rewriter.set_attribute(node, "num_heads", int(left.sum()))
+    count = node.attributes.get_int("num_heads", 0)
+    if count:
+        mending.ctx.rewriter.set_attribute(node, "num_heads", _heads(node.inputs[0], count, node, mending)[0])
 
 
 _STANDARD: Mapping[str, Rule] = {

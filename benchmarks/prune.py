@@ -64,7 +64,7 @@ def on_language(setting: str) -> tuple[Tool, ...]:
         graphopt(f"prune:method=magnitude:{kept}", calibrates=False),
         graphopt(f"prune:method=wanda:{kept}"),
         graphopt(f"prune:method=obs:{kept}"),
-        *(() if setting == PATTERN else (graphopt(f"prune:method=obs:{kept}:allocate=error"),)),
+        *(() if setting == PATTERN else (graphopt(f"prune:method=obs:{kept}:scope=global"),)),
     )
 
 
@@ -76,7 +76,7 @@ def on_networks(setting: str) -> tuple[Tool, ...]:
         graphopt(f"prune:method=magnitude:sparsity={setting}", calibrates=False),
         graphopt(f"prune:method=wanda:sparsity={setting}"),
         graphopt(f"prune:method=obs:sparsity={setting}"),
-        graphopt(f"prune:method=obs:sparsity={setting}:allocate=error"),
+        graphopt(f"prune:method=obs:sparsity={setting}:scope=global"),
     )
 
 

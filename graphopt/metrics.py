@@ -234,8 +234,12 @@ class KL(_Mean):
     def update(self, outputs: Outputs, original: Outputs, batch: Batch) -> None:
         mine, theirs = (_class_scores(first_output(side, batch), self.name) for side in (outputs, original))
         # The original decides for both: the model's probabilities may have drifted from a sum of one.
-        normalized = bool((theirs >= 0).all() and np.allclose(theirs.sum(-1, dtype=np.float64), 1.0, atol=1e-3))
-        self.add(_divergence_of_shares(theirs, mine) if normalized else _divergence_of_logits(theirs, mine))
+        self.add((_divergence_of_shares if _are_shares(theirs) else _divergence_of_logits)(theirs, mine))
+
+
+def _are_shares(scores: Array) -> bool:
+    """Return whether scores are probabilities already, rather than logits."""
+    return bool((scores >= 0).all() and np.allclose(scores.sum(-1, dtype=np.float64), 1.0, atol=1e-3))
 
 
 def _divergence_of_shares(theirs: Array, mine: Array) -> Array:
@@ -258,6 +262,44 @@ def _divergence_of_logits(theirs: Array, mine: Array) -> Array:
     sum_a = shares.sum(-1, dtype=np.float64)
     shares *= np.subtract(a, b, out=b)
     return np.asarray(shares.sum(-1, dtype=np.float64) / sum_a - np.log(sum_a) + np.log(sum_b))
+
+
+_CROSS_ENTROPY = "cross-entropy"
+
+
+def own_answers(output: Array) -> Array:
+    """Return the class with the highest score of each item of an output, int64 [items, ...].
+
+    Raises:
+        DataError: The output holds no score per class.
+    """
+    return np.asarray(_class_scores(output, _CROSS_ENTROPY).argmax(-1))
+
+
+def cross_entropies(output: Array, labels: Array) -> Array:
+    """Return −log p(label) of each item of an output of logits, or of probabilities, float64 [items, ...], in nats.
+
+    Args:
+        output: A score per class.
+        labels: A class number per item.
+
+    Raises:
+        DataError: The output holds no score per class, or the labels are no classes of it.
+    """
+    scores = _class_scores(output, _CROSS_ENTROPY)
+    if scores.dtype.kind != "f" or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"metric `{_CROSS_ENTROPY}` needs float scores and classes, not {output.dtype} and {labels.dtype}",
+            hint="labels are class numbers",
+        )
+    labels = _check_labels(labels, scores.shape[:-1], _CROSS_ENTROPY)
+    _check_classes(labels, scores.shape[-1], _CROSS_ENTROPY)
+    if _are_shares(scores):
+        scores = np.log(np.maximum(scores, np.finfo(np.float32).tiny, dtype=np.float64))
+    # Logits of a language model are many: only sums are float64.
+    scores = scores.astype(np.float32, copy=False) - scores.max(-1, keepdims=True)
+    chosen = np.take_along_axis(scores, labels[..., None].astype(np.int64), -1)[..., 0]
+    return np.asarray(np.log(np.exp(scores).sum(-1, dtype=np.float64)) - chosen)
 
 
 class SQNR(Metric):

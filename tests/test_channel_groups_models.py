@@ -31,7 +31,7 @@ KNOWN: Mapping[str, Mapping[tuple[int, int, int], int]] = {
     # Twice, for two sampling rates: real and imaginary parts of a spectrum, and all but the last of four convolutions,
     # of which only a branch knows the rank.
     "silero_vad": {(65, 1, 1): 1, (129, 1, 1): 1, (128, 1, 1): 2, (64, 1, 1): 4},
-    "magika_v3_3": {(257, 0, 1): 1, (64, 1, 1): 1, (512, 1, 1): 1},
+    "magika_v3_3": {(64, 1, 1): 1, (512, 1, 1): 1},
     "squeezenet1.1_imagenet": {
         (64, 1, 1): 5,
         (16, 1, 2): 2,

@@ -67,6 +67,23 @@ depthwise (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y)
     y = Conv (r2, w3)
 }"""
 
+# What reads the second layer lies in branches, where nothing can be observed.
+BRANCHES = """<ir_version: 8, opset_import: ["": 17]>
+branches (float[N, 3, 8, 8] x) => (float[N, 4, 8, 8] y)
+<float[16, 3, 3, 3] w1, float[16, 16, 3, 3] w2, float[4, 16, 1, 1] w3, float[4, 16, 1, 1] w4, float zero = {0.0}>
+{
+    c1 = Conv <pads = [1, 1, 1, 1]> (x, w1)
+    r1 = Relu (c1)
+    c2 = Conv <pads = [1, 1, 1, 1]> (r1, w2)
+    r2 = Relu (c2)
+    total = ReduceSum <keepdims = 0> (x)
+    positive = Greater (total, zero)
+    y = If (positive) <
+        then_branch = yes () => (float[N, 4, 8, 8] a) { a = Conv (r2, w3) },
+        else_branch = no () => (float[N, 4, 8, 8] b) { b = Conv (r2, w4) }
+    >
+}"""
+
 
 def parsed(text: str) -> ir.Model:
     """Return a model whose nodes are named after what they give."""
@@ -103,7 +120,7 @@ def texts(result: graphopt.Result) -> str:
     return "\n".join(note.text for note in result.report.steps[-1].notes)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "variance", "obs"])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "variance", "obs", "taylor"])
 @pytest.mark.parametrize("text", [PLAIN, RESIDUAL, DEPTHWISE])
 def test_every_group_loses_its_share_and_the_model_runs(text: str, criterion: str) -> None:
     model = parsed(text)
@@ -190,6 +207,55 @@ def test_errors_divide_the_macs_better_than_equal_shares() -> None:
     assert distance(model, result.model) < 0.5 * distance(model, even.model)
 
 
+@pytest.mark.parametrize("criterion", ["l1", "variance", "obs"])
+def test_layers_that_cannot_be_seen_are_cut_and_that_is_said(criterion: str) -> None:
+    model = parsed(BRANCHES)
+    result = pruned(model, f"prune-channels:ratio=0.25:criterion={criterion}")
+    assert [sizes(result.model)[name][0] for name in ("w1", "w2")] == [12, 12]
+    assert "make up for nothing: 2, as what they read cannot be looked at" in texts(result)
+    assert 0 < distance(model, result.model) < 1.5
+
+
+@pytest.mark.parametrize(("macs", "widths"), [(0.6, {"w2": {16}}), (0.03, {"w1": {1}, "w2": {1, 2}})])
+def test_groups_that_cannot_be_seen_shrink_last(macs: float, widths: dict[str, set[int]]) -> None:
+    result = pruned(parsed(BRANCHES), PruneChannels(macs=macs, multiple=1))
+    assert "shrink only where no others can: 1 (`c2`)" in texts(result)
+    assert result.report.after.macs <= macs * result.report.before.macs
+    for name, allowed in widths.items():
+        assert sizes(result.model)[name][0] in allowed
+
+
+def test_groups_none_of_which_can_be_seen_shrink_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.passes.lossy import channel_widths
+
+    model = parsed(PLAIN)
+    groups = channel_groups(model).groups
+    plan = WidthPlan(groups, 1, context(model))
+    even = plan.at(0.5)
+    curves: list[Any] = [None] * len(groups)
+    monkeypatch.setattr(channel_widths, "error_curves", lambda *_: curves)
+    plan.look(0.5)
+    assert plan.at(0.5).of == even.of
+    # Those that are seen go first; the price of the others is finite, or all of them would go at once.
+    curves[0] = np.linspace(0, 1, 16)
+    plan.look(0.9)
+    found = plan.at(0.9)
+    assert found.of[groups[1]] == groups[1].size
+    assert 0.8 < (found.macs or 0.0) <= 0.9
+    assert plan.at(0.9, whole=groups).holds
+
+
+def test_a_product_with_a_factor_keeps_its_mean() -> None:
+    text = PLAIN.replace("Gemm <transB = 1>", "Gemm <transB = 1, alpha = 0.5, beta = 2.0>")
+    model = parsed(text)
+    feed = {"x": images()}
+    for spec in ("prune-channels:ratio=0.5", "prune:sparsity=0.8"):
+        result = pruned(model, spec)
+        wanted, given = outputs_of(model, feed)["y"], outputs_of(result.model, feed)["y"]
+        # Calibrated on part of these.
+        assert np.abs(wanted.mean(0) - given.mean(0)).max() < 0.2 * wanted.std(0).max()
+
+
 def test_what_cannot_be_reached_is_said() -> None:
     result = pruned(parsed(PLAIN), "prune-channels:macs=0.01", data=False)
     assert "1% of the MACs cannot be reached" in texts(result)
@@ -223,17 +289,24 @@ def test_latency_is_halved_in_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = context(model)
     ctx.backend = Clock()  # type: ignore[assignment]
     plan = WidthPlan(channel_groups(model).groups, 1, ctx)
-    widths, measured = channel_latency.widths_by_latency(plan, 0.6, ctx)
+    widths, measured = channel_latency.widths_by_latency(plan, 0.6, None, ctx)
     assert 0.5 < measured <= 0.6
     assert widths.macs == pytest.approx(measured)
-    _, fastest = channel_latency.widths_by_latency(plan, 1e-3, ctx)
+    _, fastest = channel_latency.widths_by_latency(plan, 1e-3, None, ctx)
     assert fastest < 0.1
 
 
 def test_latency_by_the_clock_leaves_a_model_that_runs() -> None:
     result = pruned(parsed(PLAIN), "prune-channels:latency=0.9", data=False)
     assert "of its time" in texts(result)
+    assert "noisy" in texts(result)
     assert distance(parsed(PLAIN), result.model) >= 0
+
+
+def test_time_that_says_nothing_is_refused() -> None:
+    with pytest.raises(PassError, match="cannot be measured") as caught:
+        graphopt.optimize(parsed(PLAIN), "prune-channels:latency=0.7", backend="reference")
+    assert "macs=0.7" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(("size", "multiple", "widths"), [(16, None, 15), (64, None, 60), (512, None, 504), (10, 4, 8)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,16 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import shapes
+from graphopt import latency, shapes, summary
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.passes import PruneHeads
 from graphopt.passes.analyses.channel_groups import Layout, Side, channel_groups
+from graphopt.passes.lossy.channel_latency import widths_by_latency
+from graphopt.passes.lossy.channel_widths import WidthPlan
 from graphopt.passes.lossy.prune_heads import are_heads
 
 from .pass_runs import outputs_of
-from .removed_channels import parsed
+from .removed_channels import context, parsed
 
 FEATURES, HEADS, WIDE, LENGTH = 12, 4, 3, 5
 
@@ -122,7 +126,7 @@ def test_heads_are_told_from_neurons(text: str, heads: int) -> None:
     assert [group.size for group in groups if are_heads(group)] == [heads]
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "variance", "obs"])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "variance", "obs", "taylor"])
 def test_whole_heads_go(criterion: str) -> None:
     result = run(named(ATTENTION), PruneHeads(ratio=0.5, criterion=criterion), rows())  # type: ignore[arg-type]
     assert matrices(result.model) == [(12, 6), (12, 6), (12, 6), (6, 12), (12, 20), (20, 7)]
@@ -170,6 +174,25 @@ def test_the_rest_makes_up_for_a_head() -> None:
 def test_macs_are_reached() -> None:
     result = run(named(ATTENTION), PruneHeads(macs=0.8), rows())
     assert result.report.after.macs <= 0.8 * result.report.before.macs
+
+
+def test_by_the_clock_whole_heads_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_parameters(sessions: Any, *_: Any, **__: Any) -> list[latency.Latency]:
+        return [latency.Latency(one, one, one, 1, one / sessions[0]) for one in sessions]
+
+    @contextmanager
+    def opened(_: Any, model: ir.Model, **__: Any) -> Iterator[int]:
+        yield summary.summarize(model).macs
+
+    model = named(ATTENTION)
+    ctx = context(model)
+    monkeypatch.setattr(latency, "measure", by_parameters)
+    monkeypatch.setattr(type(ctx.backend), "open", opened)
+    layout = Layout(splits=Side.MAJOR)
+    heads = [group for group in channel_groups(model, layout).groups if are_heads(group)]
+    widths, measured = widths_by_latency(WidthPlan(heads, 1, ctx), 0.8, layout, ctx)
+    assert measured == pytest.approx(widths.macs)
+    assert measured <= 0.8
 
 
 def test_attention_is_chosen_by_name() -> None:

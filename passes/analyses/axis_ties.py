@@ -44,7 +44,6 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import walk
 from graphopt.backend import Array
 from graphopt.shape_facts import Call
 from graphopt.value_records import fact_of
@@ -100,11 +99,6 @@ class NodeAxes(Call):
 
     def __init__(self, node: ir.Node, opset: int) -> None:
         super().__init__(node, [None if value is None else fact_of(value) for value in node.inputs], opset)
-
-    @property
-    def label(self) -> str:
-        """How messages call the node."""
-        return walk.label(self.node)
 
     def gives(self, index: int) -> bool:
         """Return whether an output is there and its rank known: also one that nothing reads shrinks."""
@@ -210,13 +204,13 @@ class Emit:
         if None in lengths:
             for axis, length in zip((a, b), lengths, strict=True):
                 if length is not None and length > 1:
-                    self.freeze(axis, f"the size it goes with is not known at {self._where()}")
+                    self.freeze(axis, "the size it goes with is not known")
             return
         first, second = (None if index is None else np.asarray(index, np.int64) for index in (index_a, index_b))
         counts = [n if index is None else len(index) for n, index in zip(lengths, (first, second), strict=True)]
         if counts[0] != counts[1]:
             for axis in (a, b):
-                self.freeze(axis, f"sizes differ at {self._where()}")
+                self.freeze(axis, "what it goes with has another size")
             return
         self.ties.append(Tie(a, b, first, second))
 
@@ -266,7 +260,7 @@ class Emit:
             return
         if length_of(whole) is None or None in lengths:
             for axis in (whole, *parts):
-                self.freeze(axis, f"is split or merged in unknown sizes by {self._where()}")
+                self.freeze(axis, "it is split or merged in unknown sizes")
             return
         self._turn += 1
         self.splits.append(Split(whole, tuple(parts), kind, self.node, self._turn))
@@ -276,9 +270,6 @@ class Emit:
         value = ir.Value(shape=ir.Shape([length]), type=ir.TensorType(ir.DataType.FLOAT))
         self.made_up.add(value)
         return Axis(value, 0)
-
-    def _where(self) -> str:
-        return walk.label(self.node) if self.node is not None else "the model"
 
 
 AxisRule: TypeAlias = Callable[[NodeAxes, Emit], None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +118,7 @@ def is_lookup(node: ir.Node) -> bool:
     return walk.is_onnx_op(node, "Gather") and node.attributes.get_int("axis", 0) == 0
 
 
-def readers_elsewhere(layer: LinearLayer, layers: list[LinearLayer]) -> list[ir.Node]:
+def readers_elsewhere(layer: LinearLayer, layers: Sequence[LinearLayer]) -> list[ir.Node]:
     """Return the nodes that read the layer's weight and are not linear layers reading it the same way."""
     same = {other.node for other in layers if other.weight is layer.weight and other.output_axis == layer.output_axis}
     return [use.node for use in layer.weight.uses() if use.node not in same]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphopt import walk
+from graphopt.errors import PassError
 
 _QUANTIZED_OPS = frozenset(
     {
@@ -29,6 +30,29 @@ _STORED_INTEGERS = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.I
 def first_quantized(model: ir.Model) -> ir.Node | None:
     """Return the first node that quantizes, computes in integers, or reads weights stored as integers."""
     return next((node for node in walk.every_node(model) if _is_quantized(node)), None)
+
+
+def refuse_quantized(model: ir.Model, name: str, hint: str = "start from the float model") -> None:
+    """Refuse a model that is quantized already.
+
+    Args:
+        model: A model that a pass is to change the float weights of.
+        name: The pass.
+        hint: What the user may do.
+
+    Raises:
+        PassError: It is quantized.
+    """
+    node = first_quantized(model)
+    if node is not None:
+        raise PassError(
+            f"pass `{name}` finds the model already quantized (`{walk.label(node)}` is {node.op_type})", hint=hint
+        )
+
+
+def refuse_to_prune_quantized(model: ir.Model, name: str) -> None:
+    """Refuse, as `refuse_quantized` does, with the right order of passes for one that prunes."""
+    refuse_quantized(model, name, f"prune first, then quantize: `--passes {name},quant`")
 
 
 def _is_quantized(node: ir.Node) -> bool:

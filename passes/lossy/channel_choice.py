@@ -17,9 +17,9 @@ from ..analyses.second_moments import group_count, inputs_of
 from ..solvers import columns
 from ..solvers.objective import by_group, output_error
 
-Criterion = Literal["l1", "l2", "variance", "obs"]
-# Criteria that look at what layers read.
-OF_DATA: frozenset[str] = frozenset({"variance", "obs"})
+Criterion = Literal["l1", "l2", "variance", "obs", "taylor"]
+# Criteria that look at what layers read, or at the outputs.
+OF_DATA: frozenset[str] = frozenset({"variance", "obs", "taylor"})
 
 
 def read_units(group: ChannelGroup, layer: LinearLayer) -> Array | None:

@@ -17,8 +17,7 @@ from ..analyses.linear_layers import LinearLayer
 from ..analyses.output_damage import Change, error_weights, say_curve, tried_of
 from ..solvers import columns
 from .channel_choice import as_reader, kept_units, read_units, true_readers, zeroed
-from .channel_sweep import bias_content, bias_of_layer
-from .layer_bias import LayerBias
+from .layer_bias import LayerBias, bias_content, bias_of_layer
 from .layer_targets import rows_per_sample
 from .sequential_moments import Moments, SequentialMoments
 
@@ -30,7 +29,7 @@ _FEWEST_SAMPLES = 8
 
 def error_curves(
     groups: Sequence[ChannelGroup], widths: Sequence[Sequence[int]], levels: Sequence[int], ctx: Context
-) -> list[Array]:
+) -> list[Array | None]:
     """Return what the outputs are expected to lose where one group alone has each of its widths.
 
     The shape of a curve is that of the errors which the kept weights of its readers cannot make up for, against what
@@ -43,11 +42,10 @@ def error_curves(
         ctx: The model, not changed, and the data.
 
     Returns:
-        Of each group float64 [widths], from 0; infinite beyond 0 where nothing can be seen of a group.
+        Of each group float64 [widths], from 0; None where nothing can be seen of what reads it.
     """
     plans = {group: (own, max(level, 1)) for group, own, level in zip(groups, widths, levels, strict=True)}
     curves: dict[ChannelGroup, Array] = {}
-
     changes = []
     readers_of = {group: true_readers(group) for group in groups}
     kinds = {group: (group.size, *((one.node.op_type, one.dims) for one in readers_of[group])) for group in groups}
@@ -74,16 +72,17 @@ def error_curves(
         say_curve(ctx, first, {1 - width / group.size: float(e) for width, e in zip(own, curves[group], strict=True)})
     scales = error_weights(replace(ctx, data=judged), changes)
     found = {group: curve * scale for (group, curve), scale in zip(curves.items(), scales, strict=True)}
-    return [found.get(group, _unknown(len(own))) for group, own in zip(groups, widths, strict=True)]
+    return [found.get(group) for group in groups]
 
 
 def _readers(
     groups: Sequence[ChannelGroup], ctx: Context
 ) -> Iterator[tuple[ChannelGroup, Mapping[LinearLayer, Moments]]]:
     """Yield each group with what the layers that read it read, as soon as the last of them has been seen."""
-    missing = {group: list(true_readers(group)) for group in groups}
+    graph = ctx.model.graph
+    missing = {group: [one for one in true_readers(group) if one.node.graph is graph] for group in groups}
     seen: dict[ChannelGroup, dict[LinearLayer, Moments]] = {group: {} for group in groups}
-    order = {node: place for place, node in enumerate(ctx.model.graph)}
+    order = {node: place for place, node in enumerate(graph)}
     layers = {layer.node: layer for group in groups for layer in missing[group]}
     limit = rows_per_sample(len(ctx.data) if ctx.data is not None else 0)
     with SequentialMoments(ctx, compare=False, limit=limit) as moments:
@@ -138,7 +137,3 @@ def _as_noise(errors: Array) -> Array:
     """
     lost = np.minimum(errors, _MOST_LOST)
     return np.asarray(lost / (1.0 - lost))
-
-
-def _unknown(levels: int) -> Array:
-    return np.append(0.0, np.full(levels - 1, np.finfo(np.float64).max / 1e6))

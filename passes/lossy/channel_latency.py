@@ -9,9 +9,10 @@ import onnx_ir as ir
 from graphopt import latency
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.errors import PassError
 from graphopt.generated import generated_feeds
 
-from ..analyses.channel_groups import channel_groups
+from ..analyses.channel_groups import Layout, channel_groups
 from .channel_choice import kept_units
 from .channel_widths import WidthPlan, Widths
 from .shrinking import shrink
@@ -21,9 +22,24 @@ _TRIES = 6
 # Seconds each is timed for, in turn with the model as it is.
 _SECONDS = 1.0
 _LEAST_RUNS = 20
+# The evaluator of ONNX is written to be read: how long it takes says nothing of any other runtime.
+_UNTIMED = frozenset({"reference"})
 
 
-def widths_by_latency(plan: WidthPlan, share: float, ctx: Context) -> tuple[Widths, float]:
+def refuse_untimed(name: str, ctx: Context) -> None:
+    """Refuse runtimes whose time means nothing.
+
+    Raises:
+        PassError: This is one.
+    """
+    if ctx.backend.name in _UNTIMED:
+        raise PassError(
+            f"pass `{name}`: `latency` cannot be measured with the backend `{ctx.backend.name}`: its time says nothing",
+            hint="`--backend onnxruntime`, or a share of the multiplications, such as `macs=0.7`",
+        )
+
+
+def widths_by_latency(plan: WidthPlan, share: float, layout: Layout | None, ctx: Context) -> tuple[Widths, float]:
     """Return widths with which a run takes no more than a share of its time, and what it took.
 
     What a channel costs a runtime is not what it costs on paper: so shares of the MACs are halved in on, each tried on
@@ -32,6 +48,7 @@ def widths_by_latency(plan: WidthPlan, share: float, ctx: Context) -> tuple[Widt
     Args:
         plan: Gives widths for shares of the MACs.
         share: The share of the time of a run to be left.
+        layout: Which side is cut where an axis is two in one.
         ctx: The model, what runs it, and data.
     """
     low, high = 0.0, 1.0
@@ -41,7 +58,7 @@ def widths_by_latency(plan: WidthPlan, share: float, ctx: Context) -> tuple[Widt
     middle = share
     for _ in range(_TRIES):
         widths = plan.at(middle)
-        measured = _share_of_time(widths, ctx)
+        measured = _share_of_time(widths, layout, ctx)
         if fastest is None or measured < fastest[1]:
             fastest = widths, measured
         if measured <= share:
@@ -53,13 +70,13 @@ def widths_by_latency(plan: WidthPlan, share: float, ctx: Context) -> tuple[Widt
     return found or fastest
 
 
-def _share_of_time(widths: Widths, ctx: Context) -> float:
+def _share_of_time(widths: Widths, layout: Layout | None, ctx: Context) -> float:
     by_name = {group.name: width for group, width in widths.of.items() if width < group.size}
     if not by_name:
         return 1.0
 
     def make(model: ir.Model, own: Context) -> None:
-        groups = own.analyse(channel_groups).groups
+        groups = channel_groups(model, layout).groups
         narrow = {group: by_name[group.name] for group in groups if group.name in by_name}
         shrink(own, {group: kept_units(group.size, range(group.size), width) for group, width in narrow.items()})
 

@@ -18,9 +18,8 @@ from .channel_choice import Criterion
 from .channel_sweep import ChannelSweep
 from .channel_widths import Widths
 
-# Samples weights are solved for in a trial, and as many others it is judged on; of fewer, the same ones.
+# The most samples that weights are solved for in a trial, and the most others it is judged on.
 _SAMPLES = 64
-_FEWEST_HELD_BACK = 16
 
 
 def best_of(candidates: Mapping[str, Widths], criterion: Criterion, layout: Layout | None, ctx: Context) -> Widths:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.authoring import Context
+from graphopt.backend import Array
 
 from ..analyses.channel_groups import ChannelGroup
 from ..analyses.width_costs import WidthCosts
@@ -16,6 +17,8 @@ from .channel_curves import error_curves
 
 # Kernels take channels in blocks of 8 or 16; what does not fill one is computed all the same.
 _LIKED_MULTIPLE = 8
+# A group of which nothing can be seen shrinks once all others cannot: any cut of it counts as so many times all errors.
+_DEAR = 1e6
 # Where a block is more than this share of a group, what would be lost by rounding outweighs it.
 _FINEST_SHARE = 16
 
@@ -73,31 +76,45 @@ class WidthPlan:
         self._allowed = [widths_of(group, multiple) for group in groups]
         self._costs = WidthCosts(ctx.model, groups, self._allowed)
         self._whole = self._costs([0] * len(groups))
-        self._curves: Sequence[np.ndarray] | None = None
+        self._curves: Sequence[Array | None] = [None] * len(groups)
 
     def look(self, share: float) -> None:
         """Look at what each group costs the outputs, at about a share of the MACs, and divide by that from now on."""
         even = allocate_evenly(self._shares(), self._costs, self._whole * share)
         self._curves = error_curves(self._groups, self._allowed, even.levels, self._ctx)
+        unseen = [group.name for group, curve in zip(self._groups, self._curves, strict=True) if curve is None]
+        if unseen:
+            reason = "as what reads them cannot be looked at"
+            self._ctx.left(
+                f"groups of channels that shrink only where no others can: {len(unseen)} (`{unseen[0]}`), {reason}",
+                left=len(unseen),
+            )
 
     def at(self, share: float, *, whole: Collection[ChannelGroup] = ()) -> Widths:
         """Return widths with which the model does no more than a share of its MACs, or the least that can be had.
 
         Args:
             share: The share of the MACs.
-            whole: Groups that shrink only where nothing else will do; once there are curves.
+            whole: Groups that shrink only where nothing else will do, as do those of which nothing can be seen.
         """
         budget = self._whole * share
-        if self._curves is None:
-            found = allocate_evenly(self._shares(), self._costs, budget)
-        else:
-            dear = 1e6 * sum(float(curve.max()) for curve in self._curves)
-            pairs = zip(self._groups, self._curves, strict=True)
-            curves = [curve + dear * (np.arange(len(curve)) > 0) * (group in whole) for group, curve in pairs]
+        known = [curve for curve in self._curves if curve is not None]
+        if known:
+            dear = _DEAR * (sum(float(curve.max()) for curve in known) or 1.0)
+            curves = [self._weighed(index, whole, dear) for index in range(len(self._curves))]
             found = allocate(curves, self._costs, budget)
+        else:
+            found = allocate_evenly(self._shares(), self._costs, budget)
         chosen = zip(self._groups, self._allowed, found.levels, strict=True)
         widths = {group: own[level] for group, own, level in chosen}
         return Widths(widths, found.cost / self._whole if self._whole else 1.0, found.holds)
 
-    def _shares(self) -> list[np.ndarray]:
+    def _weighed(self, index: int, whole: Collection[ChannelGroup], dear: float) -> Array:
+        """Return the curve of a group, with what shrinking it at all costs beyond that."""
+        curve, shares = self._curves[index], self._shares()[index]
+        if curve is None:
+            return np.where(shares > 0, dear * (1 + shares), 0.0)
+        return np.where((shares > 0) & (self._groups[index] in whole), curve + dear, curve)
+
+    def _shares(self) -> list[Array]:
         return [1 - np.asarray(own) / own[0] for own in self._allowed]

@@ -11,9 +11,10 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 
+from ..analyses.quantized import refuse_quantized
 from ..analyses.selection import select
 from ..solvers import codebook
-from .coded_layers import Coding, needs_of, refuse_quantized, solver_of
+from .coded_layers import Coding, needs_of, solver_of
 from .coded_weights import store_codes
 
 _BOOKS = {"nf4": codebook.Codebook(codebook.NF4), "fp4": codebook.Codebook(codebook.FP4)}

@@ -15,7 +15,6 @@ from graphopt.errors import PassError
 from graphopt.report import show_bytes
 
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, is_lookup
-from ..analyses.quantized import first_quantized
 from ..analyses.second_moments import gram
 from ..analyses.selection import Selection
 from ..solvers.codebook import Codebook, CodebookWeight, compensated, nearest
@@ -98,20 +97,6 @@ def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Co
     if inside:
         ctx.left(f"{inside} weights lie inside functions, or are outputs of the model")
     return chosen
-
-
-def refuse_quantized(model: ir.Model, name: str) -> None:
-    """Refuse a model whose weights are codes already.
-
-    Raises:
-        PassError: It is quantized.
-    """
-    node = first_quantized(model)
-    if node is not None:
-        raise PassError(
-            f"pass `{name}` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
-            hint="start from the float model",
-        )
 
 
 def _weight_of(node: ir.Node) -> LinearLayer | None:

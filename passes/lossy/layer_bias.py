@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,8 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
+from ..analyses.linear_layers import LinearLayer
+from ..analyses.second_moments import group_count
 from .integer_weights import release
 
 _RULE = "correct-bias"
@@ -120,6 +122,36 @@ def bias_of(node: ir.Node, outputs: int, ctx: Context) -> LayerBias | str:
     if factor == 0:
         return "their bias is multiplied by zero"
     return _stored(node, node, 2, factor, outputs)
+
+
+def bias_of_layer(layer: LinearLayer, ctx: Context) -> LayerBias | None:
+    """Return a layer's bias of floats, or where one may be put; None where there can be none.
+
+    What it holds counts in products of weight and input: that of a Gemm is multiplied by beta, and they by alpha.
+    """
+    if layer.weight_index != 1:
+        return None
+    weight = walk.constant_tensor(layer.weight)
+    assert weight is not None, "a linear layer has a constant weight"
+    groups = group_count(layer) if layer.node.op_type == "ConvTranspose" else 1
+    found = bias_of(layer.node, walk.dims(weight)[layer.output_axis] * groups, ctx)
+    scale = product_scale(layer)
+    if not isinstance(found, LayerBias) or found.scales is not None or scale == 0:
+        return None
+    return replace(found, factor=found.factor / scale)
+
+
+def product_scale(layer: LinearLayer) -> float:
+    """Return what a layer multiplies the products of its weight and its input by: alpha of a Gemm, else 1."""
+    return layer.node.attributes.get_float("alpha", 1.0) if layer.node.op_type == "Gemm" else 1.0
+
+
+def bias_content(bias: LayerBias | None, outputs: int) -> Array:
+    """Return what a bias of floats adds to the products of each output, float64 [outputs]."""
+    tensor = walk.constant_tensor(bias.stored) if bias is not None else None
+    if bias is None or tensor is None:
+        return np.zeros(outputs)
+    return np.asarray(tensor.numpy().astype(np.float64).reshape(-1) * bias.factor)
 
 
 def _behind(node: ir.Node, outputs: int) -> LayerBias | str:

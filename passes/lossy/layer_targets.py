@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import walk
+from graphopt import shapes, walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
@@ -19,6 +19,8 @@ from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, output_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer, linear_layers
 from ..analyses.second_moments import group_count, inputs_of
+from ..solvers.objective import by_group
+from .layer_bias import LayerBias, bias_content, product_scale
 
 # Rows looked at of all samples together, where these have so many: of one image they are much alike, so that as many
 # for each input of a layer as solve it well on other images too.
@@ -37,6 +39,35 @@ class Residual:
 
     other: ir.Value
     total: ir.Value
+
+
+def residual_of(layer: LinearLayer, bias: LayerBias | None) -> Residual | None:
+    """Return the sum that what a layer gives is one of two terms of, and read by nothing else.
+
+    Whether the other term is what it is going to be is for the caller to know.
+
+    Args:
+        layer: A layer of the main graph, shapes inferred.
+        bias: Its bias, as `bias_of_layer` finds it.
+    """
+    if layer.node.op_type == "ConvTranspose" or (bias is None and len(layer.node.inputs) > 2):
+        return None  # what is padded is no product, and what is added is not known
+    if product_scale(layer) != 1:
+        return None  # the other term is not multiplied with it
+    made = (bias.adder if bias is not None else layer.node).outputs[0]
+    uses = list(made.uses())
+    if (
+        product_scale(layer) != 1
+        or len(uses) != 1
+        or made.is_graph_output()
+        or not walk.is_onnx_op(uses[0].node, "Add")
+    ):
+        return None
+    other, total = uses[0].node.inputs[1 - uses[0].idx], uses[0].node.outputs[0]
+    if other is None or walk.constant_tensor(other) is not None:
+        return None
+    dims = [shapes.dims_of(value) for value in (made, other, total)]
+    return Residual(other, total) if dims[0] is not None and dims[0] == dims[1] == dims[2] else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +96,16 @@ class Target:
     with_bias: bool
     rows: int
     halves: tuple[Target, ...] = ()
+
+    def around(self, *, centred: bool) -> tuple[Array, Array]:
+        """Return E[x̂ x̂ᵀ] and E[y x̂ᵀ], around the means or not."""
+        return (self.covariance, self.cross_covariance) if centred else (self.second, self.cross)
+
+    def shift(self, weight: Array, bias: LayerBias | None) -> Array:
+        """Return what a bias has to grow by, float64 [outputs], for a weight [outputs, inputs] to give the mean."""
+        products = by_group(weight.astype(np.float64), self.second) @ self.mean[:, :, None]
+        found: Array = self.wanted - products.reshape(-1)
+        return found - bias_content(bias, len(found)) if self.with_bias else found
 
 
 def rows_per_sample(samples: int, inputs: int = 0) -> int:

@@ -11,9 +11,10 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.errors import UsageError
 from graphopt.options import opt
 
+from ..analyses.quantized import refuse_quantized
 from ..analyses.selection import select
 from ..solvers.codebook import Codebook, powers_of_two
-from .coded_layers import Coding, needs_of, refuse_quantized, solver_of
+from .coded_layers import Coding, needs_of, solver_of
 from .coded_weights import codes_in_byte, store_codes
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
 
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
@@ -20,18 +19,17 @@ from graphopt.options import opt
 
 from ..analyses.forecast import forecasting
 from ..analyses.linear_layers import LinearLayer, is_lookup, linear_layers, readers_elsewhere
-from ..analyses.quantized import first_quantized
+from ..analyses.quantized import refuse_to_prune_quantized
 from ..analyses.second_moments import inputs_of
 from ..analyses.selection import Selection, select
 from ..solvers import mask
+from ..solvers.blas_threads import threads_for
 from ..solvers.sparsity import Constraint, NOfM, Unstructured
 from .prune_aims import Aims
 from .prune_shares import shares_by_error, shares_by_magnitude
 
 _PATTERN = re.compile(r"(\d+)(?:of|:)(\d+)")
 _BLOCK = re.compile(r"(\d+)x(\d+)")
-# Up to so many inputs products are small, and threads of BLAS would wait for each other longer than they work.
-_FEW_INPUTS = 1024
 _RULE = "prune"
 
 
@@ -83,7 +81,7 @@ class Prune(Pass):
             UsageError: A glob matches nothing.
         """
         selection = select(model, self.include, self.exclude, where=f"pass `{self.name}`")
-        _refuse_quantized(model)
+        refuse_to_prune_quantized(model, self.name)
         every = ctx.analyse(linear_layers)
         layers = self._choose(every, selection, ctx)
         if self.sparsity == 0 and self.pattern is None:
@@ -195,7 +193,7 @@ class _Run:
             aims = stack.enter_context(Aims(self.ctx)) if self.method != "magnitude" else None
             for layer, constraint in zip(layers, self.constraints, strict=True):
                 readers = sum(other.weight is layer.weight for other in every)
-                with threadpool_limits(1, user_api="blas") if inputs_of(layer) <= _FEW_INPUTS else nullcontext():
+                with threads_for(inputs_of(layer)):
                     self._solve(layer, constraint, aims if readers == 1 else None)
 
     def _solve(self, layer: LinearLayer, constraint: Constraint, aims: Aims | None) -> None:
@@ -247,12 +245,3 @@ def _parse_block(text: str | None) -> tuple[int, int] | None:
             f"pass `prune`: option `block` cannot be `{text}`", hint="outputs x inputs of the matrix, such as `1x4`"
         )
     return outputs, inputs
-
-
-def _refuse_quantized(model: ir.Model) -> None:
-    node = first_quantized(model)
-    if node is not None:
-        raise PassError(
-            f"pass `prune` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
-            hint="prune first, then quantize: `--passes prune,quant`",
-        )

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphopt import shapes, walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.walkthrough import Closing
@@ -16,9 +15,8 @@ from ..analyses.linear_layers import LinearLayer
 from ..solvers.kept_weights import solve_kept
 from ..solvers.objective import by_group
 from ..solvers.sparsity import Unstructured
-from .channel_sweep import bias_content, bias_of_layer
-from .layer_bias import LayerBias
-from .layer_targets import LayerTargets, Residual, Target
+from .layer_bias import LayerBias, bias_of_layer
+from .layer_targets import LayerTargets, Residual, Target, residual_of
 
 # Shares of H's diagonal that are tried to hold weights where they are, the firmest first.
 _RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
@@ -53,11 +51,7 @@ class Aim:
 
     def shift(self, weight: Array) -> Array:
         """Return what the bias has to grow by, float64 [outputs], for a weight to give the right mean."""
-        grouped = by_group(weight.astype(np.float64), self.second_moment)
-        found: Array = self.target.wanted - (grouped @ self.target.mean[:, :, None]).reshape(-1)
-        if self.target.with_bias and self.bias is not None:
-            found = found - bias_content(self.bias, len(found))
-        return found
+        return self.target.shift(weight, self.bias)
 
 
 class Aims(Closing):
@@ -87,21 +81,11 @@ class Aims(Closing):
 
     def _residual(self, layer: LinearLayer, bias: LayerBias | None) -> Residual | None:
         """Return the sum at the end of a residual block, where all that its other term hangs on is settled."""
-        if layer.node.op_type == "ConvTranspose" or (bias is None and len(layer.node.inputs) > 2):
-            return None  # what is padded is no product, and what is added is not known
-        made = (bias.adder if bias is not None else layer.node).outputs[0]
-        uses = list(made.uses())
-        if len(uses) != 1 or made.is_graph_output() or not walk.is_onnx_op(uses[0].node, "Add"):
-            return None
-        other, total = uses[0].node.inputs[1 - uses[0].idx], uses[0].node.outputs[0]
-        producer = other.producer() if other is not None else None
-        if other is None or producer is None or walk.constant_tensor(other) is not None:
-            return None
+        found = residual_of(layer, bias)
+        producer = found.other.producer() if found is not None else None
         # In graph order, all that a value hangs on comes before it.
-        if self._places.get(producer, len(self._places)) > self._places[layer.node]:
-            return None
-        dims = [shapes.dims_of(value) for value in (made, other, total)]
-        return Residual(other, total) if dims[0] is not None and dims[0] == dims[1] == dims[2] else None
+        ready = producer is None or self._places.get(producer, len(self._places)) < self._places[layer.node]
+        return found if ready else None
 
     def close(self) -> None:
         """Let go of everything kept."""
@@ -115,7 +99,7 @@ def _steadied(matrix: Array, target: Target, *, centred: bool) -> tuple[Array, A
     are is rewarded: tr((W−Ŵ) R (W−Ŵ)ᵀ), R a multiple of H's diagonal, is added to the error (ridge regression, Hoerl
     and Kennard, 1970). How much is tried out, on half of the samples against the other.
     """
-    second, cross = _sides(target, centred=centred)
+    second, cross = target.around(centred=centred)
     ridge = _ridge(matrix, target, centred=centred)
     held = _held(second, ridge)
     moment, own = second.astype(np.float64), by_group(matrix.astype(np.float64), second)
@@ -129,13 +113,6 @@ def _steadied(matrix: Array, target: Target, *, centred: bool) -> tuple[Array, A
     # What is zero stays so.
     weight = np.where(matrix == 0, np.float32(0), solved.reshape(matrix.shape).astype(np.float32))
     return weight, moment.astype(np.float32)
-
-
-def _sides(target: Target, *, centred: bool) -> tuple[Array, Array]:
-    """Return E[x̂ x̂ᵀ] and E[y x̂ᵀ] of a problem, around the means or not."""
-    if centred:
-        return target.covariance, target.cross_covariance
-    return target.second, target.cross
 
 
 def _held(second: Array, ridge: float) -> Array:
@@ -152,7 +129,7 @@ def _ridge(matrix: Array, target: Target, *, centred: bool) -> float:
     """
     if len(target.halves) < 2:
         return _ALONE
-    sides = [_sides(half, centred=centred) for half in target.halves]
+    sides = [half.around(centred=centred) for half in target.halves]
     own = by_group(matrix.astype(np.float32), target.second)
     costs = np.square(own) * np.diagonal(target.second, axis1=1, axis2=2)[:, None]
     kept = Unstructured(_TRIED).kept(costs.reshape(-1, costs.shape[-1])).reshape(own.shape)

@@ -16,10 +16,10 @@ from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 
 from ..analyses.channel_groups import Axis, ChannelGroup, Layout, channel_groups
-from ..analyses.quantized import first_quantized
+from ..analyses.quantized import refuse_to_prune_quantized
 from ..analyses.selection import Selection, select
 from .channel_choice import OF_DATA, Criterion, is_stream, kept_units, order_by_weights
-from .channel_latency import widths_by_latency
+from .channel_latency import refuse_untimed, widths_by_latency
 from .channel_sweep import ChannelSweep
 from .channel_trial import best_of
 from .channel_widths import WidthPlan, Widths, widths_by_ratio
@@ -37,8 +37,10 @@ class PruneChannels(Pass):
     ratio: float | None = opt(None, help="share of each group's channels to remove; 0.3 where nothing is asked for")
     macs: float | None = opt(None, help="multiplications to be left, as a share of the model's")
     latency: float | None = opt(None, help="time of a run to be left, as a share of the model's, measured here")
-    criterion: Literal["l1", "l2", "variance", "obs"] | None = opt(
-        None, help="what a channel counts: its weights (l1, l2), its variance, or the error the rest cannot make up for"
+    criterion: Literal["l1", "l2", "variance", "obs", "taylor"] | None = opt(
+        None,
+        help="what a channel counts: its weights (l1, l2), its variance, the error the rest cannot make up for (obs), "
+        "or the gradient of the loss, by labels where there are any (taylor)",
     )
     allocate: Literal["uniform", "error"] | None = opt(
         None, help="the same share of each group, or what costs the outputs least; error with data and a target"
@@ -83,7 +85,9 @@ class PruneChannels(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Find the groups, settle their widths, choose, and cut."""
-        _refuse_quantized(model, self.name)
+        refuse_to_prune_quantized(model, self.name)
+        if self.latency is not None:
+            refuse_untimed(self.name, ctx)
         groups = self._groups(model, ctx)
         if not groups:
             ctx.note(f"found no {self.units} that can be removed: the model is unchanged")
@@ -150,8 +154,12 @@ class PruneChannels(Pass):
         if self.macs is not None:
             widths = self._best(plan, groups, share, ctx) if self._by_error(ctx) else plan.at(share)
         else:
-            widths, measured = widths_by_latency(plan, share, ctx)
-            ctx.note(f"a run takes {measured:.0%} of its time at {widths.macs:.1%} of the MACs", latency=measured)
+            widths, measured = widths_by_latency(plan, share, self.layout, ctx)
+            ctx.note(
+                f"a run takes {measured:.0%} of its time at {widths.macs:.1%} of the MACs, as timed here for a second: "
+                "clocks are noisy, and another run may settle on other widths (`macs` always gives the same)",
+                latency=measured,
+            )
             widths = replace(widths, holds=measured <= share)
         if not widths.holds:
             what = "MACs" if self.macs is not None else "time"
@@ -167,7 +175,9 @@ class PruneChannels(Pass):
             candidates["by error, streams whole"] = plan.at(share, whole=streams)
         if inner:
             candidates["evenly"] = WidthPlan(inner, self.multiple, ctx).at(share)
-        return best_of(candidates, self.criterion or "obs", self.layout, ctx)
+        # Gradients take too long to be measured for each division by itself.
+        criterion = "obs" if self.criterion in (None, "taylor") else self.criterion
+        return best_of(candidates, criterion, self.layout, ctx)
 
 
 def _leave(groups: Sequence[ChannelGroup], reason: str, ctx: Context) -> None:
@@ -206,12 +216,3 @@ def _refuse_nan(groups: Sequence[ChannelGroup]) -> None:
         tensor = walk.constant_tensor(value)
         if tensor is not None and not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
             raise PassError(f"weight `{value.name}` holds NaN or infinity", hint="repair the model first")
-
-
-def _refuse_quantized(model: ir.Model, name: str) -> None:
-    node = first_quantized(model)
-    if node is not None:
-        raise PassError(
-            f"pass `{name}` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
-            hint=f"prune first, then quantize: `--passes {name},quant`",
-        )

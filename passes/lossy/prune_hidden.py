@@ -28,6 +28,7 @@ from .channel_choice import (
     read_units,
     true_readers,
 )
+from .channel_gradients import orders_by_gradient
 from .prune_aims import Aims
 from .prune_channels import PruneChannels
 from .removable_channels import find_channels
@@ -96,6 +97,8 @@ class PruneHidden(PruneChannels):
 
 def _order(group: ChannelGroup, width: int, criterion: Criterion, ctx: Context) -> Array:
     """Return the features of a stream, the least first."""
+    if criterion == "taylor":
+        return orders_by_gradient([group], ctx)[group]
     moments = gram(ctx, true_readers(group)) if ctx.data is not None and criterion in ("obs", "variance") else {}
     if not moments:
         return order_by_weights(group, "l2" if criterion == "obs" else criterion)

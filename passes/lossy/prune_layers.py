@@ -16,7 +16,7 @@ from graphopt.errors import PassError, UsageError
 from graphopt.options import opt
 from graphopt.summary import node_macs
 
-from ..analyses.quantized import first_quantized
+from ..analyses.quantized import refuse_to_prune_quantized
 from ..analyses.residual_blocks import ResidualBlock, residual_blocks
 from ..analyses.selection import Selection, select
 from .block_choice import Wanting, choose_by_influence, choose_measured
@@ -25,7 +25,7 @@ from .prune_aims import Aims
 from .separate_sizes import separate_sizes
 
 _NAME = "prune-layers"
-# Of two branches a layer of a transformer has, this is every other layer of five; beyond, models break.
+# One branch of every fifth layer of a transformer that has two in each; more is for users to ask for.
 _USUAL_RATIO = 0.1
 
 
@@ -75,7 +75,7 @@ class PruneLayers(Pass):
             PassError: The model is quantized, or its blocks are not enough for what was asked.
             UsageError: A glob matches nothing.
         """
-        _refuse_quantized(model)
+        refuse_to_prune_quantized(model, _NAME)
         selection = select(model, self.include, self.exclude, where=f"pass `{_NAME}`")
         ctx.analyse(shapes.infer_shapes)
         if not self._blocks(selection, ctx):
@@ -163,12 +163,3 @@ def _listed(blocks: Sequence[ResidualBlock]) -> str:
     return "; ".join(
         f"{kind}: " + ", ".join(f"`{block.name}`" for block in blocks if block.kind == kind) for kind in kinds
     )
-
-
-def _refuse_quantized(model: ir.Model) -> None:
-    node = first_quantized(model)
-    if node is not None:
-        raise PassError(
-            f"pass `{_NAME}` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
-            hint=f"prune first, then quantize: `--passes {_NAME},quant`",
-        )

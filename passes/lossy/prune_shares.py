@@ -17,8 +17,7 @@ from ..solvers import mask
 from ..solvers.allocation import Separable, allocate
 from ..solvers.objective import by_group, output_error
 from ..solvers.sparsity import Unstructured
-from .channel_sweep import bias_of_layer
-from .layer_bias import LayerBias
+from .layer_bias import LayerBias, bias_of_layer
 from .sequential_moments import SequentialMoments
 
 # Shares between which a layer's is chosen.

@@ -20,7 +20,7 @@ from graphopt.target import IntegerScheme
 
 from ..analyses.forecast import forecasting
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers
-from ..analyses.quantized import first_quantized
+from ..analyses.quantized import first_quantized, refuse_quantized
 from ..analyses.selection import Selection, select
 from ..exact.opset import Opset
 from ..solvers import grid
@@ -224,10 +224,7 @@ def _refuse_quantized(model: ir.Model, ctx: Context) -> None:
     if node is None:
         return
     if not linear_layers(model):
-        raise PassError(
-            f"pass `quant` finds the model already quantized (`{walk.label(node)}` is {node.op_type})",
-            hint="start from the float model",
-        )
+        refuse_quantized(model, "quant")
     ctx.note(f"kept what is quantized already (`{walk.label(node)}` is {node.op_type}, the first of it)")
 
 

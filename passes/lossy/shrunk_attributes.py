@@ -76,22 +76,10 @@ def _recurrent(node: ir.Node, mending: Mending) -> None:
         mending.ctx.rewriter.set_attribute(node, "hidden_size", length)
 
 
-def _group_normalization(attribute: str, last_attribute: str | None = None) -> Rule:
-    """Return a rule for an operator with a number of groups.
-
-    Args:
-        attribute: What that number is called.
-        last_attribute: What says that channels are the last axis, and not the second.
-    """
-
-    def rule(node: ir.Node, mending: Mending) -> None:
-        groups = node.attributes.get_int(attribute, 1)
-        last = last_attribute is not None and node.attributes.get_int(last_attribute, 1) != 0
-        axis = len(mending.cuts.dims(node.inputs[0]) or ()) - 1 if last else 1
-        left, _ = _rows(mending.cuts.stays(node.inputs[0], axis), groups, node)
-        mending.ctx.rewriter.set_attribute(node, attribute, int(left.sum()))
-
-    return rule
+def _group_normalization(node: ir.Node, mending: Mending) -> None:
+    groups = node.attributes.get_int("num_groups", 1)
+    left, _ = _rows(mending.cuts.stays(node.inputs[0], 1), groups, node)
+    mending.ctx.rewriter.set_attribute(node, "num_groups", int(left.sum()))
 
 
 def _attention(heads: str, heads_of_keys: str | None) -> Rule:
@@ -176,7 +164,7 @@ _STANDARD: Mapping[str, Rule] = {
     "Conv": _convolution,
     "ConvTranspose": _convolution,
     "GRU": _recurrent,
-    "GroupNormalization": _group_normalization("num_groups"),
+    "GroupNormalization": _group_normalization,
     "LSTM": _recurrent,
     "RNN": _recurrent,
     "RotaryEmbedding": _rotary,
@@ -184,10 +172,8 @@ _STANDARD: Mapping[str, Rule] = {
 _CONTRIB: Mapping[str, Rule] = {
     "Attention": _projected_attention,
     "FusedConv": _convolution,
-    "GroupNorm": _group_normalization("groups", "channels_last"),
     "GroupQueryAttention": _attention("num_heads", "kv_num_heads"),
     "MultiHeadAttention": _attention("num_heads", None),
     "RotaryEmbedding": _rotary,
-    "SkipGroupNorm": _group_normalization("groups", "channels_last"),
 }
 _RULES: Mapping[str, Mapping[str, Rule]] = {"": _STANDARD, "com.microsoft": _CONTRIB}

@@ -81,15 +81,10 @@ def _expand(node: ir.Node, mending: Mending) -> None:
     mending.editor.change(told, changes)
 
 
-def _stated(index: int) -> Rule:
-    """Return a rule for an operator whose output has just the shape that is stated, by an input or as `shape`."""
-
-    def rule(node: ir.Node, mending: Mending) -> None:
-        told = operand(node, index, "shape")
-        if told is not None:
-            mending.editor.change(told, _lengths(node.outputs[0], mending))
-
-    return rule
+def _constant_of_shape(node: ir.Node, mending: Mending) -> None:
+    told = operand(node, 0)
+    if told is not None:
+        mending.editor.change(told, _lengths(node.outputs[0], mending))
 
 
 def _lengths(value: ir.Value, mending: Mending) -> dict[int, int]:
@@ -291,13 +286,10 @@ def _axis(node: ir.Node, mending: Mending, value: ir.Value | None) -> int:
 
 
 _RULES: Mapping[str, Rule] = {
-    "ConstantOfShape": _stated(0),
+    "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Gather": _gather,
-    "MaxUnpool": _stated(2),
     "Pad": _pad,
-    "RandomNormal": _stated(-1),
-    "RandomUniform": _stated(-1),
     "Reshape": _reshape,
     "Resize": _resize,
     "Slice": _slice,

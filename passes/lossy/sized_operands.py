@@ -43,7 +43,7 @@ def operand(node: ir.Node, index: int, *attributes: str) -> Operand | None:
     for name in attributes:
         if name in node.attributes:
             return Operand(node, tuple(node.attributes[name].as_ints()), name, index)
-    value = node.inputs[index] if 0 <= index < len(node.inputs) else None
+    value = node.inputs[index] if index < len(node.inputs) else None
     if value is None:
         return None
     contents = shapes.contents(value)

@@ -10,6 +10,8 @@ import numpy as np
 from graphopt.authoring import Context
 
 from ..analyses.linear_layers import LinearLayer, linear_layers, readers_elsewhere
+from ..analyses.second_moments import inputs_of
+from ..solvers.blas_threads import threads_for
 from .prune_aims import Aims
 
 
@@ -26,8 +28,9 @@ def solve_anew(layers: Sequence[LinearLayer], aims: Aims, ctx: Context) -> int:
     """
     every, left, solved = linear_layers(ctx.model), Counter[str](), 0
     for layer in layers:
-        reason = _obstacle(layer, every)
-        aim = aims.of(layer) if reason is None else None
+        reason = why_fixed(layer, every)
+        with threads_for(inputs_of(layer)):
+            aim = aims.of(layer) if reason is None else None
         stored = layer.from_matrix(aim.weight) if aim is not None else None
         if aim is None or stored is None or not np.isfinite(stored.astype(np.float32)).all():
             left[reason or "what they read cannot be looked at"] += 1
@@ -42,12 +45,15 @@ def solve_anew(layers: Sequence[LinearLayer], aims: Aims, ctx: Context) -> int:
     return solved
 
 
-def _obstacle(layer: LinearLayer, every: list[LinearLayer]) -> str | None:
-    """Return why a layer's weight must stay as it is, if so."""
+def why_fixed(layer: LinearLayer, every: Sequence[LinearLayer]) -> str | None:
+    """Return why a layer's weight must stay as it is, or None.
+
+    Args:
+        layer: The layer.
+        every: All layers of the model.
+    """
     if layer.weight.is_graph_output():
         return "their weight is an output of the model"
     if readers_elsewhere(layer, every) or sum(one.weight is layer.weight for one in every) > 1:
         return "their weight is read elsewhere too"
-    if layer.node.op_type == "Gemm" and layer.node.attributes.get_float("alpha", 1.0) != 1.0:
-        return "their product is multiplied by a number"
     return None

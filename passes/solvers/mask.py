@@ -79,7 +79,7 @@ def prune_quickly(weight: Array, constraint: Constraint, second_moment: Array | 
         return prune(weight, constraint, method="magnitude")
     matrix = weight.astype(np.float32, copy=False)
     grouped = by_group(matrix, second_moment)
-    swept = sweep(grouped, constraint, damped(second_moment.reshape(len(grouped), *second_moment.shape[-2:])))
+    swept = sweep(grouped, constraint, _damped(second_moment.reshape(len(grouped), *second_moment.shape[-2:])))
     return _masked(weight, swept.reshape(matrix.shape), second_moment)
 
 
@@ -101,7 +101,7 @@ def _smallest(matrix: Array, constraint: Constraint, weights: Array | None) -> A
 def _best(matrix: Array, constraint: Constraint, second_moment: Array) -> Array:
     """Return the best that all methods find, by the predicted error."""
     grouped = by_group(matrix, second_moment)
-    moments = damped(second_moment.reshape(len(grouped), *second_moment.shape[-2:]))
+    moments = _damped(second_moment.reshape(len(grouped), *second_moment.shape[-2:]))
     weights = importance(second_moment, len(matrix))
     tried = [_smallest(matrix, constraint, None), _smallest(matrix, constraint, weights)]
     swept = sweep(grouped, constraint, moments)
@@ -118,7 +118,7 @@ def _measured(difference: Array, second_moment: Array) -> float:
     return error if np.isfinite(error) else np.inf
 
 
-def damped(moments: Array) -> Array:
+def _damped(moments: Array) -> Array:
     """Return H, float32 [groups, inputs, inputs], with enough on its diagonal to be positive definite."""
     found = moments.astype(np.float32)
     diagonal = np.arange(found.shape[1])

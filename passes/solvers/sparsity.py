@@ -38,8 +38,9 @@ class Unstructured:
         """Return the mask, bool, of costs [outputs, inputs]; of equal costs the first ones go, on every machine."""
         if self.block == (1, 1):
             return self._dearest(costs)
-        rows, columns = self.block
-        starts = [np.arange(0, size, step) for size, step in zip(costs.shape, self.block, strict=True)]
+        # A block of more than the matrix is the matrix.
+        rows, columns = np.minimum(self.block, costs.shape)
+        starts = [np.arange(0, costs.shape[0], rows), np.arange(0, costs.shape[1], columns)]
         summed = np.add.reduceat(np.add.reduceat(costs, starts[0], axis=0), starts[1], axis=1)
         counts = np.add.reduceat(np.add.reduceat(np.ones_like(costs), starts[0], axis=0), starts[1], axis=1)
         kept = replace(self, block=(1, 1))._dearest(summed / counts)

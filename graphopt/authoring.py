@@ -323,6 +323,7 @@ class Pass:
         needs: What it must have before it runs; a property where that depends on the options.
         preserves: Analyses that stay valid although it edits.
         keeps_canonical: Whether what it leaves is still in canonical form, if it was before.
+        simplify_restores: Whether `simplify` brings what it leaves back into canonical form, where that is not kept.
         edits: Kinds of edits it makes, each with the equation it rests on; a `RewritePass` has rules instead.
     """
 
@@ -331,6 +332,7 @@ class Pass:
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
     preserves: ClassVar[Sequence[Callable[[ir.Model], Any]]] = ()
     keeps_canonical: ClassVar[bool] = True
+    simplify_restores: ClassVar[bool] = False
     edits: ClassVar[Mapping[str, str]] = {}
 
     @property

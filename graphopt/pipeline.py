@@ -192,7 +192,8 @@ def schedule(pipeline: Pipeline, *, has_data: bool, has_budget: bool = False) ->
                 f"pass `{step.spec}` needs canonical form, which `{spoiler.spec}` before it does not leave",
                 hint=f"put `{spoiler.spec}` last",
             )
-        if not all(one.keeps_canonical for one in step.passes):
+        changing = [one for one in step.passes if not one.keeps_canonical]
+        if not all(one.simplify_restores for one in changing):
             spoiler = step
         canonical = canonical or step.name == CANONICALIZER
         if Need.CANONICAL in step.needs and not canonical:
@@ -200,4 +201,5 @@ def schedule(pipeline: Pipeline, *, has_data: bool, has_budget: bool = False) ->
             steps.append(Step(added.name, added.passes, True, reason=f"`{step.name}` needs canonical form"))
             canonical = True
         steps.append(step)
+        canonical = canonical and not changing
     return tuple(steps)

@@ -80,7 +80,15 @@ ROOMS = {
     "planning": ("candidates", "choices", "evaluation", "measurement", "pipeline", "request", "rulebook", "specialise"),
     "running": ("instruments", "manager", "reproducer"),
     "driving": ("bisection", "driver", "explanation", "layer_sensitivity", "rerun", "side_by_side"),
-    "showing": ("cli", "cli_options", "explain_command", "fault_commands", "inspect_command", "sensitivity_command", "tables"),
+    "showing": (
+        "cli",
+        "cli_options",
+        "explain_command",
+        "fault_commands",
+        "inspect_command",
+        "sensitivity_command",
+        "tables",
+    ),
 }
 ROOM_OF = {module: room for room, modules in ROOMS.items() for module in modules}
 LEVEL = {room: level for level, room in enumerate(ROOMS)}

@@ -138,7 +138,7 @@ def test_a_share_for_each_output_is_held_by_each() -> None:
     assert ((found.weight == 0).sum(axis=1) == 12).all()
 
 
-@pytest.mark.parametrize("block", [(1, 4), (4, 1), (2, 2), (16, 16), (3, 5)])
+@pytest.mark.parametrize("block", [(1, 4), (4, 1), (2, 2), (16, 16), (3, 5), (10**5, 10**5)])
 def test_blocks_go_as_a_whole_those_at_the_edges_too(block: tuple[int, int]) -> None:
     weight = np.random.default_rng(7).standard_normal((9, 14)).astype(np.float32)
     for method in ("magnitude", "obs"):

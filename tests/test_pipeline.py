@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from graphopt import options
 from graphopt.authoring import Guarantee, Pass
 from graphopt.errors import UsageError
 from graphopt.options import opt
-from graphopt.passes import Prune, Quant
+from graphopt.passes import Prune, PruneChannels, PruneLayers, Quant
 from graphopt.pipeline import Pipeline, schedule, weakest
 
 
@@ -148,6 +149,29 @@ def test_a_pass_that_needs_canonical_form_comes_before_one_that_leaves_another()
         schedule(Pipeline.parse("O2,prune"), has_data=False)
     assert caught.value.hint == "put `O2` last"
     assert [step.name for step in schedule(Pipeline.parse("prune,O2"), has_data=False)] == ["simplify", "prune", "O2"]
+
+
+def test_what_simplify_restores_is_restored_before_the_next_pass_that_needs_it() -> None:
+    for text in (
+        "prune-layers:count=2,prune-channels:macs=0.8,quant",
+        "prune-layers:count=2,simplify,prune-channels,quant",
+    ):
+        steps = schedule(Pipeline.parse(text), has_data=True)
+        assert [step.name for step in steps] == ["simplify", "prune-layers", "simplify", "prune-channels", "quant"]
+    steps = schedule(Pipeline.parse("prune-layers,O2"), has_data=True)
+    assert [step.name for step in steps] == ["simplify", "prune-layers", "O2"]
+
+
+def test_options_of_another_type_are_refused_where_passes_are_made() -> None:
+    wrong: tuple[Callable[[], object], ...] = (
+        lambda: PruneChannels(ratio="much"),  # type: ignore[arg-type]
+        lambda: PruneLayers(macs="few"),  # type: ignore[arg-type]
+        lambda: Prune(sparsity="half"),  # type: ignore[arg-type]
+    )
+    for make in wrong:
+        with pytest.raises(UsageError) as caught:
+            make()
+        assert caught.value.hint
 
 
 def test_a_word_that_is_a_number_is_the_same_in_all_spellings() -> None:

@@ -32,6 +32,7 @@ PASSES = sorted(registry.table("PASSES"))
 VARIANTS = {
     "cast": ("cast:compute=half", "cast:compute=half:keep=none"),
     "prune": ("prune:pattern=2of4",),
+    "prune-heads": ("prune-heads:ratio=0.5",),
     "quant": ("quant:mode=static", "quant:mode=dynamic", "quant:mode=weights", "quant:mode=static:group=tensor"),
 }
 SPECS = [
@@ -47,8 +48,11 @@ RELUCTANT = {
     "quant:mode=dynamic": ("graphopt.passes.lossy.quant_dynamic._pays",),
     "quant:mode=weights": ("graphopt.passes.lossy.quant_weights._pays",),
 }
-# What removes heads or residual blocks, of which the generated graphs hold few; they have real ones in their own tests.
+# A fifth of two heads is none, and no generated graph holds a residual block of layers, nor a stream between such; they
+# have real ones in their own tests.
 RARE = {"prune-heads", "prune-hidden", "prune-layers"}
+# Lossy passes that few graphs show anything, for which more are run.
+SELDOM = {"prune-heads:ratio=0.5"}
 RECIPE_SIZE = 8
 CALIBRATION_SEEDS = range(1, 5)
 TESTED_SEED = 0
@@ -93,7 +97,7 @@ def test_pass_keeps_the_properties(spec: str, monkeypatch: pytest.MonkeyPatch) -
     edited: Counter[bool] = Counter()
     holds()
     for seed in range(MORE_RECIPES):
-        if edited[True] < FEWEST_EDITED and guarantee(spec) is not Guarantee.LOSSY:
+        if edited[True] < FEWEST_EDITED and (spec in SELDOM or guarantee(spec) is not Guarantee.LOSSY):
             edits = check_properties(spec, random_recipe(seed)).edits
             edited[any(edit.pass_name in names for edit in edits)] += 1
     shown = spec in RARE or edited[True] >= FEWEST_EDITED

@@ -296,7 +296,10 @@ def test_latency_is_halved_in_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastest < 0.1
 
 
-def test_latency_by_the_clock_leaves_a_model_that_runs() -> None:
+def test_latency_by_the_clock_leaves_a_model_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.passes.lossy import channel_latency
+
+    monkeypatch.setattr(channel_latency, "_SECONDS", 0.02)
     result = pruned(parsed(PLAIN), "prune-channels:latency=0.9", data=False)
     assert "of its time" in texts(result)
     assert "noisy" in texts(result)

@@ -222,6 +222,13 @@ def test_a_quantized_model_is_refused_with_the_right_order() -> None:
     assert "prune-layers,quant" in (caught.value.hint or "")
 
 
+def test_other_passes_follow() -> None:
+    result = run(named(CNN), "prune-layers:count=1,prune-channels,prune,quant:mode=static")
+    names = [step.spec.split(":")[0] for step in result.report.steps]
+    assert names == ["simplify", "prune-layers", "simplify", "prune-channels", "prune", "quant"]
+    assert all(np.isfinite(output).all() for output in outputs_of(result.model, {"x": images(3)}).values())
+
+
 def test_data_is_needed() -> None:
     with pytest.raises(GraphoptError, match="data"):
         graphopt.optimize(named(CNN), "prune-layers")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +12,7 @@ import onnx_ir as ir
 from graphopt import shapes, walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.walkthrough import Closing
 
 from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, output_rows, takes_rows
@@ -113,7 +112,7 @@ def rows_per_sample(samples: int, inputs: int = 0) -> int:
     return -(-max(_ROWS, _ROWS_PER_INPUT * inputs) // max(samples, 1))
 
 
-class LayerTargets:
+class LayerTargets(Closing):
     """Targets of layers, asked for in graph order, each after the layers before it were changed.
 
     A layer is to give what it gave in the model as it was. At the end of a residual block the sum is to be what it was,
@@ -202,14 +201,6 @@ class LayerTargets:
     def close(self) -> None:
         """Let go of everything kept."""
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _channel_axis(layer: LinearLayer) -> int:

@@ -15,7 +15,7 @@ from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.backend import Array
 from graphopt.errors import PassError, UsageError
-from graphopt.options import opt
+from graphopt.options import check, opt
 
 from ..analyses.forecast import forecasting
 from ..analyses.linear_layers import LinearLayer, is_lookup, linear_layers, readers_elsewhere
@@ -54,6 +54,7 @@ class Prune(Pass):
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, wherever the pass was made."""
+        check(self, where=f"pass `{self.name}`")
         _parse_pattern(self.pattern)
         _parse_block(self.block)
         if self.sparsity == 1:
@@ -88,7 +89,9 @@ class Prune(Pass):
             ctx.note("`sparsity=0` leaves every weight: the model is unchanged")
             return
         if not layers:
-            ctx.note("found no layer with constant weights to prune: the model is unchanged")
+            count = sum(note.left for note in ctx.notes)
+            left = f" ({count} left as they were, `-v` says why)" if count else " with constant weights"
+            ctx.note(f"found no layer{left} to prune: the model is unchanged")
             return
         method: mask.Method = self.method if self.method != "auto" else ("obs" if ctx.data is not None else "magnitude")
         run = _Run(ctx, method, self._constraints(layers, method, ctx))
@@ -148,12 +151,12 @@ class Prune(Pass):
                 f"{tables} tables that rows are looked up in, and output layers that share one, are no such layers"
             )
         if run.blind:
-            ctx.left(
+            ctx.note(
                 f"{run.blind} layers pruned by magnitude, without data: what they read is in a subgraph or function, "
                 "is not taken row by row, or their weight is shared",
                 layers=run.blind,
             )
-        count = sum(note.left for note in ctx.notes)
+        count = sum(note.left and note.node is not None for note in ctx.notes)
         left = f" ({count} left as they were, `-v` says why)" if count else ""
         ctx.note(
             f"{run.layers} layers{left}, {run.zeros / run.weights:.1%} of their weights zero (`method={run.method}`); "

@@ -13,7 +13,7 @@ from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.backend import Array
 from graphopt.errors import PassError, UsageError
-from graphopt.options import opt
+from graphopt.options import check, opt
 
 from ..analyses.channel_groups import Axis, ChannelGroup, Layout, channel_groups
 from ..analyses.quantized import refuse_to_prune_quantized
@@ -45,7 +45,9 @@ class PruneChannels(Pass):
     allocate: Literal["uniform", "error"] | None = opt(
         None, help="the same share of each group, or what costs the outputs least; error with data and a target"
     )
-    multiple: int | None = opt(None, help="widths are multiples of this; by default of what the target likes", low=1)
+    multiple: int | None = opt(
+        None, help="widths are multiples of this; by default of 8, of less where a group is narrow", low=1
+    )
     include: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs may shrink; all")
     exclude: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs stay")
 
@@ -58,6 +60,7 @@ class PruneChannels(Pass):
 
     def __post_init__(self) -> None:
         """Refuse targets that are none, or two at once."""
+        check(self, where=f"pass `{self.name}`")
         asked = [name for name in ("ratio", "macs", "latency") if getattr(self, name) is not None]
         if len(asked) > 1:
             raise UsageError(

@@ -29,7 +29,7 @@ class PruneHeads(PruneChannels):
     """
 
     ratio: float | None = opt(None, help="share of each layer's heads to remove; 0.2 where nothing is asked for")
-    multiple: int | None = opt(1, help="how many heads a layer keeps is a multiple of this", low=1)
+    multiple: int = opt(1, help="how many heads a layer keeps is a multiple of this", low=1)
     include: tuple[str, ...] = opt((), help="only attention with a layer whose name or operator matches a glob; all")
     exclude: tuple[str, ...] = opt((), help="no attention with a layer whose name or operator matches a glob")
 

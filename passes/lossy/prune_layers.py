@@ -13,7 +13,7 @@ from graphopt import shapes, walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.backend import Array
 from graphopt.errors import PassError, UsageError
-from graphopt.options import opt
+from graphopt.options import check, opt
 from graphopt.summary import node_macs
 
 from ..analyses.quantized import refuse_to_prune_quantized
@@ -45,10 +45,13 @@ class PruneLayers(Pass):
 
     name = _NAME
     guarantee = Guarantee.LOSSY
+    # Constants that stay of neighbouring branches add up.
     keeps_canonical = False
+    simplify_restores = True
 
     def __post_init__(self) -> None:
         """Refuse targets that are none, or two at once."""
+        check(self, where=f"pass `{self.name}`")
         asked = [name for name in ("ratio", "count", "macs") if getattr(self, name) is not None]
         if len(asked) > 1:
             raise UsageError(

@@ -55,8 +55,6 @@ class Sparsify(Pass):
             return
         reason = _obstacle(model, ctx)
         smaller = [value for value, size in found.sparse.items() if size < found.dense[value]]
-        if reason is not None:
-            ctx.left(reason)
         stored = [] if reason is not None else [value for value in smaller if _may_change(value)]
         for value in stored:
             tensor = walk.constant_tensor(value)
@@ -64,7 +62,7 @@ class Sparsify(Pass):
             if not isinstance(tensor, SparselyStored):
                 with ctx.rewriter.edit("store-sparse", *[use.node for use in value.uses()]):
                     ctx.rewriter.set_weight(value, SparselyStored(tensor))
-        _report(found, stored, ctx)
+        _report(found, stored, reason, ctx)
         _report_two_of_four(model, ctx)
 
 
@@ -111,14 +109,16 @@ def _may_change(value: ir.Value) -> bool:
     return not value.is_graph_input() and not value.is_graph_output()
 
 
-def _report(found: _Found, stored: Iterable[ir.Value], ctx: Context) -> None:
+def _report(found: _Found, stored: Iterable[ir.Value], obstacle: str | None, ctx: Context) -> None:
     chosen = set(stored)
     before = sum(found.dense.values())
     after = sum(found.sparse[value] if value in chosen else size for value, size in found.dense.items())
     zipped = f", {show_bytes(found.zipped)} compressed by gzip" if found.zipped is not None else ""
     share = found.zeros / found.elements
     what = f"{len(chosen)} of {len(found.dense)} weights with zeros ({share:.0%} of their numbers) stored without them"
-    if not chosen:
+    if obstacle is not None:
+        what += f": {obstacle}"
+    elif not chosen:
         what += ": with its place, a number takes so much more that two in three float32 have to be zero"
     ctx.note(
         f"{what}, {show_bytes(before)} → {show_bytes(after)} on disk; as they were{zipped}",

@@ -6,8 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +17,7 @@ from graphopt.data import Batch, Dataset
 from graphopt.errors import UsageError
 from graphopt.metrics import KL, SQNR, Agreement, Budget, Metric, Perplexity, Top1, Top5
 from graphopt.standing import Standing
+from graphopt.walkthrough import Closing
 
 # Bounds what is held of a language model at once: 8 windows of 256 tokens over 32,000 words are 262 MB.
 CANDIDATE_BATCH = 8
@@ -32,7 +32,7 @@ _SUM_TOLERANCE = 1e-2
 _OF_CLASSES = (Top1, Top5, Agreement, Perplexity, KL)
 
 
-class CandidateJudge:
+class CandidateJudge(Closing):
     """Says how models stand against an original.
 
     Args:
@@ -100,14 +100,6 @@ class CandidateJudge:
         if self._kept is not None:
             self._kept.close()
             self._kept = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _reference(self) -> _KeptOutputs:
         """Run the original at the first call, and keep what it gives."""
@@ -256,6 +248,8 @@ class Tally:
         """Add one batch."""
         if self._kl is None:
             self._kl = {name: KL() for name in self._of_classes(reference)}
+        for name in [name for name in self._kl if not _has_scores(reference[name])]:
+            del self._kl[name]  # an axis as long as the sample, which the first samples let pass for classes
         for name, divergence in self._kl.items():
             divergence.update({name: outputs[name]}, {name: reference[name]}, batch)
         for name, value in batch.all_real(reference).items():

@@ -33,6 +33,7 @@ VARIANTS = {
     "cast": ("cast:compute=half", "cast:compute=half:keep=none"),
     "prune": ("prune:pattern=2of4",),
     "prune-heads": ("prune-heads:ratio=0.5",),
+    "sparsify": ("prune:method=magnitude:sparsity=0.9,sparsify",),
     "quant": ("quant:mode=static", "quant:mode=dynamic", "quant:mode=weights", "quant:mode=static:group=tensor"),
 }
 SPECS = [
@@ -48,9 +49,9 @@ RELUCTANT = {
     "quant:mode=dynamic": ("graphopt.passes.lossy.quant_dynamic._pays",),
     "quant:mode=weights": ("graphopt.passes.lossy.quant_weights._pays",),
 }
-# A fifth of two heads is none, and no generated graph holds a residual block of layers, nor a stream between such; they
-# have real ones in their own tests.
-RARE = {"prune-heads", "prune-hidden", "prune-layers"}
+# A fifth of two heads is none, no generated graph holds a residual block of layers, nor a stream between such, and no
+# weight is mostly zeros before it is pruned; they have real ones in their own tests.
+RARE = {"prune-heads", "prune-hidden", "prune-layers", "sparsify"}
 # Lossy passes that few graphs show anything, for which more are run.
 SELDOM = {"prune-heads:ratio=0.5"}
 RECIPE_SIZE = 8

@@ -18,8 +18,8 @@ import pytest
 import graphopt
 from graphopt import candidates, registry, walk
 from graphopt.authoring import Context, Guarantee, Pass
-from graphopt.candidates import CandidateJudge
-from graphopt.data import open_data
+from graphopt.candidates import CandidateJudge, Tally
+from graphopt.data import Batch, open_data
 from graphopt.driver import Run
 from graphopt.errors import UsageError
 from graphopt.layer_sensitivity import OTHERS, sensitivity, spearman
@@ -347,3 +347,11 @@ def test_curves_of_a_pass_that_shares_out_are_shown_and_predictions_are_those_of
         assert errors == sorted(errors)
     assert all(row.predicted is not None for row in found.rows)
     assert len(found.as_dict()["layers"][0]["curve"]) == 3
+
+
+def test_an_axis_as_long_as_the_sample_is_no_axis_of_classes() -> None:
+    """The first samples pass for shares of classes; the next have but one number along that axis."""
+    tally = Tally([], first_is_of_classes=False)
+    for scores in (np.full((1, 3, 2), 0.5, np.float32), np.full((1, 3, 1), 0.5, np.float32)):
+        tally.update({"y": scores}, {"y": scores}, Batch({}, None, 1, 1))
+    assert tally.standing().kind == "noise"

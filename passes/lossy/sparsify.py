@@ -19,7 +19,7 @@ from graphopt.sparse import FIRST_IR_WITH_SPARSE, SparselyStored, stored_bytes
 from ..analyses.linear_layers import linear_layers
 
 # Fewer elements are not worth a look: names and shapes take as much.
-_LEAST_ELEMENTS = 256
+_LEAST_ELEMENTS = 64
 # A weight of fewer zeros was not pruned.
 _LEAST_ZEROS = 0.05
 # Beyond this compressing takes minutes, as for `model_io.gzip_bytes`.
@@ -62,6 +62,8 @@ class Sparsify(Pass):
             if not isinstance(tensor, SparselyStored):
                 with ctx.rewriter.edit("store-sparse", *[use.node for use in value.uses()]):
                     ctx.rewriter.set_weight(value, SparselyStored(tensor))
+        if reason is None and smaller and not stored:
+            reason = "they are outputs of the model, or inputs with a default"
         _report(found, stored, reason, ctx)
         _report_two_of_four(model, ctx)
 

@@ -326,7 +326,10 @@ def _as_db(share: float) -> float:
 
 
 def _has_scores(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim >= 2 and value[:1].size > 1
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim < 2:
+        return False
+    # Images hold their classes in axis 1.
+    return (value.shape[-1] if value.ndim <= 3 else value[:1].size) > 1
 
 
 def _are_probabilities(array: Array) -> bool:

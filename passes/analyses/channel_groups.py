@@ -39,7 +39,6 @@ class ChannelGroup:
         readers: Linear layers whose inputs are channels of the group.
         mixers: Nodes other than linear layers that mix what they read over the channels, such as normalizations: what
             is left changes when a channel goes.
-        multiple: Removing must leave a multiple of this many units; 1 where any number will do.
     """
 
     name: str
@@ -48,7 +47,6 @@ class ChannelGroup:
     writers: Sequence[LinearLayer] = ()
     readers: Sequence[LinearLayer] = ()
     mixers: Sequence[ir.Node] = ()
-    multiple: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,11 +46,11 @@ def widths_of(group: ChannelGroup, multiple: int | None) -> list[int]:
         multiple: What widths must be multiples of; None for what kernels like, as far as the group is wide enough.
     """
     if multiple is not None:
-        return allowed_widths(group.size, int(np.lcm(multiple, group.multiple)))
+        return allowed_widths(group.size, multiple)
     step = _LIKED_MULTIPLE
     while step > 1 and step * _FINEST_SHARE > group.size:
         step //= 2
-    return allowed_widths(group.size, int(np.lcm(step, group.multiple)))
+    return allowed_widths(group.size, step)
 
 
 def widths_by_ratio(groups: Sequence[ChannelGroup], ratio: float, multiple: int | None) -> Widths:

@@ -85,6 +85,13 @@ branches (float[N, 3, 8, 8] x) => (float[N, 4, 8, 8] y)
 }"""
 
 
+@pytest.fixture(autouse=True)
+def fine_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the small networks here one channel at a time, as fine beside their widths as blocks of 16 are beside real ones."""
+    if "kernels_like" not in request.node.name:
+        monkeypatch.setattr("graphopt.passes.lossy.channel_widths._LIKED_MULTIPLE", 1)
+
+
 def parsed(text: str) -> ir.Model:
     """Return a model whose nodes are named after what they give."""
     model = parsed_without_names(text)
@@ -312,7 +319,9 @@ def test_time_that_says_nothing_is_refused() -> None:
     assert "macs=0.7" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize(("size", "multiple", "widths"), [(16, None, 15), (64, None, 60), (512, None, 504), (10, 4, 8)])
+@pytest.mark.parametrize(
+    ("size", "multiple", "widths"), [(10, None, 9), (16, None, 8), (64, None, 48), (512, None, 496), (10, 4, 8)]
+)
 def test_widths_are_what_kernels_like(size: int, multiple: int | None, widths: int) -> None:
     group = channel_groups(parsed(PLAIN)).groups[0]
     from dataclasses import replace

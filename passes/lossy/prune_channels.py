@@ -46,7 +46,7 @@ class PruneChannels(Pass):
         None, help="the same share of each group, or what costs the outputs least; error with data and a target"
     )
     multiple: int | None = opt(
-        None, help="widths are multiples of this; by default of 8, of less where a group is narrow", low=1
+        None, help="widths are multiples of this; by default of 16, of less where a group is narrow", low=1
     )
     include: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs may shrink; all")
     exclude: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs stay")

@@ -87,7 +87,7 @@ branches (float[N, 3, 8, 8] x) => (float[N, 4, 8, 8] y)
 
 @pytest.fixture(autouse=True)
 def fine_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the small networks here one channel at a time, as fine beside their widths as blocks of 16 are beside real ones."""
+    """Cut the small networks here one channel at a time, as blocks of 16 are small beside real ones."""
     if "kernels_like" not in request.node.name:
         monkeypatch.setattr("graphopt.passes.lossy.channel_widths._LIKED_MULTIPLE", 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.passes import PruneChannels
 from graphopt.passes.analyses.channel_groups import channel_groups
 from graphopt.passes.lossy.channel_choice import is_stream, kept_units, order_by_weights, true_readers
-from graphopt.passes.lossy.channel_widths import WidthPlan, widths_of
+from graphopt.passes.lossy.channel_widths import WidthPlan, widths_by_ratio, widths_of
 
 from .pass_runs import outputs_of
 from .removed_channels import context
@@ -324,11 +325,16 @@ def test_time_that_says_nothing_is_refused() -> None:
 )
 def test_widths_are_what_kernels_like(size: int, multiple: int | None, widths: int) -> None:
     group = channel_groups(parsed(PLAIN)).groups[0]
-    from dataclasses import replace
-
     allowed = widths_of(replace(group, size=size), multiple)
     assert allowed[:2] == [size, widths]
     assert allowed[-1] == (multiple or size - widths)
+
+
+@pytest.mark.parametrize(("size", "width"), [(10, 7), (16, 11), (32, 22), (64, 44), (512, 352)])
+def test_a_share_is_not_rounded_away_by_what_kernels_like(size: int, width: int) -> None:
+    group = replace(channel_groups(parsed(PLAIN)).groups[0], size=size)
+    assert widths_by_ratio([group], 0.3, None).of == {group: width}
+    assert widths_by_ratio([group], 0.3, 2).of[group] % 2 == 0
 
 
 def test_widths_are_multiples_of_what_is_asked_for() -> None:

@@ -98,6 +98,7 @@ def _ort_cpu(
         name=name,
         help=help,
         backend="onnxruntime",
+        reads_sparse=True,
         provider="cpu",
         static=scheme,
         alternatives=(alternative,),
@@ -229,6 +230,7 @@ TARGETS = {
             help="ONNX Runtime's CUDA provider: weights as integers; integer arithmetic does not pay there",
             backend="onnxruntime",
             provider="cuda",
+            reads_sparse=True,
             weight_only=WeightOnlyScheme(form="MatMulNBits", embedding="GatherBlockQuantized"),
             floats=frozenset({"float16", "bfloat16"}),
             weight_only_ops=_WEIGHT_OPS,
@@ -239,6 +241,7 @@ TARGETS = {
             help="ONNX Runtime's TensorRT provider: explicit symmetric int8, float bias",
             backend="onnxruntime",
             provider="tensorrt",
+            reads_sparse=True,
             static=_TENSORRT_INT8,
             alternatives=(_TENSORRT_FP8,),
             # Two codes a byte, low first, in blocks along the inputs.

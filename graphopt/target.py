@@ -101,6 +101,7 @@ class Target:
         fast_ops: Operators with a kernel that beats what they stand for, as ``domain::op`` outside the ONNX domain.
         slow_ops: Operators that lose to what they stand for: not made, and kept from being made by the runtime itself.
         fusions: What the runtime makes of quantized operators by itself.
+        reads_sparse: Whether what reads its files takes sparse initializers, as far as is known.
         opset: Newest opset of the ONNX domain that each release of the runtime in use knows in full.
     """
 
@@ -120,6 +121,7 @@ class Target:
     fast_ops: frozenset[str] = field(default_factory=frozenset)
     slow_ops: frozenset[str] = field(default_factory=frozenset)
     fusions: FusionRules = field(default_factory=FusionRules)
+    reads_sparse: bool = False
     opset: int = 21
 
     def describe(self) -> str:

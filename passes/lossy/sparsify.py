@@ -25,8 +25,6 @@ _LEAST_ZEROS = 0.05
 # Beyond this compressing takes minutes, as for `model_io.gzip_bytes`.
 _GZIP_LIMIT = 256 << 20
 _GZIP_LEVEL = 1
-# Targets whose files are read by something else than what runs them here.
-_OTHER_RUNTIMES = ("openvino", "portable")
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,7 @@ def _obstacle(model: ir.Model, ctx: Context) -> str | None:
     """Return why nothing may be stored without zeros, or None."""
     if model.ir_version < FIRST_IR_WITH_SPARSE:
         return f"models of IR version {model.ir_version} have no sparse initializers; `opset` brings a later one"
-    # Which makes them dense as it reads a model, whichever provider runs it then.
-    if ctx.target.backend != "onnxruntime" or ctx.target.name in _OTHER_RUNTIMES:
+    if not ctx.target.reads_sparse:
         return f"no runtime of `{ctx.target.name}` is known to read sparse initializers; ONNX Runtime does"
     return None
 

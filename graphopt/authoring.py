@@ -324,6 +324,8 @@ class Pass:
         preserves: Analyses that stay valid although it edits.
         keeps_canonical: Whether what it leaves is still in canonical form, if it was before.
         simplify_restores: Whether `simplify` brings what it leaves back into canonical form, where that is not kept.
+        precedes: Names of passes that must come behind this one where a pipeline has both, each with why: what is the
+            case behind that pass, in a few words. Nothing is assumed of the others.
         edits: Kinds of edits it makes, each with the equation it rests on; a `RewritePass` has rules instead.
     """
 
@@ -333,6 +335,7 @@ class Pass:
     preserves: ClassVar[Sequence[Callable[[ir.Model], Any]]] = ()
     keeps_canonical: ClassVar[bool] = True
     simplify_restores: ClassVar[bool] = False
+    precedes: ClassVar[Mapping[str, str]] = {}
     edits: ClassVar[Mapping[str, str]] = {}
 
     @property

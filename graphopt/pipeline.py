@@ -52,6 +52,11 @@ class Step:
         """What any of its passes needs."""
         return frozenset().union(*(one.needs for one in self.passes))
 
+    @property
+    def spoils_canonical(self) -> bool:
+        """Whether it leaves what no pass that needs canonical form can come behind."""
+        return any(not one.keeps_canonical and not one.simplify_restores for one in self.passes)
+
 
 def weakest(guarantees: Iterable[Guarantee]) -> Guarantee:
     """Return the weakest of some guarantees; EXACT of none."""
@@ -171,9 +176,10 @@ def schedule(pipeline: Pipeline, *, has_data: bool, has_budget: bool = False) ->
     """Return the steps to run: what passes need is put before them, and what is missing is an error now.
 
     Raises:
-        UsageError: A pass needs calibration data or a budget and there is none, or comes behind one that leaves
-            another form than it needs.
+        UsageError: Passes are in an order that one of them declares to be wrong, a pass needs calibration data or a
+            budget and there is none, or comes behind one that leaves another form than it needs.
     """
+    _refuse_wrong_order(pipeline)
     steps: list[Step] = []
     canonical, spoiler = False, None
     for position, step in enumerate(pipeline.steps, 1):
@@ -193,7 +199,7 @@ def schedule(pipeline: Pipeline, *, has_data: bool, has_budget: bool = False) ->
                 hint=f"put `{spoiler.spec}` last",
             )
         changing = [one for one in step.passes if not one.keeps_canonical]
-        if not all(one.simplify_restores for one in changing):
+        if step.spoils_canonical:
             spoiler = step
         canonical = canonical or step.name == CANONICALIZER
         if Need.CANONICAL in step.needs and not canonical:
@@ -203,3 +209,44 @@ def schedule(pipeline: Pipeline, *, has_data: bool, has_budget: bool = False) ->
         steps.append(step)
         canonical = canonical and not changing
     return tuple(steps)
+
+
+def _refuse_wrong_order(pipeline: Pipeline) -> None:
+    """Raise an error for the first pass that declares to precede one before it, presets taken apart."""
+    earlier: list[tuple[Step, Pass]] = []
+    for position, step in enumerate(pipeline.steps, 1):
+        for one in step.passes:
+            for other, before in earlier:
+                why = one.precedes.get(before.name)
+                if why is not None:
+                    behind = f"`{other.spec}`" if other is not step else f"its `{before.name}`"
+                    raise UsageError(
+                        f"pass `{step.spec}` ({position} of {len(pipeline.steps)}) comes too late: "
+                        f"behind {behind} {why}",
+                        hint=_right_order(pipeline, one.name, before.name),
+                    )
+            earlier.append((step, one))
+
+
+def _right_order(pipeline: Pipeline, first: str, second: str) -> str:
+    """Return in words the pipeline with every pass where it belongs, in the given order otherwise."""
+    import networkx  # a hundredth of a second that only a mistake costs
+
+    steps = pipeline.steps
+    order = networkx.DiGraph()
+    order.add_nodes_from(range(len(steps)))
+    order.add_edges_from(
+        (i, j) for i, one in enumerate(steps) for j, other in enumerate(steps) if i != j and _precedes(one, other)
+    )
+    if not networkx.is_directed_acyclic_graph(order) or any(_precedes(step, step) for step in steps):
+        return f"put `{first}` before `{second}`"
+    places = networkx.lexicographical_topological_sort(order, key=lambda place: place)
+    return f"in this order: `--passes {Pipeline(tuple(steps[place] for place in places))}`"
+
+
+def _precedes(step: Step, other: Step) -> bool:
+    """Return whether a step must come before another: a pass of it says so, or needs the form that the other spoils."""
+    names = {one.name for one in other.passes}
+    if any(names & one.precedes.keys() for one in step.passes):
+        return True
+    return Need.CANONICAL in step.needs and other.spoils_canonical and not step.spoils_canonical

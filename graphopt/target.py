@@ -100,6 +100,9 @@ class Target:
         weight_only_ops: Operators that may read a weight stored as integers.
         fast_ops: Operators with a kernel that beats what they stand for, as ``domain::op`` outside the ONNX domain.
         slow_ops: Operators that lose to what they stand for: not made, and kept from being made by the runtime itself.
+        width_multiple: Channels, or columns of a matrix, that its kernels take at a time: a layer of a width in between
+            computes as much as one of the next multiple, or goes to a slower kernel. Passes that choose widths choose
+            multiples of it; 1 where nothing is known.
         fusions: What the runtime makes of quantized operators by itself.
         reads_sparse: Whether what reads its files takes sparse initializers, as far as is known.
         opset: Newest opset of the ONNX domain that each release of the runtime in use knows in full.
@@ -120,12 +123,13 @@ class Target:
     weight_only_ops: frozenset[str] = field(default_factory=frozenset)
     fast_ops: frozenset[str] = field(default_factory=frozenset)
     slow_ops: frozenset[str] = field(default_factory=frozenset)
+    width_multiple: int = 1
     fusions: FusionRules = field(default_factory=FusionRules)
     reads_sparse: bool = False
     opset: int = 21
 
     def describe(self) -> str:
-        """Return in one line what pays there: integers, few bits, other floats."""
+        """Return in one line what pays there: integers, few bits, other floats, which widths."""
         parts = []
         if self.static is not None:
             parts.append(f"static {self.static.describe()}")
@@ -138,4 +142,5 @@ class Target:
         parts += ["dynamic int8"] if self.dynamic_ops else []
         parts += [f"weights in {self.weight_only.describe()}"] if self.weight_only is not None else []
         parts += [f"also {', '.join(sorted(self.floats))}"] if self.floats else []
+        parts += [f"widths in multiples of {self.width_multiple}"] if self.width_multiple > 1 else []
         return "; ".join(parts)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -13,7 +13,7 @@ from graphopt.authoring import Guarantee, Pass
 from graphopt.errors import UsageError
 from graphopt.options import opt
 from graphopt.passes import Prune, PruneChannels, PruneLayers, Quant
-from graphopt.pipeline import Pipeline, schedule, weakest
+from graphopt.pipeline import Pipeline, Step, schedule, weakest
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,101 @@ def test_what_simplify_restores_is_restored_before_the_next_pass_that_needs_it()
         assert [step.name for step in steps] == ["simplify", "prune-layers", "simplify", "prune-channels", "quant"]
     steps = schedule(Pipeline.parse("prune-layers,O2"), has_data=True)
     assert [step.name for step in steps] == ["simplify", "prune-layers", "O2"]
+
+
+@dataclass(frozen=True)
+class Shaper(Pass):
+    size: int = opt(1, help="")
+    name = "shaper"
+    precedes: ClassVar[Mapping[str, str]] = {"coder": "shapes are settled", "tidy": "nothing is left to shape"}
+
+
+@dataclass(frozen=True)
+class Coder(Pass):
+    name = "coder"
+
+
+@dataclass(frozen=True)
+class Contrary(Pass):
+    name = "contrary"
+    precedes: ClassVar[Mapping[str, str]] = {"shaper": "it is contrary"}
+
+
+@dataclass(frozen=True)
+class Circular(Shaper):
+    name = "circular"
+    precedes: ClassVar[Mapping[str, str]] = {"contrary": "so is it"}
+
+
+@dataclass(frozen=True)
+class Plain(Pass):
+    name = "plain"
+
+
+def test_a_wrong_order_is_refused_with_the_right_one() -> None:
+    steps = Pipeline.of([Plain(), Coder(), Plain(), Shaper(size=3), Contrary()])
+    with pytest.raises(UsageError) as caught:
+        schedule(steps, has_data=True)
+    assert caught.value.message == "pass `shaper:size=3` (4 of 5) comes too late: behind `coder` shapes are settled"
+    # Only what must move does: `plain` stays first, and stays behind what it came behind where it can.
+    assert caught.value.hint == "in this order: `--passes plain,plain,contrary,shaper:size=3,coder`"
+    right = Pipeline.of([Plain(), Plain(), Contrary(), Shaper(size=3), Coder()])
+    assert schedule(right, has_data=True) == right.steps
+
+
+def test_passes_that_declare_nothing_and_those_named_twice_keep_their_order() -> None:
+    for order in ([Plain(), Coder(), Plain()], [Shaper(), Shaper(), Coder(), Coder()], [Coder(), Contrary()]):
+        assert schedule(Pipeline.of(order), has_data=True)
+
+
+def test_the_order_holds_inside_presets() -> None:
+    def preset(name: str, *passes: Pass) -> Step:
+        return Step(name, passes, preset=True)
+
+    with pytest.raises(UsageError) as caught:
+        schedule(Pipeline((preset("small", Plain(), Coder()), preset("shaped", Shaper()))), has_data=True)
+    assert caught.value.message == "pass `shaped` (2 of 2) comes too late: behind `small` shapes are settled"
+    assert caught.value.hint == "in this order: `--passes shaped,small`"
+    with pytest.raises(UsageError) as caught:
+        schedule(Pipeline((preset("wrong", Coder(), Shaper()),)), has_data=True)
+    assert "behind its `coder` shapes are settled" in caught.value.message
+    assert caught.value.hint == "put `shaper` before `coder`"
+
+
+def test_orders_that_contradict_one_another_are_said_in_words() -> None:
+    with pytest.raises(UsageError) as caught:
+        schedule(Pipeline.of([Shaper(), Contrary(), Circular()]), has_data=True)
+    assert "`contrary` (2 of 3) comes too late: behind `shaper` it is contrary" in caught.value.message
+    assert caught.value.hint == "in this order: `--passes circular,contrary,shaper`"
+
+    @dataclass(frozen=True)
+    class Vicious(Pass):
+        name = "contrary"
+        precedes: ClassVar[Mapping[str, str]] = {"shaper": "it is contrary", "circular": "it is"}
+
+    with pytest.raises(UsageError) as caught:
+        schedule(Pipeline.of([Circular(), Vicious()]), has_data=True)
+    assert caught.value.hint == "put `contrary` before `circular`"
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("quant,prune", "prune,quant"),
+        ("codebook,prune:sparsity=0.3,simplify", "prune:sparsity=0.3,codebook,simplify"),
+        ("prune,quant,prune-channels:macs=0.8", "prune-channels:macs=0.8,prune,quant"),
+        ("cast,prune-heads,logarithmic", "prune-heads,cast,logarithmic"),
+        ("sparsify,prune", "prune,sparsify"),
+        ("quant,O2,prune", "prune,quant,O2"),
+        ("mixed-quant,prune-layers", "prune-layers,mixed-quant"),
+        ("quant,prune-hidden", "prune-hidden,quant"),
+    ],
+)
+def test_lossy_passes_know_their_order(text: str, right: str) -> None:
+    with pytest.raises(UsageError, match="comes too late") as caught:
+        schedule(Pipeline.parse(text), has_data=True, has_budget=True)
+    assert caught.value.hint == f"in this order: `--passes {right}`"
+    assert schedule(Pipeline.parse(right), has_data=True, has_budget=True)
 
 
 def test_options_of_another_type_are_refused_where_passes_are_made() -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import latency, shapes, summary
+from graphopt import driver, latency, registry, shapes, summary
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.passes import PruneChannels
 from graphopt.passes.analyses.channel_groups import channel_groups
@@ -90,7 +90,8 @@ branches (float[N, 3, 8, 8] x) => (float[N, 4, 8, 8] y)
 def fine_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the small networks here one channel at a time, as blocks of 16 are small beside real ones."""
     if "kernels_like" not in request.node.name:
-        monkeypatch.setattr("graphopt.passes.lossy.channel_widths._LIKED_MULTIPLE", 1)
+        find = driver.find_target
+        monkeypatch.setattr(driver, "find_target", lambda name: replace(find(name), width_multiple=1))
 
 
 def parsed(text: str) -> ir.Model:
@@ -321,11 +322,20 @@ def test_time_that_says_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "multiple", "widths"), [(10, None, 9), (16, None, 8), (64, None, 48), (512, None, 496), (10, 4, 8)]
+    ("size", "multiple", "liked", "widths"),
+    [
+        (10, None, 16, 9),
+        (16, None, 16, 8),
+        (64, None, 16, 48),
+        (512, None, 16, 496),
+        (64, None, 8, 56),
+        (64, None, 1, 63),
+        (10, 4, 16, 8),
+    ],
 )
-def test_widths_are_what_kernels_like(size: int, multiple: int | None, widths: int) -> None:
+def test_widths_are_what_kernels_like(size: int, multiple: int | None, liked: int, widths: int) -> None:
     group = channel_groups(parsed(PLAIN)).groups[0]
-    allowed = widths_of(replace(group, size=size), multiple)
+    allowed = widths_of(replace(group, size=size), multiple, liked)
     assert allowed[:2] == [size, widths]
     assert allowed[-1] == (multiple or size - widths)
 
@@ -333,8 +343,8 @@ def test_widths_are_what_kernels_like(size: int, multiple: int | None, widths: i
 @pytest.mark.parametrize(("size", "width"), [(10, 7), (16, 11), (32, 22), (64, 44), (512, 352)])
 def test_a_share_is_not_rounded_away_by_what_kernels_like(size: int, width: int) -> None:
     group = replace(channel_groups(parsed(PLAIN)).groups[0], size=size)
-    assert widths_by_ratio([group], 0.3, None).of == {group: width}
-    assert widths_by_ratio([group], 0.3, 2).of[group] % 2 == 0
+    assert widths_by_ratio([group], 0.3, None, 16).of == {group: width}
+    assert widths_by_ratio([group], 0.3, 2, 16).of[group] % 2 == 0
 
 
 def test_widths_are_multiples_of_what_is_asked_for() -> None:
@@ -458,3 +468,23 @@ def test_digits_keep_their_score_at_seven_tenths_of_the_macs() -> None:
     report = result.report
     assert report.after.macs <= 0.7 * report.before.macs
     assert report.after.metrics["top1"] >= report.before.metrics["top1"] - 0.03
+
+
+@pytest.mark.parametrize(("target", "liked"), [("ort-cpu-x86", 16), ("ort-cuda", 8)])
+def test_widths_asked_for_by_macs_are_what_kernels_like(target: str, liked: int) -> None:
+    """The default as it is, end to end, on a trained network."""
+    assert registry.find("TARGETS", target).width_multiple == liked
+    samples = dict(np.load(MODELS / "digits.npz"))
+    simplified = graphopt.optimize(MODELS / "digits_cnn.onnx", "simplify").model
+    on_cpu = "onnxruntime:provider=cpu"
+    result = graphopt.optimize(simplified, "prune-channels:macs=0.7", data=samples, target=target, backend=on_cpu)
+    assert result.report.after.macs <= 0.7 * result.report.before.macs
+    before, after = sorted(groups_of(simplified)), sorted(groups_of(result.model))
+    assert before != after
+    for was, width in zip(before, after, strict=True):
+        assert width == was or width % (liked if was >= 2 * liked else liked // 2) == 0, (before, after)
+
+
+def groups_of(model: ir.Model) -> list[int]:
+    shapes.infer_shapes(model)
+    return [group.size for group in channel_groups(model).groups]

@@ -214,8 +214,9 @@ def test_streams_are_chosen_by_name() -> None:
 
 
 def test_a_quantized_model_is_refused_with_the_right_order() -> None:
+    quantized = run(IMAGES, "quant:mode=weights").model
     with pytest.raises(GraphoptError, match="already quantized") as caught:
-        run(IMAGES, "quant:mode=weights,prune-hidden")
+        graphopt.optimize(quantized, "prune-hidden")
     assert "prune-hidden,quant" in (caught.value.hint or "")
 
 

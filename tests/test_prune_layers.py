@@ -217,8 +217,9 @@ def test_nothing_to_prune_leaves_the_model_unchanged() -> None:
 
 
 def test_a_quantized_model_is_refused_with_the_right_order() -> None:
+    quantized = run(named(CNN), "quant:mode=weights").model
     with pytest.raises(GraphoptError, match="already quantized") as caught:
-        run(named(CNN), "quant:mode=weights,prune-layers")
+        run(quantized, "prune-layers")
     assert "prune-layers,quant" in (caught.value.hint or "")
 
 

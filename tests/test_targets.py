@@ -84,6 +84,18 @@ def test_the_data_of_a_target_hangs_together(target: Target) -> None:
     assert target.describe()
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_widths_come_in_multiples_that_vectors_have(target: Target) -> None:
+    assert target.width_multiple in (8, 16)
+    assert f"widths in multiples of {target.width_multiple}" in target.describe()
+
+
+def test_nothing_is_assumed_of_the_widths_of_a_target_that_says_nothing() -> None:
+    bare = Target("bare", "says nothing", "onnxruntime")
+    assert bare.width_multiple == 1
+    assert "widths" not in bare.describe()
+
+
 def test_integer_arithmetic_is_kept_off_cuda() -> None:
     cuda = TARGETS["ort-cuda"]
     assert cuda.static is None

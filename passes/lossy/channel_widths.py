@@ -15,10 +15,6 @@ from ..analyses.width_costs import WidthCosts
 from ..solvers.allocation import allocate, allocate_evenly, allowed_widths
 from .channel_curves import error_curves
 
-# Kernels take channels in blocks of 8 or 16; what does not fill one is computed all the same, or keeps the whole layer
-# from the faster kernel: MobileNet with 70 % of its multiplications, in multiples of 8 and fewer, took 1.07 times as
-# long as it did before (ONNX Runtime, AVX-512, batch 8), in multiples of 16 0.81 times.
-_LIKED_MULTIPLE = 16
 # A share of each group is asked for by number: blocks larger than this part of a group would make another share of it.
 _FINEST_SHARE = 16
 # A group of which nothing can be seen shrinks once all others cannot: any cut of it counts as so many times all errors.
@@ -40,31 +36,33 @@ class Widths:
     holds: bool = True
 
 
-def widths_of(group: ChannelGroup, multiple: int | None) -> list[int]:
+def widths_of(group: ChannelGroup, multiple: int | None, liked: int) -> list[int]:
     """Return the widths a group may have, falling from the present one.
 
     Args:
         group: The group.
         multiple: What widths must be multiples of; None for what kernels like, as far as the group is wide enough.
+        liked: What the kernels of the target take at a time, as `Target.width_multiple` says.
     """
     if multiple is not None:
         return allowed_widths(group.size, multiple)
-    if group.size < _LIKED_MULTIPLE:  # no kernel takes it in blocks anyway
+    if group.size < liked:  # no kernel takes it in blocks anyway
         return allowed_widths(group.size, 1)
-    return allowed_widths(group.size, _LIKED_MULTIPLE if group.size >= 2 * _LIKED_MULTIPLE else _LIKED_MULTIPLE // 2)
+    return allowed_widths(group.size, liked if group.size >= 2 * liked else max(1, liked // 2))
 
 
-def widths_by_ratio(groups: Sequence[ChannelGroup], ratio: float, multiple: int | None) -> Widths:
+def widths_by_ratio(groups: Sequence[ChannelGroup], ratio: float, multiple: int | None, liked: int) -> Widths:
     """Return widths that leave out the same share of each group, as nearly as allowed.
 
     Args:
         groups: The groups.
         ratio: The share to be left out.
         multiple: As `widths_of` takes it, but that None gives way where blocks would round the share away.
+        liked: As `widths_of` takes it.
     """
     found = {}
     for group in groups:
-        step = multiple or _LIKED_MULTIPLE
+        step = multiple or liked
         while multiple is None and step > 1 and step * _FINEST_SHARE > group.size:
             step //= 2
         wanted = group.size * (1 - ratio)
@@ -78,12 +76,12 @@ class WidthPlan:
     Args:
         groups: The groups that may shrink.
         multiple: As `widths_of` takes it.
-        ctx: The model.
+        ctx: The model, and the target whose kernels like some widths.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], multiple: int | None, ctx: Context) -> None:
         self._groups, self._ctx = groups, ctx
-        self._allowed = [widths_of(group, multiple) for group in groups]
+        self._allowed = [widths_of(group, multiple, ctx.target.width_multiple) for group in groups]
         self._costs = WidthCosts(ctx.model, groups, self._allowed)
         self._whole = self._costs([0] * len(groups))
         self._curves: Sequence[Array | None] = [None] * len(groups)

@@ -14,9 +14,10 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.backend import Array
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import UsageError
 from graphopt.options import check, opt
 
+from ..analyses.finite_weights import finite_matrix
 from ..analyses.forecast import forecasting
 from ..analyses.linear_layers import LinearLayer, is_lookup, linear_layers, readers_elsewhere
 from ..analyses.quantized import refuse_to_prune_quantized
@@ -25,6 +26,7 @@ from ..analyses.selection import Selection, select
 from ..solvers import mask
 from ..solvers.blas_threads import threads_for
 from ..solvers.sparsity import Constraint, NOfM, Unstructured
+from .order import BEFORE_SPARSE_FILES
 from .prune_aims import Aims
 from .prune_shares import shares_by_error, shares_by_magnitude
 
@@ -51,6 +53,7 @@ class Prune(Pass):
 
     name = "prune"
     guarantee = Guarantee.LOSSY
+    precedes = BEFORE_SPARSE_FILES
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, wherever the pass was made."""
@@ -200,9 +203,7 @@ class _Run:
                     self._solve(layer, constraint, aims if readers == 1 else None)
 
     def _solve(self, layer: LinearLayer, constraint: Constraint, aims: Aims | None) -> None:
-        matrix = layer.matrix()
-        if not np.isfinite(matrix.astype(np.float32, copy=False)).all():
-            raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
+        matrix = finite_matrix(layer)
         aim = aims.of(layer) if aims is not None else None
         shift: Array | None = None
         if aim is None:

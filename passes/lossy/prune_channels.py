@@ -12,10 +12,11 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.backend import Array
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import UsageError
 from graphopt.options import check, opt
 
 from ..analyses.channel_groups import Axis, ChannelGroup, Layout, channel_groups
+from ..analyses.finite_weights import refuse_not_finite
 from ..analyses.quantized import refuse_to_prune_quantized
 from ..analyses.selection import Selection, select
 from .channel_choice import OF_DATA, Criterion, is_stream, kept_units, order_by_weights
@@ -23,6 +24,7 @@ from .channel_latency import refuse_untimed, widths_by_latency
 from .channel_sweep import ChannelSweep
 from .channel_trial import best_of
 from .channel_widths import WidthPlan, Widths, widths_by_ratio
+from .order import BEFORE_FACTORS
 from .removable_channels import find_channels
 from .shrinking import shrink
 
@@ -46,13 +48,16 @@ class PruneChannels(Pass):
         None, help="the same share of each group, or what costs the outputs least; error with data and a target"
     )
     multiple: int | None = opt(
-        None, help="widths are multiples of this; by default of 16, of less where a group is narrow", low=1
+        None,
+        help="widths are multiples of this; by default of what the target's kernels take, less in narrow groups",
+        low=1,
     )
     include: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs may shrink; all")
     exclude: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs stay")
 
     name = _NAME
     guarantee = Guarantee.LOSSY
+    precedes = BEFORE_FACTORS
     # What units are called, and which side is cut where an axis is two in one: other kinds of groups, the same pass.
     units: ClassVar[str] = "channels"
     layout: ClassVar[Layout | None] = None
@@ -150,7 +155,8 @@ class PruneChannels(Pass):
         """Return what is to stay of each group, and say what that comes to."""
         share = self.macs or self.latency
         if share is None:
-            return widths_by_ratio(groups, self.ratio or self.usual_ratio, self.multiple)
+            ratio = self.ratio or self.usual_ratio
+            return widths_by_ratio(groups, ratio, self.multiple, ctx.target.width_multiple)
         plan = WidthPlan(groups, self.multiple, ctx)
         if self._by_error(ctx):
             plan.look(share)
@@ -217,5 +223,5 @@ def _as_they_are_now(
 def _refuse_nan(groups: Sequence[ChannelGroup]) -> None:
     for value in dict.fromkeys(layer.weight for group in groups for layer in (*group.writers, *group.readers)):
         tensor = walk.constant_tensor(value)
-        if tensor is not None and not np.isfinite(tensor.numpy().astype(np.float32, copy=False)).all():
-            raise PassError(f"weight `{value.name}` holds NaN or infinity", hint="repair the model first")
+        if tensor is not None:
+            refuse_not_finite(tensor.numpy(), f"weight `{value.name}`")

@@ -21,6 +21,7 @@ from ..analyses.residual_blocks import ResidualBlock, residual_blocks
 from ..analyses.selection import Selection, select
 from .block_choice import Wanting, choose_by_influence, choose_measured
 from .block_removal import drop_empty_sums, mean_branches, refit_behind, remove_blocks
+from .order import BEFORE_FACTORS
 from .prune_aims import Aims
 from .separate_sizes import separate_sizes
 
@@ -45,6 +46,7 @@ class PruneLayers(Pass):
 
     name = _NAME
     guarantee = Guarantee.LOSSY
+    precedes = BEFORE_FACTORS
     # Constants that stay of neighbouring branches add up.
     keeps_canonical = False
     simplify_restores = True

@@ -15,9 +15,9 @@ from ..analyses.output_damage import Change, error_weights, say_curve, tried_of
 from ..analyses.second_moments import ROWS_PER_SAMPLE
 from ..solvers import mask
 from ..solvers.allocation import Separable, allocate
-from ..solvers.objective import by_group, output_error
+from ..solvers.objective import output_error
 from ..solvers.sparsity import Unstructured
-from .layer_bias import LayerBias, bias_of_layer
+from .layer_bias import bias_for_mean, bias_of_layer
 from .sequential_moments import SequentialMoments
 
 # Shares between which a layer's is chosen.
@@ -75,7 +75,7 @@ def shares_by_error(layers: Sequence[LinearLayer], sparsity: float, ctx: Context
             if place in chosen:
                 contents = {layer.weight.name or "": layer.from_matrix(tried[1].weight)}
                 if seen is not None and bias is not None and bias.stored is not None:
-                    contents[bias.stored.name or ""] = _with_mean(bias, matrix - tried[1].weight, seen.mean)
+                    contents[bias.stored.name or ""] = bias_for_mean(bias, matrix - tried[1].weight, seen.mean)
             changes.append(Change(walk.label(layer.node), kinds[place], errors[1], contents))
     scales = error_weights(ctx, changes)
     kept = Separable([size * (1 - shares) for size in sizes])
@@ -95,12 +95,3 @@ def _between(shares: Array, looks: Sequence[float], errors: Array) -> Array:
     places = np.log([_STEP, *looks])
     found = np.exp(np.interp(np.log(np.maximum(shares, _STEP)), places, [first, *known]))
     return np.where(shares > 0, found, 0.0)
-
-
-def _with_mean(bias: LayerBias, difference: Array, mean: Array) -> Array:
-    """Return what a stored bias is to hold for the mean of the outputs to stay."""
-    tensor = walk.constant_tensor(bias.stored)
-    assert tensor is not None, "what is stored is a constant"
-    lost = by_group(difference.astype(np.float64), mean[:, None]) @ mean[:, :, None]
-    whole = tensor.numpy().astype(np.float64).reshape(-1) + lost.reshape(-1) / bias.factor
-    return whole.reshape(walk.dims(tensor)).astype(tensor.dtype.numpy())

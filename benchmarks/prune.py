@@ -23,22 +23,31 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import onnx
 import onnxruntime
-import simplify
-from prune_judging import in_pattern, macs, parameters, run_alike, zeros
+from prune_judging import in_pattern, run_alike, zeros
 from quant_judging import THREADS, score, shown
-from quant_runs import Array, Entry, Tool, cost, graphopt
+from quant_runs import Entry, Tool, cost, graphopt
 from quant_runs import peers as peers_of
 from real_models import load_scorer
-from tool_tables import Bench, Case, head, line, resnet_case, scored, size
+from tool_tables import (
+    SAMPLES_OF_LARGE,
+    Bench,
+    head,
+    large_cases,
+    left,
+    line,
+    lost,
+    made,
+    resnet_case,
+    scored,
+    size,
+)
 
 PEERS = Path(__file__).with_name("prune_peers.py")
 WINDOWS, QUICK_WINDOWS, QUICK_SCORED = 128, 32, 40
 IMAGES = 256
 OBS_SAMPLES = 64
-COVERED_SAMPLES = 4
 PATTERN = "2of4"
 SPARSITIES = ("0.5", "0.7")
 SHARES = ("0.7", "0.6", "0.5")
@@ -140,21 +149,6 @@ def quickened(scorer: ModuleType) -> ModuleType:
     return scorer
 
 
-def made(bench: Bench, case: Case, tools: Sequence[Tool]) -> list[Entry]:
-    """Return the model itself, and what each of the tools asked for makes of it."""
-    asked = bench.options.tool
-    return bench.made(case, [tool for tool in tools if not asked or any(one in tool.name for one in asked)])
-
-
-def lost(entry: Entry, reference: Entry) -> str:
-    """Return by how much a score is worse: percentage points of accuracy, or the difference."""
-    if not entry.score or not reference.score:
-        return ""
-    name = next(iter(reference.score))
-    before, after = reference.score[name], entry.score[name]
-    return f"{100 * (before - after):.2f}" if name == "top1" else f"{after - before:+.3f}"
-
-
 def language_table(bench: Bench) -> Iterator[str]:
     """Yield the perplexity of a language model with half its weights zero, wherever or two of every four."""
     columns = ("perplexity", "added", "zeros", "in 2:4", "MB", "process", "work", "CPU", "peak")
@@ -198,17 +192,6 @@ def channels_table(bench: Bench) -> Iterator[str]:
             yield line(case, entry, *cells, size(entry), *cost(entry))
 
 
-def left(entry: Entry, original: Entry, case: Case) -> tuple[str, str]:
-    """Return the shares of the original's multiplications and parameters that a file has."""
-    if entry.failure:
-        return "", ""
-    shares = (
-        macs(entry.path, case.first(1)) / macs(original.path, case.first(1)),
-        parameters(onnx.load(entry.path)) / parameters(onnx.load(original.path)),
-    )
-    return f"{shares[0]:.1%}", f"{shares[1]:.1%}"
-
-
 def latency_table(bench: Bench) -> Iterator[str]:
     """Yield the latency of larger networks at 70 % of the multiplications."""
     columns = ("multiplications", "parameters", "MB", "batch 1, ms", "batch 8, ms")
@@ -231,29 +214,11 @@ def coverage_table(bench: Bench) -> Iterator[str]:
     """Yield what is left of every model at hand where a fifth of its channels, or heads, goes, and whether it runs."""
     columns = ("multiplications", "parameters", "runs", "process", "work", "CPU", "peak")
     yield from head("Every model, a fifth of its channels or heads", "model", "tool", *columns)
-    for case in itertools.chain(bench.cases(list(bench.scorer.ASSETS), COVERED_SAMPLES), large_cases(bench)):
+    for case in itertools.chain(bench.cases(list(bench.scorer.ASSETS), SAMPLES_OF_LARGE), large_cases(bench)):
         entries = made(bench, case, COVERED)
         for entry in entries[1:]:
             runs = "" if entry.failure else run_alike(entries[0].path, entry.path, case.first(1)) or "yes"
             yield line(case, entry, *left(entry, entries[0], case), runs, *cost(entry))
-
-
-def large_cases(bench: Bench) -> Iterator[Case]:
-    """Yield the models of the folder of the command line with random inputs."""
-    folder = bench.options.models
-    for path in sorted(folder.glob("*.onnx")) if folder is not None else ():
-        if bench.options.names and path.stem not in bench.options.names:
-            continue
-        feeds = simplify.feeds_of(simplify.open_session(path, "ORT_DISABLE_ALL"), {})
-        with tempfile.TemporaryDirectory() as work:
-            yield Case(path.stem, path, repeated(feeds), Path(work))
-
-
-def repeated(feeds: dict[str, Array]) -> dict[str, Array]:
-    """Return one sample as several, in which no two are alike."""
-    return {
-        name: np.concatenate([np.roll(x[:1], at, -1) for at in range(COVERED_SAMPLES)]) for name, x in feeds.items()
-    }
 
 
 def obs_table(bench: Bench) -> Iterator[str]:

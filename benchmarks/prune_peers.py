@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,9 @@ import onnx
 import prune_language
 import torch
 import torch_graph
+from asked_share import down_to
 from onnx import numpy_helper
-from prune_judging import LAYERS, macs
+from prune_judging import LAYERS
 from quant_peers import CALIBRATION_BATCH, THREADS, Array, Feeds, batches, measure
 from torch import nn
 from torch.ao.pruning import WeightNormSparsifier
@@ -31,12 +31,8 @@ from torch.nn.utils import prune
 
 # Given a model, calibration samples and a setting, returns what it makes.
 Tool = Callable[[onnx.ModelProto, Feeds, str], onnx.ModelProto]
-# Given how much to remove, 0 to 1, returns what is left.
-Shrinker = Callable[[float], onnx.ModelProto]
 
 PATTERN = "2of4"
-# Halvings of the interval of ratios: to about half a percent.
-HALVINGS = 8
 # Of the channels of one layer, the most that a choice over all layers may remove.
 MOST_OF_A_LAYER = 0.9
 
@@ -194,33 +190,6 @@ def shared_layers(tp: Any, module: nn.Module, example: torch.Tensor, ignored: li
         if len(set(makers)) > 1:
             found.extend(makers)
     return found
-
-
-def down_to(share: float, model: onnx.ModelProto, feeds: Feeds, shrink: Shrinker) -> onnx.ModelProto:
-    """Return what a tool makes by the least ratio that leaves no more than a share of the multiplications."""
-    sample = {name: x[:1] for name, x in feeds.items()}
-    whole, best = count(model, sample), None
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        ratio = (low + high) / 2
-        made = shrink(ratio)
-        if count(made, sample) > share * whole:
-            low = ratio
-        else:
-            high, best = ratio, made
-    if best is None:
-        raise ValueError(f"no ratio leaves {share:.0%} of the multiplications")
-    return best
-
-
-def count(model: onnx.ModelProto, sample: Feeds) -> int:
-    """Return the multiply-accumulates of a model in memory."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save(model, path)
-        return macs(path, sample)
 
 
 TOOLS: dict[str, Tool] = {

@@ -10,12 +10,19 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import onnxruntime
+import simplify
+from prune_judging import macs, parameters
 from quant_judging import time_together
 from quant_runs import MEGABYTE, Array, Entry, Tool, run
 from real_models import SHARED, calibration
 
 CALIBRATION_SAMPLES = 64
+# Made-up samples for models that come without data.
+SAMPLES_OF_LARGE = 4
+# Scores from 0 to 1 of which a loss is said in points.
+IN_POINTS = ("top1", "spearman")
 IMAGE = (3, 224, 224)
 
 
@@ -90,6 +97,30 @@ def resnet_case(bench: Bench, folder: str) -> Case | None:
     return Case(path.stem, path, {spec.name: images}, Path(folder))
 
 
+def large_cases(bench: Bench) -> Iterator[Case]:
+    """Yield the models of the folder of the command line with random inputs."""
+    folder = bench.options.models
+    for path in sorted(folder.glob("*.onnx")) if folder is not None else ():
+        if bench.options.names and path.stem not in bench.options.names:
+            continue
+        feeds = simplify.feeds_of(simplify.open_session(path, "ORT_DISABLE_ALL"), {})
+        with tempfile.TemporaryDirectory() as work:
+            yield Case(path.stem, path, repeated(feeds), Path(work))
+
+
+def repeated(feeds: dict[str, Array]) -> dict[str, Array]:
+    """Return one sample as several, in which no two are alike."""
+    return {
+        name: np.concatenate([np.roll(x[:1], at, -1) for at in range(SAMPLES_OF_LARGE)]) for name, x in feeds.items()
+    }
+
+
+def made(bench: Bench, case: Case, tools: Sequence[Tool]) -> list[Entry]:
+    """Return the model itself, and what each of the tools asked for makes of it."""
+    asked = bench.options.tool
+    return bench.made(case, [tool for tool in tools if not asked or any(one in tool.name for one in asked)])
+
+
 def head(title: str, *columns: str) -> Iterator[str]:
     """Yield the lines that begin a table."""
     yield f"\n### {title}\n"
@@ -111,3 +142,23 @@ def size(entry: Entry) -> str:
 def scored(entry: Entry) -> str:
     """Return the first figure of a score."""
     return f"{next(iter(entry.score.values())):.4f}" if entry.score else ""
+
+
+def lost(entry: Entry, reference: Entry) -> str:
+    """Return by how much a score is worse: points of what goes from 0 to 1, or the difference."""
+    if not entry.score or not reference.score:
+        return ""
+    name = next(iter(reference.score))
+    before, after = reference.score[name], entry.score[name]
+    return f"{100 * (before - after):.2f}" if name in IN_POINTS else f"{after - before:+.3f}"
+
+
+def left(entry: Entry, original: Entry, case: Case) -> tuple[str, str]:
+    """Return the shares of the original's multiplications and parameters that a file has."""
+    if entry.failure:
+        return "", ""
+    shares = (
+        macs(entry.path, case.first(1)) / macs(original.path, case.first(1)),
+        parameters(onnx.load(entry.path)) / parameters(onnx.load(original.path)),
+    )
+    return f"{shares[0]:.1%}", f"{shares[1]:.1%}"

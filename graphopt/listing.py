@@ -26,8 +26,8 @@ class Sheet:
 class Listing:
     """What an inspection found.
 
-    An inspection is a function that takes a model with inferred shapes in canonical form, which is a copy of its own,
-    and returns this. A plug-in names it in its table ``INSPECTIONS``.
+    An inspection is a function that takes a model with inferred shapes, in canonical form or as it is stored, which is
+    a copy of its own, and returns this. A plug-in names it in its table ``INSPECTIONS``.
 
     Attributes:
         sheets: What people read, one below the other.

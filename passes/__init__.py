@@ -13,12 +13,14 @@ PASSES = {
     "ada-round": "graphopt.passes.lossy.ada_round:AdaRound",
     "cast": "graphopt.passes.lossy.cast:Cast",
     "chains": "graphopt.passes.exact.chains:Chains",
+    "cluster": "graphopt.passes.lossy.cluster:Cluster",
     "codebook": "graphopt.passes.lossy.codebook:CodebookWeights",
     "common-subexpressions": "graphopt.passes.exact.common_subexpressions:CommonSubexpressions",
     "control-flow": "graphopt.passes.exact.control_flow:ControlFlow",
     "correct-bias": "graphopt.passes.lossy.correct_bias:CorrectBias",
     "dead-code": "graphopt.passes.exact.dead_code:DeadCode",
     "equalize": "graphopt.passes.exact.equalize:Equalize",
+    "factorize": "graphopt.passes.lossy.factorize:Factorize",
     "flatten-rows": "graphopt.passes.exact.rows:FlattenRows",
     "fold-constants": "graphopt.passes.exact.fold_constants:FoldConstants",
     "fold-shapes": "graphopt.passes.exact.fold_shapes:FoldShapes",
@@ -47,9 +49,11 @@ PASSES = {
     "reciprocals": "graphopt.passes.exact.reciprocals:Reciprocals",
     "repeats": "graphopt.passes.exact.repeats:Repeats",
     "sequences": "graphopt.passes.exact.sequences:Sequences",
+    "share": "graphopt.passes.exact.share:Share",
     "smooth-quant": "graphopt.passes.exact.smooth_quant:SmoothQuant",
     "sparsify": "graphopt.passes.lossy.sparsify:Sparsify",
     "split-slices": "graphopt.passes.exact.split_slices:SplitSlices",
+    "tie-layers": "graphopt.passes.lossy.tie_layers:TieLayers",
 }
 
 # From what makes most of the rest needless to what only tidies up; all of it is repeated until nothing changes.
@@ -71,7 +75,10 @@ PRESETS = {
     ),
 }
 
-INSPECTIONS = {"groups": "graphopt.passes.lossy.group_listing:list_groups"}
+INSPECTIONS = {
+    "groups": "graphopt.passes.lossy.group_listing:list_groups",
+    "shared": "graphopt.passes.exact.shared_listing:list_shared",
+}
 
 _CLASSES = {reference.partition(":")[2]: reference for reference in PASSES.values()}
 

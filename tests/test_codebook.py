@@ -18,8 +18,15 @@ from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.targets import TARGETS
 from graphopt.data import open_data
 from graphopt.errors import PassError, UsageError
+from graphopt.passes.lossy.code_planes import (
+    bits_for,
+    codes_per_step,
+    packed_planes,
+    plane_bits,
+    unpacked_planes,
+    unpacking_table,
+)
 from graphopt.passes.lossy.codebook import CodebookWeights
-from graphopt.passes.lossy.coded_weights import byte_table, codes_in_byte, packed
 from graphopt.passes.lossy.logarithmic import Logarithmic
 from graphopt.passes.solvers import codebook
 from graphopt.passes.solvers.codebook import Codebook
@@ -68,14 +75,21 @@ def test_powers_of_two_are_powers_and_their_sums() -> None:
     assert all(min(abs(one - pair) for pair in pairs) < 1e-9 for one in sums)
 
 
-@pytest.mark.parametrize("name", BOOKS)
-def test_bytes_stand_for_what_was_packed(name: str) -> None:
-    book = BOOKS[name]
-    count = codes_in_byte(book)
-    codes = RNG.integers(0, len(book.values), (3, 8)).astype(np.uint8)
-    table = byte_table(book)
-    assert packed(codes, count).shape == (3, 8 // count)
-    assert np.array_equal(table[packed(codes, count)].reshape(3, 8), book.table()[codes])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_planes_hold_every_bit_of_the_codes(bits: int) -> None:
+    codes = RNG.integers(0, 2**bits, (3, 21)).astype(np.uint8)
+    planes = packed_planes(codes, bits)
+    whole = -(-21 // codes_per_step(bits)) * codes_per_step(bits)
+    assert sum(plane.nbytes for plane in planes) == 3 * bits * whole // 8
+    assert np.array_equal(unpacked_planes(planes, bits, 21), codes)
+    # By definition: a byte's first code has its high bits, and each plane adds its part.
+    highest, shift = plane_bits(bits)[0]
+    each = 8 // highest
+    first = int(codes[0, 0]) >> shift
+    assert planes[0][0, 0] >> (8 - highest) == first
+    assert unpacking_table(highest, shift).shape == (256, each)
+    assert sum(width for width, _ in plane_bits(bits)) == bits
+    assert bits_for(2**bits) == bits
 
 
 def test_searched_scales_lose_no_more_and_the_error_is_the_objective() -> None:
@@ -221,7 +235,7 @@ def test_a_tied_table_is_stored_once() -> None:
     model = parsed(text, table=RNG.standard_normal((200, 50)))
     result = graphopt.optimize(model, "codebook", threads=1)
     assert "1 weights stored" in notes(result)
-    codes = [value for value in result.model.graph.initializers.values() if value.dtype is ir.DataType.UINT8]
+    codes = [name for name in result.model.graph.initializers if name.endswith("_codes")]
     assert len(codes) == 1
     ids = np.arange(7)
     assert sqnr(run(model, ids=ids)[0], run(result.model, ids=ids)[0]) > 15

@@ -44,6 +44,7 @@ SPECS = [
 # What asks whether the work pays; on graphs as small as the generated ones it never does.
 RELUCTANT = {
     "cast": ("graphopt.passes.lossy.stored_halves._pays",),
+    "cluster": ("graphopt.passes.lossy.coded_layers._pays",),
     "codebook": ("graphopt.passes.lossy.coded_layers._pays",),
     "logarithmic": ("graphopt.passes.lossy.coded_layers._pays",),
     "quant:mode=dynamic": ("graphopt.passes.lossy.quant_dynamic._pays",),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.errors import PassError
 
-_QUANTIZED_OPS = frozenset(
+QUANTIZED_OPS = frozenset(
     {
         "ConvInteger",
         "DequantizeLinear",
@@ -27,9 +29,9 @@ _QUANTIZED_OPS = frozenset(
 _STORED_INTEGERS = frozenset({ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4})
 
 
-def first_quantized(model: ir.Model) -> ir.Node | None:
+def first_quantized(model: ir.Model, besides: Container[ir.Node] = ()) -> ir.Node | None:
     """Return the first node that quantizes, computes in integers, or reads weights stored as integers."""
-    return next((node for node in walk.every_node(model) if _is_quantized(node)), None)
+    return next((node for node in walk.every_node(model) if _is_quantized(node) and node not in besides), None)
 
 
 def refuse_quantized(model: ir.Model, name: str, hint: str = "start from the float model") -> None:
@@ -56,7 +58,7 @@ def refuse_to_prune_quantized(model: ir.Model, name: str) -> None:
 
 
 def _is_quantized(node: ir.Node) -> bool:
-    return node.op_type in _QUANTIZED_OPS or reads_stored_integers(node)
+    return node.op_type in QUANTIZED_OPS or reads_stored_integers(node)
 
 
 def reads_stored_integers(node: ir.Node) -> bool:

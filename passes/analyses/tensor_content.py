@@ -35,13 +35,13 @@ def equal_tensors(tensors: Sequence[ir.TensorProtocol]) -> list[list[int]]:
     Returns:
         Groups of two and more indices, each in order.
     """
-    by_place = _grouped(range(len(tensors)), lambda index: _place(tensors[index]))
+    by_place = grouped(range(len(tensors)), lambda index: _place(tensors[index]))
     if len(by_place) == 1:
         return [by_place[0]] if len(by_place[0]) > 1 else []
     readable = [group for group in by_place if _is_readable(tensors[group[0]])]
     found = [group for group in by_place if len(group) > 1 and not _is_readable(tensors[group[0]])]
-    for alike in _grouped(readable, lambda group: _prefix(tensors[group[0]])):
-        for same in _grouped(alike, lambda group: _digest(tensors[group[0]])) if len(alike) > 1 else [alike]:
+    for alike in grouped(readable, lambda group: _prefix(tensors[group[0]])):
+        for same in grouped(alike, lambda group: _digest(tensors[group[0]])) if len(alike) > 1 else [alike]:
             first = same[0]
             proven = [other for other in same[1:] if _same_bytes(tensors[first[0]], tensors[other[0]])]
             group = sorted(itertools.chain(first, *proven))
@@ -50,7 +50,8 @@ def equal_tensors(tensors: Sequence[ir.TensorProtocol]) -> list[list[int]]:
     return found
 
 
-def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+def grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Return items in lists, one for each key, in the order in which keys appear."""
     groups: dict[Hashable, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -105,6 +106,12 @@ def _pieces(tensor: ir.TensorProtocol, size: int) -> Iterator[bytes]:
     whole = _flat(tensor).data
     for start in range(0, len(whole), size):
         yield bytes(whole[start : start + size])
+
+
+def elements_of(tensor: ir.TensorProtocol) -> Array:
+    """Return the elements of a tensor of whole bytes; those of a file are mapped, and not in memory until read."""
+    array = tensor.numpy()
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _flat(tensor: ir.TensorProtocol) -> Array:

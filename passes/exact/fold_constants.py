@@ -16,6 +16,7 @@ from graphopt.errors import BackendError
 from graphopt.options import opt
 
 from ..analyses.quantized import reads_stored_integers
+from .shared_views import is_view_of_shared
 from .stored_views import stored_view
 
 # A folded result may be this much larger than what it was computed from, for every node that goes: about what a node
@@ -107,7 +108,7 @@ def _fold_view(node: ir.Node, smallest: int, growth: _Growth, ctx: Context) -> N
     view = stored_view(node)
     if view is None or view.nbytes < smallest or reads_stored_integers(node):
         return
-    if growth.affords(view.nbytes, _bytes_freed({node}, {node})):
+    if not is_view_of_shared(node) and growth.affords(view.nbytes, _bytes_freed({node}, {node})):
         _substitute(node, [view], ctx, kind="fold-view")
     else:
         ctx.left(f"not folded: {view.nbytes} bytes next to a weight that others read", node)
@@ -178,7 +179,7 @@ class _Folder:
         freed = self._bytes_freed(node) if size > NODE_BYTES else size
         if size > self.limit:
             self.ctx.left(f"not folded: the result takes {size} bytes, more than the limit", node)
-        elif size > freed + self.growth.left:
+        elif is_view_of_shared(node) or size > freed + self.growth.left:
             self.ctx.left(f"not folded: {size} bytes would take the place of {freed}", node)
         else:
             return False

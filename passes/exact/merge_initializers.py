@@ -25,17 +25,34 @@ class MergeInitializers(Pass):
     }
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Merge group by group; a tensor whose dtype and shape no other one has is never looked at."""
-        for values in _candidates(model):
-            tensors = [value.const_value for value in values if value.const_value is not None]
-            for group in equal_tensors(tensors):
-                _merge([values[index] for index in group], model, ctx)
+        """Merge all there are."""
+        merge_equal(model, ctx)
+
+
+def merge_equal(model: ir.Model, ctx: Context) -> list[ir.TensorProtocol]:
+    """Merge group by group; a tensor whose dtype and shape no other one has is never looked at.
+
+    Returns:
+        The tensors that went.
+    """
+    gone: list[ir.TensorProtocol] = []
+    for values in equal_initializers(model):
+        gone += merge_values(values, model, ctx)
+    return gone
+
+
+def equal_initializers(model: ir.Model) -> Iterator[list[ir.Value]]:
+    """Yield the initializers that hold the same, each once, where one can stand for the others."""
+    for values in _candidates(model):
+        tensors = [value.const_value for value in values if value.const_value is not None]
+        for group in equal_tensors(tensors):
+            yield [values[index] for index in group]
 
 
 def _candidates(model: ir.Model) -> Iterator[list[ir.Value]]:
     """Yield the constants of each dtype and shape that more than one has, those of the main graph first."""
     groups: dict[Hashable, list[ir.Value]] = {}
-    for scope, graph in _scopes(model):
+    for scope, graph in scopes(model):
         for value in walk.body(graph).initializers.values():
             tensor = walk.constant_tensor(value)
             if tensor is not None and (value.uses() or value.is_graph_output()):
@@ -45,7 +62,7 @@ def _candidates(model: ir.Model) -> Iterator[list[ir.Value]]:
             yield values
 
 
-def _scopes(model: ir.Model) -> Iterator[tuple[Hashable, ir.Graph | ir.Function]]:
+def scopes(model: ir.Model) -> Iterator[tuple[Hashable, ir.Graph | ir.Function]]:
     """Yield every graph with what it may share initializers with: the main graph's tree, in a function only itself."""
     for graph in walk.graphs_within(model.graph):
         yield None, graph
@@ -54,9 +71,10 @@ def _scopes(model: ir.Model) -> Iterator[tuple[Hashable, ir.Graph | ir.Function]
             yield id(graph), graph
 
 
-def _merge(values: Sequence[ir.Value], model: ir.Model, ctx: Context) -> None:
-    """Let one of some equal initializers stand for the others."""
+def merge_values(values: Sequence[ir.Value], model: ir.Model, ctx: Context) -> list[ir.TensorProtocol]:
+    """Let one of some equal initializers stand for the others, and return the tensors that went."""
     kept = _kept(values, model)
+    gone: list[ir.TensorProtocol] = []
     for value in values:
         if value is kept or value.is_graph_output():
             continue
@@ -68,6 +86,8 @@ def _merge(values: Sequence[ir.Value], model: ir.Model, ctx: Context) -> None:
                 ctx.rewriter.lift(kept, near=kept.consumers()[0])
             ctx.rewriter.replace(value, kept)
             ctx.rewriter.remove_initializer(value)
+        gone += [value.const_value] if value.const_value is not None else []
+    return gone
 
 
 def _kept(values: Sequence[ir.Value], model: ir.Model) -> ir.Value | None:

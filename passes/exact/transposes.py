@@ -34,13 +34,13 @@ class MoveTransposes(Pass):
         """Move Transposes region by region, until no region is better off without."""
         for graph, opset in list(walk.every_graph_with_opset(model)):
             for node in list(graph):
-                _absorb(node, ctx)
+                absorb_transposes(node, ctx)
             for _ in range(ROUNDS_LIMIT):
                 if not _Graph(graph, opset).sink(ctx):
                     break
 
 
-def _absorb(gemm: ir.Node, ctx: Context) -> None:
+def absorb_transposes(gemm: ir.Node, ctx: Context) -> None:
     """Gemm(Transpose(x), w) = Gemm(x, w, transA flipped), and so for w and transB."""
     if not walk.is_onnx_op(gemm, "Gemm") or walk.has_references(gemm):
         return

@@ -23,7 +23,7 @@ _TRIES = 6
 _SECONDS = 1.0
 _LEAST_RUNS = 20
 # The evaluator of ONNX is written to be read: how long it takes says nothing of any other runtime.
-_UNTIMED = frozenset({"reference"})
+UNTIMED = frozenset({"reference"})
 
 
 def refuse_untimed(name: str, ctx: Context) -> None:
@@ -32,7 +32,7 @@ def refuse_untimed(name: str, ctx: Context) -> None:
     Raises:
         PassError: This is one.
     """
-    if ctx.backend.name in _UNTIMED:
+    if ctx.backend.name in UNTIMED:
         raise PassError(
             f"pass `{name}`: `latency` cannot be measured with the backend `{ctx.backend.name}`: its time says nothing",
             hint="`--backend onnxruntime`, or a share of the multiplications, such as `macs=0.7`",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -11,20 +13,28 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context, Need
 from graphopt.backend import Array
-from graphopt.errors import PassError
 from graphopt.report import show_bytes
 
+from ..analyses.finite_weights import finite_matrix
 from ..analyses.linear_layers import LinearLayer, as_linear_layer, is_lookup
 from ..analyses.second_moments import gram
 from ..analyses.selection import Selection
 from ..solvers.codebook import Codebook, CodebookWeight, compensated, nearest
-from ..solvers.objective import output_error
+from .code_planes import stored_bytes
+from .weight_codes import WeightCodes
 
 # What the nodes, names and shapes that bring a weight back to float take in a file, roughly.
 _OVERHEAD_BYTES = 1024
 _FLOAT_BYTES = 4
 # Block sizes of MatMulBnb4.
 _DIRECT_BLOCKS: tuple[int, ...] = tuple(2**power for power in range(4, 13))
+
+
+class Measures(Protocol):
+    """Whatever knows what a weight takes as codes."""
+
+    def stored_bytes(self, outputs: int, inputs: int) -> float:
+        """Return what codes, tables and scales of a weight take."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +64,14 @@ class Coding:
         if self.direct and powers:
             return max(powers)
         blocks = -(-inputs // self.block) if self.block else 1
-        per_byte = 8 // self.bits
+        per_byte = max(1, 8 // self.bits)
         return -(-inputs // (blocks * per_byte)) * per_byte
 
     def stored_bytes(self, outputs: int, inputs: int) -> int:
         """Return what codes and scales of a weight take."""
         block = self.block_of(inputs)
         blocks = -(-inputs // block)
-        return outputs * blocks * (block * self.bits // 8 + _FLOAT_BYTES)
+        return stored_bytes(outputs * blocks * block, self.bits) + outputs * blocks * _FLOAT_BYTES
 
 
 def needs_of(solver: str) -> frozenset[Need]:
@@ -77,7 +87,7 @@ def solver_of(solver: str, ctx: Context) -> str:
     return "gptq" if ctx.data is not None else "mse"
 
 
-def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Coding) -> dict[ir.Value, LinearLayer]:
+def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Measures) -> dict[ir.Value, LinearLayer]:
     """Return the weights to be stored as codes, each with a layer that reads it, and note what is left."""
     chosen: dict[ir.Value, LinearLayer] = {}
     excluded = inside = 0
@@ -115,7 +125,7 @@ def _weight_of(node: ir.Node) -> LinearLayer | None:
     return layer
 
 
-def _pays(layer: LinearLayer, coding: Coding) -> bool:
+def _pays(layer: LinearLayer, coding: Measures) -> bool:
     tensor = walk.constant_tensor(layer.weight)
     assert tensor is not None, "a linear layer has a constant weight"
     outputs = walk.dims(tensor)[layer.output_axis]
@@ -137,9 +147,7 @@ def solve(layer: LinearLayer, coding: Coding, second_moment: Array | None) -> Co
     Raises:
         PassError: The weight holds NaN or infinity.
     """
-    matrix = layer.matrix()
-    if not np.isfinite(matrix).all():
-        raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
+    matrix = finite_matrix(layer)
     block = coding.block_of(matrix.shape[1])
     if coding.solver == "gptq" and second_moment is not None:
         return compensated(matrix, coding.book, block, second_moment)
@@ -153,50 +161,71 @@ class Tally:
     Attributes:
         weights: How many.
         before: Bytes as floats.
-        after: Bytes as codes and scales.
+        parts: Bytes of codes, of tables, of scales and of outliers.
         lost: Predicted output error, summed.
         whole: What that error would be if all weights were zero.
     """
 
     weights: int = 0
     before: int = 0
-    after: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
     lost: float = 0.0
     whole: float = 0.0
 
-    def add(
-        self, ctx: Context, layer: LinearLayer, coding: Coding, solution: CodebookWeight, moment: Array | None
-    ) -> None:
-        """Add one weight."""
-        outputs, inputs = solution.codes.shape
-        whole = output_error(layer.matrix().astype(np.float32), moment)
+    def add(self, ctx: Context, layer: LinearLayer, codes: WeightCodes, whole: float) -> None:
+        """Add one weight.
+
+        Args:
+            ctx: Where what is forecast is noted.
+            layer: The layer, its weight as it was.
+            codes: What the weight becomes.
+            whole: What the error would be if the weight were zero.
+        """
         self.weights += 1
-        self.before += outputs * inputs * _FLOAT_BYTES
-        self.after += coding.stored_bytes(outputs, inputs)
+        self.before += codes.outputs * codes.inputs * _FLOAT_BYTES
+        self.parts.update(codes.parts())
         # Errors of different layers are of different sizes: each counts by the share of its output.
-        share = solution.error / whole if whole else 0.0
+        share = codes.error / whole if whole else 0.0
         self.lost, self.whole = self.lost + share, self.whole + 1
         if ctx.forecast is not None:
             for node in {use.node for use in layer.weight.uses()}:
                 reader = as_linear_layer(node)
                 if reader is not None and reader.output_axis == layer.output_axis:
-                    ctx.forecast.weight(node, solution.values())
+                    ctx.forecast.weight(node, codes.values())
 
     @property
     def sqnr(self) -> float:
         """Signal to noise of the layers' outputs in dB, the mean share of all layers."""
         return float(-10 * np.log10(self.lost / self.whole)) if self.lost and self.whole else float("inf")
 
-    def note(self, ctx: Context, form: str, compute: str, readers: str) -> None:
+    def note(self, ctx: Context, form: str, lowering: Lowered, remark: str = "") -> None:
         """Say what was done."""
-        bits = 8 * self.after / max(self.before / _FLOAT_BYTES, 1)
+        after = self.parts.total()
+        bits = 8 * after / max(self.before / _FLOAT_BYTES, 1)
+        kinds = [f"{show_bytes(size)} {kind}" for kind, size in self.parts.items() if size]
+        kinds.append(f"{show_bytes(lowering.graph_bytes())} of operators besides")
         ctx.note(
-            f"{self.weights} weights stored as {form}, for {readers}: {show_bytes(self.before)} → "
-            f"{show_bytes(self.after)} ({bits:.2f} bits each), predicted SQNR of their layers {self.sqnr:.1f} dB; "
-            f"{compute}",
+            f"{self.weights} weights stored as {form}, for {lowering.readers()}: {show_bytes(self.before)} → "
+            f"{show_bytes(after)} ({bits:.2f} bits each; {', '.join(kinds)}), predicted SQNR of their layers "
+            f"{self.sqnr:.1f} dB; {'; '.join(filter(None, (lowering.decoding(), remark)))}",
             weights=self.weights,
             float_bytes=self.before,
-            code_bytes=self.after,
+            code_bytes=after,
+            parts=dict(self.parts),
+            graph_bytes=lowering.graph_bytes(),
             bits=bits,
             predicted_sqnr=self.sqnr,
         )
+
+
+class Lowered(Protocol):
+    """What was lowered, as it is told."""
+
+    def readers(self) -> str:
+        """Return which operators read codes."""
+
+    def decoding(self) -> str:
+        """Return what a runtime does with the codes."""
+
+    def graph_bytes(self) -> int:
+        """Return what operators, names and shapes add to the file."""

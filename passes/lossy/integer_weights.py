@@ -10,9 +10,9 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
-from graphopt.errors import PassError
 from graphopt.rewriter import Rewriter
 
+from ..analyses.finite_weights import finite_matrix
 from ..analyses.linear_layers import LinearLayer
 from ..solvers import grid
 
@@ -85,9 +85,7 @@ class WeightStore:
         return self._scales[key]
 
     def _make(self, layer: LinearLayer, factor: float, transposed: bool, least_scales: Array | None) -> StoredWeight:
-        matrix = layer.matrix()
-        if not np.isfinite(matrix).all():
-            raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
+        matrix = finite_matrix(layer)
         per_channel = self.per_channel and takes_channel_scales(layer)
         if factor != 1.0:
             matrix = matrix * np.float32(factor)

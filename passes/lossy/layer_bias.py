@@ -13,6 +13,7 @@ from graphopt.backend import Array
 
 from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import group_count
+from ..solvers.objective import by_group
 from .integer_weights import release
 
 _RULE = "correct-bias"
@@ -152,6 +153,21 @@ def bias_content(bias: LayerBias | None, outputs: int) -> Array:
     if bias is None or tensor is None:
         return np.zeros(outputs)
     return np.asarray(tensor.numpy().astype(np.float64).reshape(-1) * bias.factor)
+
+
+def bias_for_mean(bias: LayerBias, difference: Array, mean: Array) -> Array:
+    """Return what a stored bias of floats is to hold for the mean of the outputs to stay.
+
+    Args:
+        bias: Where it is stored.
+        difference: W − Ŵ, [outputs, inputs].
+        mean: E[x], [groups, inputs].
+    """
+    tensor = walk.constant_tensor(bias.stored)
+    assert tensor is not None, "what is stored is a constant"
+    lost = by_group(difference.astype(np.float64), mean[:, None]) @ mean[:, :, None]
+    whole = tensor.numpy().astype(np.float64).reshape(-1) + lost.reshape(-1) / bias.factor
+    return np.asarray(whole.reshape(walk.dims(tensor)).astype(tensor.dtype.numpy()))
 
 
 def _behind(node: ir.Node, outputs: int) -> LayerBias | str:

@@ -52,10 +52,12 @@ class _Compensation:
         if found is None:
             return nearest(task)
         moment = found.sampled.second() if task.bias is None else found.sampled.covariance()
-        weight = gptq(matrix[:, found.columns], task.grid, moment, least_scales=task.least_scales)
-        codes = np.empty_like(weight.codes)
-        codes[:, found.columns] = weight.codes
-        weight = replace(weight, codes=codes)
+        weight = task.given
+        if weight is None:
+            weight = gptq(matrix[:, found.columns], task.grid, moment, least_scales=task.least_scales)
+            codes = np.empty_like(weight.codes)
+            codes[:, found.columns] = weight.codes
+            weight = replace(weight, codes=codes)
         if task.bias is None or found.mean_before is None:
             return RoundedWeight(weight, task.bias)
         shift = _means(matrix, found.mean_before) - _means(weight.values(), found.mean)

@@ -14,8 +14,9 @@ from graphopt.options import opt
 from ..analyses.quantized import refuse_quantized
 from ..analyses.selection import select
 from ..solvers.codebook import Codebook, powers_of_two
+from .code_planes import bits_for
 from .coded_layers import Coding, needs_of, solver_of
-from .coded_weights import codes_in_byte, store_codes
+from .coded_weights import store_codes
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Logarithmic(Pass):
         refuse_quantized(model, self.name)
         solver = solver_of(self.solver, ctx)
         book = Codebook(powers_of_two(self.bits, self.terms), self.nearest == "logarithm")
-        coding = Coding(book, 8 // codes_in_byte(book), self.block, solver)
+        coding = Coding(book, bits_for(len(book.values)), self.block, solver)
         form = f"{'powers' if self.terms == 1 else 'sums of two powers'} of two of {self.bits} bits ({solver})"
         shifts = "no runtime here multiplies by shifts: only the file is smaller"
         store_codes(model, ctx, selection, coding, form, remark=shifts)

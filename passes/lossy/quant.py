@@ -24,6 +24,7 @@ from ..analyses.quantized import first_quantized, refuse_quantized
 from ..analyses.selection import Selection, select
 from ..exact.opset import Opset
 from ..solvers import grid
+from .coded_floats import CodedLayers, coded_as_floats
 from .integer_weights import PER_CHANNEL_OPSET, WeightStore, weight_tensor
 from .layer_rounding import rounding_of
 from .quant_blocks import quantize_blocks
@@ -101,13 +102,20 @@ class Quant(Pass):
                 that were asked for; says which it has.
         """
         selection = select(model, self.include, self.exclude, where=f"pass `{self.name}`")
-        _refuse_quantized(model, ctx)
-        if self.mode != "weights":  # which stores float16 as it does float32
-            _refuse_other_floats(model)
-        self.lower(model, ctx, selection)
+        with coded_as_floats(model, ctx) as coded:
+            _refuse_quantized(model, ctx, coded)
+            if self.mode != "weights":  # which stores float16 as it does float32
+                _refuse_other_floats(model)
+            self.lower(model, ctx, selection, coded)
 
-    def lower(self, model: ir.Model, ctx: Context, selection: Selection) -> None:
+    def lower(self, model: ir.Model, ctx: Context, selection: Selection, coded: CodedLayers | None = None) -> None:
         """Quantize what is selected of a float model.
+
+        Args:
+            model: The model.
+            ctx: Target, data and rewriter.
+            selection: What may be quantized.
+            coded: Weights that are constants only for now, and are made of codes.
 
         Raises:
             PassError: As for `run`.
@@ -117,15 +125,19 @@ class Quant(Pass):
         mode = self._choose(model, ctx) if self.mode == "auto" else self.mode
         of_static = {"activations": self.activations, "symmetric": self.symmetric, "ranges": self.ranges}
         refuse_words_of_other_modes(mode, of_static)
+        if coded is not None and mode != "static":
+            coded.restore()
         with forecasting(ctx, model, [layer for layer in linear_layers(model) if selection.allows(layer.node)]):
             match mode:
                 case "static":
-                    self._run_static(model, ctx, selection, group)
+                    self._run_static(model, ctx, selection, group, coded)
                 case "dynamic":
                     self._run_dynamic(model, ctx, selection, group)
                 case "weights":
                     self._run_weights(model, ctx, selection, group)
         _note_recurrent(model, ctx, selection)
+        if coded is not None:
+            coded.note(mode)
 
     def _choose(self, model: ir.Model, ctx: Context) -> Mode:
         """Choose a mode from the data, the target and where the work is, and say why."""
@@ -154,12 +166,14 @@ class Quant(Pass):
         ctx.note(f"chose `mode={mode}`: {reason}", mode=mode, convolution_share=share)
         return mode
 
-    def _run_static(self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None) -> None:
+    def _run_static(
+        self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None, coded: CodedLayers | None
+    ) -> None:
         rounding = rounding_of(self.solver)
         scheme, group = static_scheme(ctx.target, self.activations, self.weights, self.symmetric, group)
         _refuse_rounding_of_floats(scheme, self.solver)
         plan = in_opset(model, ctx, StaticPlan(scheme, group, self._range_method(model)))
-        quantize_static(model, ctx, selection, plan, rounding)
+        quantize_static(model, ctx, selection, plan, rounding, coded)
         _note_nested(model, ctx)
 
     def _range_method(self, model: ir.Model) -> RangeMethod:
@@ -218,9 +232,9 @@ def _refuse_rounding_of_floats(scheme: IntegerScheme, solver: str) -> None:
         )
 
 
-def _refuse_quantized(model: ir.Model, ctx: Context) -> None:
+def _refuse_quantized(model: ir.Model, ctx: Context, coded: CodedLayers) -> None:
     """Raise an error where no layer is left in float; of a model quantized in part, say that the rest is kept."""
-    node = first_quantized(model)
+    node = first_quantized(model, coded.nodes())
     if node is None:
         return
     if not linear_layers(model):

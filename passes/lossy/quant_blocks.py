@@ -12,9 +12,9 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
-from graphopt.errors import PassError
 from graphopt.report import show_bytes
 
+from ..analyses.finite_weights import not_finite
 from ..analyses.linear_layers import as_linear_layer
 from ..analyses.selection import Selection
 from ..solvers.grid import GridWeight
@@ -143,7 +143,7 @@ class _Run:
         finite = rounding.solver == "rtn" or all(by_rows(_is_finite, layer.matrix()))
         found = rounding.solve(matrix, plan) if finite else None
         if found is None or not np.isfinite(found.error):
-            raise PassError(f"weight `{weight.name}` holds NaN or infinity", hint="repair the model first")
+            raise not_finite(f"weight `{weight.name}`")
         self._remember(matrix, plan, found, tensor)
         if self.ctx.forecast is not None:
             for reader in matrix.readers:

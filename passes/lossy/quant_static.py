@@ -21,6 +21,7 @@ from ..analyses.integer_units import IntegerUnits
 from ..analyses.linear_layers import linear_layers
 from ..analyses.selection import Selection
 from ..analyses.shared_scales import shared_spans
+from .coded_floats import CodedLayers
 from .integer_weights import release
 from .quant_plan import StaticPlan
 from .quant_preparation import rewrite_means
@@ -39,6 +40,7 @@ def quantize_static(
     selection: Selection,
     plan: StaticPlan,
     rounding: Rounding,
+    coded: CodedLayers | None = None,
 ) -> None:
     """Lower what pays on the target to codes, by ranges observed on the calibration data.
 
@@ -48,6 +50,7 @@ def quantize_static(
         selection: Nodes that may run in integers.
         plan: Formats, what shares a scale, and how ranges are read off the data.
         rounding: Opens what decides the codes of the weights, which is asked for one after the other in graph order.
+        coded: Weights that are constants only for now, and are made of codes.
     """
     units = rewrite_means(model, ctx, plan, selection)
     layers = [unit.layer for unit in units.units if unit.layer is not None]
@@ -55,10 +58,12 @@ def quantize_static(
     seen = [*layers, *linear_layers(model)] if ctx.calibration.folder is not None else layers
     grids = _grids(units, ctx, plan, rounding.requests(seen, model.graph))
     with rounding.open(ctx, layers) as rounder:
-        lowering = _Lowering(ctx, plan, units, grids, StaticWeights(ctx, plan, rounder))
+        weights = StaticWeights(ctx, plan, rounder, coded if coded is not None else CodedLayers(ctx))
+        lowering = _Lowering(ctx, plan, units, grids, weights)
         for unit in units.units:
             lowering.lower(unit)
     lowering.drop_unread()
+    weights.decode()
     _summarise(units, lowering, plan, rounding.solver, ctx)
     if plan.scheme.remark and any(layer.node.op_type == "MatMul" for layer in layers):
         ctx.note(plan.scheme.remark)

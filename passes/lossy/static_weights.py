@@ -14,18 +14,20 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
-from graphopt.errors import PassError
 from graphopt.statistics import Statistic
 from graphopt.target import IntegerScheme
 
+from ..analyses.finite_weights import refuse_not_finite
 from ..analyses.linear_layers import LinearLayer, has_channel_bias
 from ..solvers import grid
 from ..solvers.grid import Grid, GridWeight
 from ..solvers.scale_search import mse
+from .coded_floats import CodedLayers
 from .integer_weights import release, takes_channel_scales, weight_tensor
 from .quant_plan import StaticPlan
 from .static_formats import dtype_of, encode, is_float, limits
 
+_RULE = "coded-integers"
 # Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
 _LARGEST_BIAS_CODE = 2.0**30
 # Kernels that read channels in groups take no fewer outputs than this; others are not worth more channels.
@@ -43,6 +45,7 @@ class WeightTask:
         factor: What the weight is multiplied by before it is rounded.
         bias: float32 [outputs], or None where the layer has no constant bias.
         least_scales: float32 [outputs], or None; no scale may be smaller, or the bias would overflow.
+        given: Codes and scales that are settled, so that only the bias is left to correct; or None.
     """
 
     layer: LinearLayer
@@ -51,6 +54,7 @@ class WeightTask:
     factor: float = 1.0
     bias: Array | None = None
     least_scales: Array | None = None
+    given: GridWeight | None = None
 
     def matrix(self) -> Array:
         """Return the floats to be rounded, [outputs, inputs]."""
@@ -92,11 +96,15 @@ class Rounding:
 
 def nearest(task: WeightTask) -> RoundedWeight:
     """Round each weight to the nearest point of its grid."""
+    if task.given is not None:
+        return RoundedWeight(task.given, task.bias)
     return RoundedWeight(grid.round_to_nearest(task.matrix(), task.grid, least_scales=task.least_scales), task.bias)
 
 
 def searched(task: WeightTask) -> RoundedWeight:
     """Round to the scales that lose least of the weight itself."""
+    if task.given is not None:
+        return RoundedWeight(task.given, task.bias)
     return RoundedWeight(mse(task.matrix(), task.grid, least_scales=task.least_scales), task.bias)
 
 
@@ -136,11 +144,13 @@ class StaticWeights:
         ctx: Where edits are made.
         plan: Formats.
         rounder: Decides the codes.
+        coded: Weights that the model makes of codes, and will make of the same ones then.
     """
 
-    def __init__(self, ctx: Context, plan: StaticPlan, rounder: Rounder) -> None:
-        self.ctx, self.plan, self.scheme, self.rounder = ctx, plan, plan.scheme, rounder
+    def __init__(self, ctx: Context, plan: StaticPlan, rounder: Rounder, coded: CodedLayers) -> None:
+        self.ctx, self.plan, self.scheme, self.rounder, self.coded = ctx, plan, plan.scheme, rounder, coded
         self.raised = 0
+        self._decoded: dict[ir.Value, tuple[ir.Value, Grid]] = {}
         self._stored: dict[tuple[ir.Value, int, int, Grid], _Stored] = {}
 
     def lower(
@@ -166,13 +176,15 @@ class StaticWeights:
         node = layer.node
         alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
         bias = self._bias_of(layer, beta)
-        if bias is not None and not np.isfinite(bias).all():
-            raise PassError(f"bias of {walk.label(node)} holds NaN or infinity", hint="repair the model first")
+        if bias is not None:
+            refuse_not_finite(bias, f"bias of {walk.label(node)}")
         own = weight_grid(self.scheme, self.plan.group, layer)
         # Sums of products with several scales are of no grid that a bias could be on.
         in_integers = bias is not None and self.scheme.bias == "int32" and own.block is None
         least = np.abs(bias) / np.float32(in_scale * _LARGEST_BIAS_CODE) if in_integers and bias is not None else None
-        task = WeightTask(layer, quantized_input, own, alpha, bias, least)
+        is_plain = alpha == 1.0 and not more_channels and not is_float(self.scheme.weight)
+        given = self.coded.given(layer, own, least) if is_plain else None
+        task = WeightTask(layer, quantized_input, own, alpha, bias, least, given)
         stored, corrected = self._store(task, more_channels)
         self._read_weight(layer, stored)
         if in_integers and corrected is not None:
@@ -185,6 +197,14 @@ class StaticWeights:
             self.ctx.rewriter.set_attribute(node, "beta", None)
         release(self.ctx.rewriter, layer.weight)
         release(self.ctx.rewriter, layer.bias)
+
+    def decode(self) -> None:
+        """Make weights of their codes in the model, where these were there before, in place of storing them."""
+        for stored, (weight, own) in self._decoded.items():
+            readers = [use.node for use in stored.uses()]
+            with self.ctx.rewriter.edit(_RULE, *readers):
+                self.ctx.rewriter.replace(stored, self.coded.integers(weight, own))
+                release(self.ctx.rewriter, stored)
 
     def _bias_of(self, layer: LinearLayer, beta: float) -> Array | None:
         """Return a constant bias of one number for each output as float32 [outputs]."""
@@ -200,8 +220,7 @@ class StaticWeights:
         known = self._stored.get(key)
         if known is not None and task.factor == 1.0 and (least is None or bool((known.per_output >= least).all())):
             return known, task.bias
-        if not np.isfinite(layer.matrix()).all():
-            raise PassError(f"weight `{layer.weight.name}` holds NaN or infinity", hint="repair the model first")
+        refuse_not_finite(layer.matrix(), f"weight `{layer.weight.name}`")
         bias = task.bias
         if is_float(self.scheme.weight):
             stored = self._store_floats(task)
@@ -209,6 +228,8 @@ class StaticWeights:
             answer = self.rounder(task)
             self.raised += answer.weight.raised
             stored, bias = self._store_codes(layer, answer.weight, more_channels), answer.bias
+            if task.given is not None:
+                self._decoded[stored.codes] = layer.weight, task.grid
             if self.ctx.forecast is not None:
                 self.ctx.forecast.weight(layer.node, answer.weight.values() / np.float32(task.factor))
         if task.factor == 1.0:

@@ -1,0 +1,214 @@
+"""Clustered weights: codes of a table of few values that is found for each weight, by what its layer's output loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.authoring import Context, Guarantee, Need, Pass
+from graphopt.errors import PassError, UsageError
+from graphopt.options import opt
+
+from ..analyses.finite_weights import finite_matrix
+from ..analyses.forecast import forecasting
+from ..analyses.linear_layers import LinearLayer, is_lookup, linear_layers
+from ..analyses.quantized import refuse_quantized
+from ..analyses.second_moments import inputs_of
+from ..analyses.selection import select
+from ..solvers.blas_threads import threads_for
+from ..solvers.clustered_weight import Clustering, stored_bytes
+from ..solvers.clusters import clustered
+from ..solvers.objective import output_error
+from .coded_layers import Tally, coded_layers
+from .coded_weights import CodedWeights
+from .prune_aims import Aim, Aims
+from .weight_codes import WeightCodes, of_clusters
+
+_RULE = "cluster"
+# The first version with the operators that put outliers in.
+_OUTLIER_OPSET = 11
+
+
+@dataclass(frozen=True)
+class Cluster(Pass):
+    """Store weights as codes of a table of few values, found for each weight by what its layer's output loses."""
+
+    bits: int = opt(4, help="bits of a code: a table has 2 to the power of these entries", low=1, high=8)
+    granularity: str = opt(
+        "auto",
+        help="what has a table: tensor, channel, or so many channels; auto: the tensor, and each channel a scale",
+    )
+    vector: int = opt(1, help="consecutive inputs that one code stands for", low=1, high=8)
+    outliers: float = opt(0.0, help="share of the weights that is kept as it is, the farthest off", low=0.0, high=0.1)
+    solver: Literal["auto", "kmeans", "compensated"] = opt(
+        "auto",
+        help="nearest entries of weighed k-means (kmeans), errors made up for (compensated); auto: that with data",
+    )
+    spread: Literal["auto", "even", "allocated"] = opt(
+        "auto",
+        help="bits of layers: as `bits` says (even), or as many altogether where they count most; auto: with data",
+    )
+    include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
+    exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")
+
+    name = "cluster"
+    guarantee = Guarantee.LOSSY
+
+    def __post_init__(self) -> None:
+        """Refuse words that are no granularity."""
+        _rows(self.granularity)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Canonical form; data by the solver."""
+        wanted = self.solver == "compensated" or self.spread == "allocated"
+        return frozenset({Need.CANONICAL, Need.CALIBRATION if wanted else Need.CALIBRATION_OPTIONAL})
+
+    def run(self, model: ir.Model, ctx: Context) -> None:
+        """Store the chosen weights as codes, in graph order, each for what its layer reads by then.
+
+        Raises:
+            PassError: The model is quantized already, a weight is not finite, or the operator set is too old for
+                outliers.
+            UsageError: A glob matches nothing.
+        """
+        selection = select(model, self.include, self.exclude, where="pass `cluster`")
+        refuse_quantized(model, self.name, "cluster first, then quantize: `--passes cluster,quant`")
+        opset = walk.opset(model)
+        if self.outliers and opset < _OUTLIER_OPSET:
+            raise PassError(
+                f"pass `cluster:outliers={self.outliers:g}` needs opset {_OUTLIER_OPSET}, the model has {opset}",
+                hint=f"put the pass `opset:to={_OUTLIER_OPSET}` before it, or leave `outliers` out",
+            )
+        layers = coded_layers(model, ctx, selection, _Taken(self._clustering()))
+        if not layers:
+            ctx.note("no weight is smaller as codes of a table: the model is unchanged")
+            return
+        run = _Run(ctx, self._clusterings(layers, ctx), Tally())
+        with forecasting(ctx, model, [layer for layer in linear_layers(model) if layer.weight in layers]):
+            found = run.solve(layers)
+            lowering = CodedWeights(ctx)
+            for weight, codes in found.items():
+                lowering.lower(layers[weight], codes)
+        run.tally.note(ctx, self._form(ctx), lowering)
+        if run.blind:
+            ctx.note(
+                f"{run.blind} weights by themselves, without data: they are looked up in or shared, or what they "
+                "multiply is in a subgraph or not taken row by row",
+                blind=run.blind,
+            )
+
+    def _clustering(self) -> Clustering:
+        return Clustering(
+            bits=self.bits,
+            rows=_rows(self.granularity),
+            vector=self.vector,
+            block=0 if self.granularity == "auto" else None,
+            outliers=self.outliers,
+            compensated=self.solver != "kmeans",
+        )
+
+    def _clusterings(self, layers: Mapping[ir.Value, LinearLayer], ctx: Context) -> dict[ir.Value, Clustering]:
+        """Return how each weight is clustered."""
+        return dict.fromkeys(layers, self._clustering())
+
+    def _form(self, ctx: Context) -> str:
+        solver = "k-means" if self.solver == "kmeans" or ctx.data is None else "k-means, errors made up for"
+        of = f"{self.vector} weights" if self.vector > 1 else "a weight"
+        tables = {"auto": "a table each", "tensor": "a table each", "channel": "a table for each channel"}
+        shared = tables.get(self.granularity, f"a table for {self.granularity} channels")
+        return f"codes of {self.bits} bits for {of}, {shared} ({solver})"
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a weight takes once it is clustered."""
+
+    clustering: Clustering
+
+    def stored_bytes(self, outputs: int, inputs: int) -> float:
+        """Return what codes, tables and scales take."""
+        return stored_bytes(self.clustering, outputs, inputs)
+
+
+@dataclass
+class _Run:
+    """One run over a model.
+
+    Attributes:
+        ctx: Where edits go.
+        clusterings: How each weight is clustered.
+        tally: What all cost and lose.
+        blind: How many were clustered without data although there are some.
+    """
+
+    ctx: Context
+    clusterings: Mapping[ir.Value, Clustering]
+    tally: Tally
+    blind: int = 0
+
+    def solve(self, layers: Mapping[ir.Value, LinearLayer]) -> dict[ir.Value, WeightCodes]:
+        """Give each weight the values it will have, in graph order, and return the codes to store them by."""
+        with ExitStack() as stack:
+            aims = stack.enter_context(Aims(self.ctx)) if self.ctx.data is not None else None
+            found = {}
+            for weight, layer in layers.items():
+                with threads_for(inputs_of(layer)):
+                    found[weight] = self._solve(layer, aims)
+        return found
+
+    def _solve(self, layer: LinearLayer, aims: Aims | None) -> WeightCodes:
+        matrix = finite_matrix(layer)
+        alone = len({use.node for use in layer.weight.uses()}) == 1 and not is_lookup(layer.node)
+        aim = aims.of(layer) if aims is not None and alone else None
+        self.blind += aims is not None and aim is None
+        codes = self._cluster(layer, aim)
+        wanted = matrix if aim is None else aim.weight
+        whole = output_error(wanted, None if aim is None else aim.second_moment)
+        self.tally.add(self.ctx, layer, codes, whole)
+        values = codes.values()
+        with self.ctx.rewriter.edit(_RULE, layer.node):
+            # What later layers read is what this one gives by then.
+            self.ctx.rewriter.set_weight(layer.weight, _decoded(layer, codes))
+            if aim is not None and aim.bias is not None:
+                aim.bias.shift(aim.shift(values), self.ctx)
+        return codes
+
+    def _cluster(self, layer: LinearLayer, aim: Aim | None) -> WeightCodes:
+        clustering = self.clusterings[layer.weight]
+        if aim is None:
+            return of_clusters(clustered(layer.matrix(), replace(clustering, compensated=False)))
+        return of_clusters(clustered(aim.weight, clustering, aim.second_moment))
+
+
+def _decoded(layer: LinearLayer, codes: WeightCodes) -> ir.TensorProtocol:
+    """Return a weight that is in memory as its codes, and made of them whenever it is read."""
+    tensor = walk.constant_tensor(layer.weight)
+    assert tensor is not None, "a linear layer has a constant weight"
+
+    def made() -> ir.TensorProtocol:
+        return ir.tensor(layer.in_layout(codes.values()), name=layer.weight.name)
+
+    return ir.LazyTensor(made, dtype=tensor.dtype, shape=ir.Shape(layer.dims), name=layer.weight.name)
+
+
+def _rows(granularity: str) -> int:
+    """Return how many outputs share a table; 0 for all.
+
+    Raises:
+        UsageError: The word is no granularity.
+    """
+    known = {"auto": 0, "tensor": 0, "channel": 1}
+    if granularity in known:
+        return known[granularity]
+    if not granularity.isdecimal() or not int(granularity):
+        raise UsageError(
+            f"pass `cluster`: option `granularity` cannot be `{granularity}`",
+            hint="auto, tensor, channel, or how many channels share a table, such as `8`",
+        )
+    return int(granularity)

@@ -1,0 +1,241 @@
+"""At which ranks: what each candidate would lose, and the division of what may be lost that costs the outputs least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from graphopt import walk
+from graphopt.authoring import Context
+from graphopt.backend import Array
+from graphopt.summary import count_macs
+
+from ..analyses.linear_layers import LinearLayer
+from ..analyses.output_damage import Change, error_weights, say_curve, tried_of
+from ..analyses.second_moments import ROWS_PER_SAMPLE
+from ..solvers.allocation import Separable, allocate
+from .factor_forms import Candidate, Curve, Level, Method, Reads
+from .pair_latency import PairClock
+from .sequential_moments import Moments, SequentialMoments
+
+# Share of a candidate at which it is tried what its error does to the outputs, where no share is asked for.
+_USUAL_SHARE = 0.8
+# Numbers of approximated weights held until all are tried, 64 MB.
+_HELD = 16 << 20
+# Halvings of the interval of budgets, by which the fewest numbers are found that keep within an error.
+_HALVINGS = 20
+# Allocations after each of which forms that are no faster by the clock are left out.
+_MOST_TURNS = 10
+
+What = Literal["params", "macs", "energy", "error", "rank"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for.
+
+    Attributes:
+        what: ``params`` of the candidates, or ``macs`` of the model, are to be left; ``energy`` is to stay of each
+            candidate's outputs, or all together are to lose no more than an ``error``, the mean of their shares; or
+            each has the same ``rank``.
+        amount: How much: a share between 0 and 1, or the rank.
+    """
+
+    what: What
+    amount: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A level for each candidate.
+
+    Attributes:
+        levels: In the order of the candidates.
+        left: The share of the candidates' parameters that is left.
+        holds: Whether that is what was asked for; if not, it is the most that can be had.
+        unpaid: How many levels were given up as they are no faster by the clock.
+        slower: The places of candidates that are slower at their levels, by the clock.
+    """
+
+    levels: Sequence[Level]
+    left: float
+    holds: bool = True
+    unpaid: int = 0
+    slower: Sequence[int] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Ladder:
+    """What a candidate can be, the dearest first.
+
+    Attributes:
+        levels: The first is the candidate as it is.
+        weight: What an error of it counts.
+    """
+
+    levels: Sequence[Level]
+    weight: float
+
+    @property
+    def errors(self) -> Array:
+        """What each level adds to the error of all."""
+        return np.array([self.weight * level.error for level in self.levels])
+
+    def costs(self, what: What) -> Array:
+        """What each level costs."""
+        return np.array([_cost(level, what) for level in self.levels])
+
+
+def plan_levels(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: Context) -> Plan:
+    """Return the levels with which the outputs of the model are expected to lose least.
+
+    Where multiplications are what is asked for, it is for time: then only levels count that are faster by the clock.
+
+    Args:
+        candidates: In graph order, none changed yet.
+        goal: What is asked for.
+        method: Whether data are looked at.
+        ctx: The model and its data.
+    """
+    ladders = _ladders(candidates, goal, method, ctx)
+    places, holds = _chosen(ladders, candidates, goal, ctx)
+    unpaid, clock = 0, PairClock(ctx, candidates)
+    for _ in range(_MOST_TURNS if goal.what == "macs" else 0):
+        paying = [_paying(*one, clock) for one in zip(ladders, places, candidates, strict=True)]
+        gone = sum(len(old.levels) - len(new.levels) for old, new in zip(ladders, paying, strict=True))
+        if not gone:
+            break
+        unpaid, ladders = unpaid + gone, paying
+        places, holds = _chosen(ladders, candidates, goal, ctx)
+    levels = [ladder.levels[place] for ladder, place in zip(ladders, places, strict=True)]
+    whole = sum(candidate.parameters for candidate in candidates)
+    times = [clock.ratio(candidate, level) for candidate, level in zip(candidates, levels, strict=True)]
+    slower = [place for place, ratio in enumerate(times) if ratio is not None and ratio > 1]
+    return Plan(levels, sum(level.parameters for level in levels) / whole, holds, unpaid, slower)
+
+
+def _ladders(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: Context) -> list[_Ladder]:
+    """Return the levels of each candidate worth having, and what its errors count."""
+    share = goal.amount if goal.what in ("params", "macs") else _USUAL_SHARE
+    tried = _tried(candidates) if method == "whitened" and goal.what not in ("rank", "energy") else set()
+    found, changes = [], []
+    with ExitStack() as stack:
+        reads = _reads(method, ctx, stack)
+        for place, candidate in enumerate(candidates):
+            curve = candidate.curve(reads, ctx)
+            levels = curve.levels if goal.what == "rank" else _undominated(curve.levels, goal.what)
+            found.append(levels)
+            whole = _cost(curve.levels[0], goal.what)
+            say_curve(ctx, candidate.nodes[0], {1 - _cost(one, goal.what) / whole: one.error for one in levels})
+            level = min(levels, key=lambda one: abs(_cost(one, goal.what) - share * whole))
+            contents = None
+            if place in tried and level is not curve.levels[0]:
+                contents = curve.approximate(_place(curve, level))
+            changes.append(Change(walk.label(candidate.nodes[0]), candidate.kind, level.error, contents))
+    weights = error_weights(ctx, changes) if tried else [1.0] * len(found)
+    return [_Ladder(levels, weight) for levels, weight in zip(found, weights, strict=True)]
+
+
+def _tried(candidates: Sequence[Candidate]) -> set[int]:
+    """Return the places of candidates to be tried: some of each kind, as many as can be held at once."""
+    mean = max(sum(candidate.parameters for candidate in candidates) // len(candidates), 1)
+    kinds = [candidate.kind for candidate in candidates]
+    return set(tried_of(kinds)) & set(tried_of(kinds, max(1, _HELD // mean)))
+
+
+def _reads(method: Method, ctx: Context, stack: ExitStack) -> Reads:
+    """Return what tells what layers read in the model as it is."""
+    if method == "svd" or ctx.data is None:
+        return _nothing
+    moments = stack.enter_context(SequentialMoments(ctx, compare=False, limit=ROWS_PER_SAMPLE))
+    return lambda layer: moments.of(layer, layer.input.name or "")
+
+
+def _nothing(_layer: LinearLayer) -> Moments | None:
+    return None
+
+
+def _undominated(levels: Sequence[Level], what: What) -> list[Level]:
+    """Return the levels that no other one beats in both cost and error, the dearest first."""
+    found: list[Level] = []
+    for level in sorted(levels, key=lambda one: (_cost(one, what), one.error)):
+        if not found or level.error < found[-1].error:
+            found.append(level)
+    whole = levels[0]
+    if found[-1] is not whole:  # nothing is lost by another one
+        found.append(whole)
+    return found[::-1]
+
+
+def _place(curve: Curve, level: Level) -> int:
+    return next(place for place, one in enumerate(curve.levels) if one is level)
+
+
+def _cost(level: Level, what: What) -> float:
+    return level.macs if what == "macs" else float(level.parameters)
+
+
+def _paying(ladder: _Ladder, place: int, candidate: Candidate, clock: PairClock) -> _Ladder:
+    """Return a ladder without the level chosen, and those of its form that cost more, where that is no faster."""
+    level = ladder.levels[place]
+    if level.form == "whole" or clock.pays(candidate, level):
+        return ladder
+    stay = [one for one in ladder.levels if one.form != level.form or one.macs < level.macs]
+    return _Ladder(stay, ladder.weight)
+
+
+def _chosen(
+    ladders: Sequence[_Ladder], candidates: Sequence[Candidate], goal: Goal, ctx: Context
+) -> tuple[list[int], bool]:
+    """Return which level of each ladder to take, and whether that is what was asked for."""
+    match goal.what:
+        case "rank":
+            return [_of_rank(ladder.levels, round(goal.amount)) for ladder in ladders], True
+        case "energy":
+            return [_last_within(ladder.levels, 1 - goal.amount) for ladder in ladders], True
+        case "error":
+            return _within(ladders, goal.amount * sum(ladder.weight for ladder in ladders)), True
+        case "params":
+            budget = goal.amount * sum(candidate.parameters for candidate in candidates)
+        case "macs":
+            everything = count_macs(ctx.model)
+            budget = goal.amount * everything - (everything - sum(candidate.macs for candidate in candidates))
+    found = allocate(
+        [ladder.errors for ladder in ladders], Separable([one.costs(goal.what) for one in ladders]), budget
+    )
+    return list(found.levels), found.holds
+
+
+def _of_rank(levels: Sequence[Level], rank: int) -> int:
+    """Return the level of two factors whose rank is nearest to one; 0 where these would save nothing."""
+    pairs = {place: level.ranks[0] for place, level in enumerate(levels) if len(level.ranks) == 1}
+    if not pairs:
+        return 0
+    per_rank = min(levels[place].parameters / pairs[place] for place in pairs)
+    if rank * per_rank >= levels[0].parameters:
+        return 0
+    return min(pairs, key=lambda place: (abs(pairs[place] - rank), pairs[place], levels[place].error))
+
+
+def _last_within(levels: Sequence[Level], error: float) -> int:
+    """Return the cheapest level that loses no more than an error."""
+    return max(place for place, level in enumerate(levels) if level.error <= error)
+
+
+def _within(ladders: Sequence[_Ladder], error: float) -> list[int]:
+    """Return the levels of fewest numbers whose errors add up to no more than one."""
+    errors, costs = [ladder.errors for ladder in ladders], Separable([ladder.costs("params") for ladder in ladders])
+    best = [0] * len(ladders)
+    low, high = costs([len(ladder.levels) - 1 for ladder in ladders]), costs(best)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = allocate(errors, costs, middle)
+        if found.error <= error:
+            best, high = list(found.levels), middle
+        else:
+            low = middle
+    return best

@@ -21,6 +21,8 @@ class Reference:
 
     name: ClassVar[str] = "reference"
     help: ClassVar[str] = "onnx's reference evaluator: slow, a second judge"
+    # It is written to be read: how long it takes says nothing of any other runtime.
+    timed: ClassVar[bool] = False
 
     def missing(self) -> BackendError | None:
         """Return None: the onnx package is always there."""

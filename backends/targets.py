@@ -84,7 +84,7 @@ _ORT_CPU_WEIGHT_ONLY = WeightOnlyScheme(
     whole_bytes=_ORT_WHOLE_BYTES,
 )
 
-# Its kernels of float32 take the columns of a matrix in panels of 16, on every CPU, and the channels of a convolution in
+# Its kernels of float32 take the columns of a matrix in panels of 16, on every CPU, and the channels of convolutions in
 # blocks of 16 with AVX-512 or NEON, of 8 with AVX2 alone, which 16 fills as well. What fills no block costs more than a
 # block: MobileNet with 70 % of its multiplications, in multiples of 8 and fewer, took 1.07 times as long as whole, in
 # multiples of 16 0.81 times (AVX-512, batch 8).

@@ -55,7 +55,7 @@ def judged(entry: Entry, allowed: float) -> tuple[str, str, str]:
 def largest_tensor(model: Path) -> int:
     """Return the bytes of the largest initializer of a file."""
     found = onnx.load(model, load_external_data=False).graph.initializer
-    return max(onnx.helper.tensor_dtype_to_np_dtype(one.data_type).itemsize * size(one) for one in found)
+    return max(int(onnx.helper.tensor_dtype_to_np_dtype(one.data_type).itemsize) * size(one) for one in found)
 
 
 def size(tensor: onnx.TensorProto) -> int:

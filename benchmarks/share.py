@@ -44,9 +44,9 @@ LOADS = 9
 STARTS = 10
 CLUSTERS = (
     *peers(*(f"k-means:{bits}" for bits in BITS), script=PEERS),
-    graphopt("cluster:bits=4", calibrates=False),
+    graphopt("cluster:bits=4:solver=kmeans", calibrates=False),
     *(graphopt(f"cluster:bits={bits}") for bits in BITS),
-    graphopt("cluster:bits=4:spread=even"),
+    graphopt("cluster:bits=4:solver=compensated"),
     graphopt("cluster:bits=4:granularity=channel"),
     graphopt("cluster:bits=8:vector=4"),
     graphopt("cluster:bits=4:outliers=0.005"),

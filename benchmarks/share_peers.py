@@ -29,7 +29,7 @@ def clustered(weight: Array, count: int, importance: Array | None = None, starts
     if len(np.unique(flat)) <= count:
         return weight
     found = KMeans(count, n_init=starts, random_state=SEED).fit(flat, sample_weight=importance)
-    return found.cluster_centers_[found.labels_].reshape(weight.shape).astype(weight.dtype)
+    return np.asarray(found.cluster_centers_[found.labels_].reshape(weight.shape), weight.dtype)
 
 
 def make(tool: str, model: str, data: str, out: str) -> None:

@@ -46,7 +46,10 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A runtime. Implementations are frozen dataclasses whose fields are their options."""
+    """A runtime. Implementations are frozen dataclasses whose fields are their options.
+
+    One whose time says nothing of any other runtime has `timed = False`, which `is_timed` asks for.
+    """
 
     name: ClassVar[str]
     help: ClassVar[str]
@@ -71,6 +74,11 @@ class Backend(Protocol):
         Raises:
             BackendError: The runtime is missing or refuses the model.
         """
+
+
+def is_timed(backend: Backend) -> bool:
+    """Return whether how long a runtime takes is worth measuring: so unless it says otherwise."""
+    return bool(getattr(backend, "timed", True))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 
 import graphopt
 from graphopt import registry
+from graphopt.backend import is_timed
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.reference import Reference
 from graphopt.errors import BackendError, UsageError
@@ -185,3 +186,15 @@ def test_every_target_names_an_installed_backend_and_provider() -> None:
 
 def test_the_host_target_is_known() -> None:
     assert registry.host_target() in registry.table("TARGETS")
+
+
+def test_a_runtime_is_worth_timing_unless_it_says_otherwise() -> None:
+    class Stranger(OnnxRuntime):
+        """What says nothing of its time."""
+
+    class Slow(OnnxRuntime):
+        timed = False
+
+    assert is_timed(Stranger())
+    assert not is_timed(Slow())
+    assert not is_timed(Reference())

@@ -108,13 +108,13 @@ def test_wide_numbers_stay_wide() -> None:
 def test_what_goes_together_by_chance_is_taken_back() -> None:
     rng = np.random.default_rng(4)
     mix = rng.standard_normal((60, 60)) * (rng.random((60, 60)) < 0.03) + np.eye(60)
-    true = moment_of((rng.standard_normal((1, 200_000, 60)) @ mix).astype(np.float32))
+    true = moment_of((rng.standard_normal((1, 20_000, 60)) @ mix).astype(np.float32))
     few = moment_of((rng.standard_normal((1, 40, 60)) @ mix).astype(np.float32))
     steadied = shrunk(few, 40)
     assert np.allclose(np.diagonal(steadied[0]), np.diagonal(few[0]))
     assert np.linalg.norm(steadied - true) < 0.8 * np.linalg.norm(few - true)
     # Of many rows hardly anything is noise.
-    assert np.linalg.norm(shrunk(true, 200_000) - true) < 0.02 * np.linalg.norm(true)
+    assert np.linalg.norm(shrunk(true, 20_000) - true) < 0.05 * np.linalg.norm(true)
     assert np.array_equal(shrunk(np.zeros((1, 3, 3), np.float32), 5), np.zeros((1, 3, 3)))
 
 

@@ -22,6 +22,8 @@ from graphopt.summary import count_macs, count_parameters, node_macs
 from tests.pass_runs import PassRun, loaded, outputs_of, run_passes
 
 SEEDS = range(24)
+# Rows enough for moments to be believed.
+MANY = 10**9
 
 
 def on_first(proto: onnx.ModelProto, work: Any, data: Sequence[Mapping[str, Any]] | None = None) -> PassRun:
@@ -197,8 +199,8 @@ def test_levels_lose_what_the_written_model_loses() -> None:
         assert isinstance(candidate, Convolution)
         with Aims(ctx) as aims:
             target = aims.of(layer).target  # type: ignore[union-attr]
-            moments = _Seen(target.second, target.covariance, target.mean)
-            curve = candidate.curve(lambda _: moments, ctx)  # type: ignore[arg-type, return-value]
+            moments = _Seen(target.second, target.covariance, target.mean, MANY)
+            curve = candidate.curve(giving(moments), ctx)
             assert curve.levels[0].form == "whole"
             assert curve.levels[0].macs == node_macs(layer.node)
             level = next(one for one in curve.levels if one.form == form)
@@ -226,6 +228,12 @@ class _Seen:
     second: np.ndarray
     covariance: np.ndarray
     mean: np.ndarray
+    rows: int
+
+
+def giving(moments: _Seen) -> Any:
+    """What tells of any layer that this is what it reads."""
+    return lambda _: moments
 
 
 def without_relu(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -256,6 +264,26 @@ def test_what_is_left_says_why() -> None:
     shared.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
     assert "share their weight" in reason(shared)
     assert not reason(model_of(ones(16, 16, 3, 3), (6, 6)))
+
+
+def test_few_rows_do_not_make_a_layer_seem_of_low_rank() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((6, 40))
+    second = (rows.T @ rows / 6)[None].astype(np.float32)
+    proto = model_of(rng.standard_normal((32, 40, 1, 1)).astype(np.float32), (1, 1))
+    lost: dict[int, float] = {}
+
+    def work(layer: LinearLayer, ctx: Context) -> None:
+        for count in (6, MANY):
+            candidate = candidate_of(layer, "auto", "whitened", ctx)
+            assert isinstance(candidate, Convolution)
+            moments = _Seen(second, second, np.zeros((1, 40)), count)
+            levels = candidate.curve(giving(moments), ctx).levels
+            lost[count] = next(level.error for level in levels if level.ranks == (8,))
+
+    on_first(proto, work)
+    assert lost[MANY] < 1e-6
+    assert lost[6] > 0.1
 
 
 def test_nan_is_refused() -> None:

@@ -11,8 +11,9 @@ import graphopt
 from graphopt import Context, Guarantee, Need, Pass
 from graphopt.errors import DataError, GraphoptError
 from graphopt.passes.analyses.selection import Selection
-from graphopt.passes.lossy.factored_tables import IdCounts, candidates_of, frequencies
-from graphopt.passes.solvers.table_rank import TableSpectrum
+from graphopt.passes.lossy.factored_tables import candidates_of, counted, frequencies
+from graphopt.passes.lossy.factorize import Factorize
+from graphopt.passes.solvers.tall_rank import TallSpectrum
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -54,7 +55,7 @@ def test_factors_reach_the_least_weighed_error(with_rows: bool, with_columns: bo
     rows = rng.uniform(0.01, 1, ROWS) ** 3 if with_rows else None
     root = rng.standard_normal((WIDTH, WIDTH))
     columns = root @ root.T if with_columns else None
-    found = TableSpectrum(table, rows, columns)
+    found = TallSpectrum([table], None if rows is None else [rows], columns)
     d = np.sqrt(np.ones(ROWS) if rows is None else rows)[:, None]
     singular = np.linalg.svd(d * table @ (root if with_columns else np.eye(WIDTH)), compute_uv=False)
     for rank in range(WIDTH + 1):
@@ -70,18 +71,18 @@ def test_rows_that_count_nothing_keep_what_they_share_with_others() -> None:
     table = (rng.standard_normal((ROWS, 3)) @ rng.standard_normal((3, WIDTH))).astype(np.float32)
     rows = np.ones(ROWS)
     rows[5:] = 0
-    factors = TableSpectrum(table, rows).factors(3)
+    factors = TallSpectrum([table], [rows]).factors(3)
     assert np.allclose(factors.left @ factors.right, table, atol=1e-4)
 
 
 def test_tables_of_zeros_and_of_low_rank() -> None:
-    zero = TableSpectrum(np.zeros((ROWS, WIDTH), np.float32))
+    zero = TallSpectrum([np.zeros((ROWS, WIDTH), np.float32)])
     assert zero.errors.shape == (WIDTH + 1,)
     assert not zero.errors.any()
     assert not (zero.factors(2).left @ zero.factors(2).right).any()
     rng = np.random.default_rng(2)
     flat = (rng.standard_normal((ROWS, 1)) @ rng.standard_normal((1, WIDTH))).astype(np.float32)
-    found = TableSpectrum(flat)
+    found = TallSpectrum([flat])
     assert len(found.errors) == WIDTH + 1
     assert found.errors[1] < 1e-9 * found.errors[0]
     assert np.allclose(found.factors(4).left @ found.factors(4).right, flat, atol=1e-5)
@@ -102,13 +103,20 @@ def test_ids_not_seen_take_the_share_of_those_seen_once() -> None:
 
 
 def test_ids_count_from_the_end_and_must_be_within() -> None:
-    counts = IdCounts(4).start()
-    counts.update(np.array([[0, -1], [3, 1]]), 2)
-    assert counts.arrays()["counts"].tolist() == [1, 1, 0, 2]
+    assert counted(np.array([[0, -1], [3, 1]]), 4).tolist() == [1, 1, 0, 2]
+    assert counted(np.zeros((0, 2), np.int32), 3).tolist() == [0, 0, 0]
     with pytest.raises(DataError, match="beyond the 4 rows"):
-        counts.update(np.array([4]), 1)
-    with pytest.raises(ValueError, match="no counts"):
-        IdCounts(5).result(counts.arrays())
+        counted(np.array([4]), 4)
+    with pytest.raises(DataError, match="beyond the 4 rows"):
+        counted(np.array([-5]), 4)
+
+
+def test_what_only_fills_up_is_not_counted() -> None:
+    ids, mask = np.array([[5, 5, 0, 0], [2, 0, 0, 0]]), np.array([[1, 1, 0, 0], [1, 0, 0, 0]])
+    assert counted(ids, 6, [mask]).tolist() == [0, 0, 1, 0, 0, 2]
+    # A mask of another shape says nothing of these ids, and one of zeros alone is none.
+    assert counted(ids, 6, [mask[:1]]).sum() == 8
+    assert counted(ids, 6, [np.zeros_like(mask)]).sum() == 8
 
 
 HEADS = {
@@ -216,3 +224,32 @@ def test_tables_that_are_not_finite_are_refused() -> None:
     model.graph.initializers["table"].const_value = ir.tensor(content, name="table")
     with pytest.raises(GraphoptError, match="table `table` holds NaN"):
         graphopt.optimize(model, [Tables(2)])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_right_behind_a_lookup_are_factored_too(layers: int) -> None:
+    """What they read is another value once the table is factored."""
+    rng = np.random.default_rng(10)
+    products = ["q = MatMul(e, w1)", "k = MatMul(e, w2)"][:layers]
+    outputs = ", ".join(["float[b,t,40] q", "float[b,t,40] k"][:layers])
+    text = f"""<ir_version: 8, opset_import: ["": 17]>
+        g (int64[b,t] ids, float[64,32] table, float[32,40] w1, float[32,40] w2) => ({outputs})
+        {{ e = Gather(table, ids) {" ".join(products)} }}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    basis = rng.standard_normal((8, 32))
+    for value in list(model.graph.inputs)[1:]:
+        count = 64 if value.name == "table" else 40
+        content = rng.standard_normal((count, 8)) @ basis
+        model.graph.inputs.remove(value)
+        laid = content if value.name == "table" else content.T
+        value.const_value = ir.tensor(np.ascontiguousarray(laid, np.float32), name=value.name)
+        if value.uses():
+            model.graph.register_initializer(value)
+    ids = rng.integers(0, 64, (32, 6))
+    step = Factorize(params=0.6, include=("Gather", "MatMul"))
+    result = graphopt.optimize(model, [step], data={"ids": ids}, metric="sqnr_db")
+    operators = [node.op_type for node in result.model.graph]
+    assert operators[:2] == ["Gather", "MatMul"]
+    assert operators.count("MatMul") == 2 + layers
+    for got, wanted in zip(run(result.model, {"ids": ids}), run(model, {"ids": ids}), strict=True):
+        assert np.allclose(got, wanted, atol=1e-3 * np.abs(wanted).max())

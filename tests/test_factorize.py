@@ -11,6 +11,7 @@ import pytest
 
 from graphopt.backend import Array
 from graphopt.errors import GraphoptError
+from graphopt.passes.lossy.factor_forms import allowed_ranks, steadied
 from graphopt.passes.solvers.rank import Spectrum
 
 from .pass_runs import PassRun, outputs_of, run_passes, to_bytes
@@ -272,6 +273,17 @@ def test_what_is_left_is_said(text: str, weights: Sequence[str], reason: str) ->
     assert any("found no layer that can be factored" in remark for remark in run.remarks)
 
 
+def test_few_rows_do_not_make_a_layer_look_low_rank() -> None:
+    moments = (rows := RNG(22).normal(size=(8, WIDTH)).astype(np.float32)).T @ rows / 8
+    weight = RNG(23).normal(size=(WIDTH, WIDTH))
+    seen = Spectrum(weight, moments)
+    assert seen.errors[16] < 1e-6 * seen.errors[0]
+    held = Spectrum(weight, steadied(moments[None], 8))
+    assert held.errors[16] > 0.1 * held.errors[0]
+    many = np.eye(WIDTH, dtype=np.float32)[None] * np.arange(1, WIDTH + 1, dtype=np.float32)
+    assert steadied(many, 1_000_000) is many
+
+
 def test_excluded_layers_stay() -> None:
     model = chain(RNG(14), 2)
     first, second = (node for node in model.graph if node.op_type == "MatMul")
@@ -346,3 +358,19 @@ def test_more_than_can_be_had_is_said() -> None:
 def test_without_data_whitened_asks_for_it() -> None:
     with pytest.raises(GraphoptError, match="calibration data"):
         run_passes(product_model(low_rank(RNG(20), WIDTH, WIDTH)), "factorize:method=whitened")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multiple", "ranks"),
+    [
+        ((64, 64), 16, [16]),
+        ((128, 64), 16, [32, 16]),
+        ((24, 24), 16, [8]),
+        ((10, 10), 16, [4, 3, 2, 1]),
+        ((1, 9), 8, []),
+    ],
+)
+def test_ranks_save_something_and_suit_the_target(sizes: tuple[int, int], multiple: int, ranks: list[int]) -> None:
+    found = allowed_ranks(*sizes, multiple)
+    assert found == ranks
+    assert all(rank * sum(sizes) < sizes[0] * sizes[1] for rank in found)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from graphopt import options
+from graphopt import options, registry
 from graphopt.authoring import Guarantee, Pass
 from graphopt.errors import UsageError
 from graphopt.options import opt
@@ -248,6 +248,11 @@ def test_orders_that_contradict_one_another_are_said_in_words() -> None:
         ("quant,O2,prune", "prune,quant,O2"),
         ("mixed-quant,prune-layers", "prune-layers,mixed-quant"),
         ("quant,prune-hidden", "prune-hidden,quant"),
+        ("quant,cluster,prune,factorize", "factorize,prune,cluster,quant"),
+        ("prune,factorize:macs=0.7,quant,cluster", "factorize:macs=0.7,prune,cluster,quant"),
+        ("cluster,tie-layers,share", "tie-layers,cluster,share"),
+        ("share,factorize,prune-channels", "share,prune-channels,factorize"),
+        ("cast,factorize", "factorize,cast"),
     ],
 )
 def test_lossy_passes_know_their_order(text: str, right: str) -> None:
@@ -255,6 +260,22 @@ def test_lossy_passes_know_their_order(text: str, right: str) -> None:
         schedule(Pipeline.parse(text), has_data=True, has_budget=True)
     assert caught.value.hint == f"in this order: `--passes {right}`"
     assert schedule(Pipeline.parse(right), has_data=True, has_budget=True)
+
+
+def test_every_name_in_an_order_is_a_pass() -> None:
+    """A name with a mistake in it would forbid nothing."""
+    known = registry.table("PASSES")
+    declared = {name: registry.find("PASSES", name).precedes for name in known}
+    assert {other for one in declared.values() for other in one} <= set(known)
+    assert all(name not in one for name, one in declared.items())
+    # No two passes can both be the wrong way round.
+    assert not [(one, two) for one, others in declared.items() for two in others if one in declared[two]]
+
+
+def test_each_of_the_passes_in_their_order_fits_in_a_pipeline() -> None:
+    for text in ("factorize,prune,cluster,quant", "prune-channels,tie-layers,factorize,prune,cluster,quant,share"):
+        names = [step.name for step in schedule(Pipeline.parse(text), has_data=True) if step.reason is None]
+        assert ",".join(names) == text
 
 
 def test_options_of_another_type_are_refused_where_passes_are_made() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ import graphopt
 from graphopt import provenance, walk
 from graphopt.passes.analyses.equal_layers import equal_layers
 from graphopt.passes.analyses.tensor_content import equal_tensors
-from graphopt.passes.analyses.tensor_symmetries import View, alike, is_comparable, view_of
+from graphopt.passes.analyses.tensor_marks import alike
+from graphopt.passes.analyses.tensor_symmetries import View, is_comparable, view_of
 from graphopt.passes.exact.share import find_families
 from graphopt.passes.exact.shared_listing import list_shared
 from graphopt.shapes import infer_shapes
@@ -256,6 +258,26 @@ def test_a_stable_pipeline_is_stable_after_one_round() -> None:
     assert not run_passes(model, "share,O2").edits
 
 
+def test_small_view_in_a_large_model_is_not_folded_back() -> None:
+    """Folding may enlarge a file by a little, but not to store again what was shared."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[8, 300] x, float[8, 8] t) => (float[8, 200] y, float[8, 8] z, float[8, 8] u) {
+          y = MatMul(x, large)
+          z = MatMul(small, t)
+          turned = Transpose <perm = [1, 0]> (small)
+          u = MatMul(t, turned)
+        }"""
+    )
+    rng = np.random.default_rng(0)
+    weights = {"large": (300, 200), "small": (8, 8)}
+    for name, shape in weights.items():
+        proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    result = run_passes(loaded(proto), "simplify")
+    assert sorted(node.op_type for node in result.model.graph) == ["MatMul", "MatMul", "MatMul", "Transpose"]
+    assert "not folded: 256 bytes would take the place of 64" in result.remarks
+
+
 def test_written_file_is_smaller_by_the_copy(tmp_path: Path) -> None:
     proto, table = language_model("columns")
     onnx.save(
@@ -417,6 +439,8 @@ def test_command_shows_what_is_shared(tmp_path: Path) -> None:
     assert done.code == 0
     assert "transposed" in done.out
     assert "1 of 1 tensors need not be stored" in done.out
+    found = json.loads(run("inspect", "--shared", "--json", str(tmp_path / "m.onnx")).out)
+    assert [one["how"] for one in found["tensors"]] == ["transposed"]
     assert run("inspect", "--shared", "--groups", str(tmp_path / "m.onnx")).code != 0
 
 

@@ -21,7 +21,7 @@ from graphopt.data import open_data
 from graphopt.errors import PassError, UsageError
 from graphopt.passes import TieLayers
 from graphopt.passes.analyses.linear_layers import LinearLayer, linear_layers
-from graphopt.passes.lossy import similar_layers
+from graphopt.passes.lossy import similar_layers, tie_layers
 from graphopt.passes.lossy.similar_layers import Group, Similarity, alike
 from graphopt.rewriter import Rewriter
 
@@ -188,6 +188,18 @@ def test_biases_take_what_means_of_outputs_lost() -> None:
         ]
         assert np.allclose(*outputs, atol=1e-4)
         assert not np.allclose(before[name].matrix() @ mean, after[name].matrix() @ now, atol=1e-2)
+
+
+def test_other_layers_make_up_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = planted(("up0", "up4"), noise=0.5)
+    result = graphopt.optimize(model, "tie-layers:params=0.95:include=up*", data=samples(2000))
+    assert "4 other layers solved anew" in texts(result)
+    monkeypatch.setattr(tie_layers, "why_fixed", lambda layer, every: "it is to stay")
+    alone = graphopt.optimize(model, "tie-layers:params=0.95:include=up*", data=samples(2000))
+    assert "solved anew" not in texts(alone)
+    assert noise_of(model, result.model) < 0.8 * noise_of(model, alone.model)
+    kept = [one.model.graph.initializers["w_down3"].const_value.numpy() for one in (result, alone)]
+    assert np.array_equal(*kept), "what is not included stays"
 
 
 def test_error_says_when_to_stop() -> None:
@@ -381,7 +393,7 @@ def test_classes_hold_what_has_one_layout() -> None:
 
 
 def test_a_real_network_is_tied_and_keeps_its_score() -> None:
-    samples = dict(np.load(MODELS / "digits.npz"))
+    samples = {name: array[:256] for name, array in np.load(MODELS / "digits.npz").items()}
     result = graphopt.optimize(MODELS / "digits_cnn.onnx", "tie-layers:params=0.8", data=samples, budget="top1=3%")
     assert result.report.ok
     assert facts(result)["left"] <= 0.8

@@ -24,6 +24,7 @@ LARGEST_MADE = 1 << 20
 MAPPED_AROUND = 2 << 20
 _PREFIX, _DIGEST = "graphopt.prefix", "graphopt.digest"
 _BYTE_BITS = 8
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def equal_tensors(tensors: Sequence[ir.TensorProtocol]) -> list[list[int]]:
@@ -112,6 +113,11 @@ def elements_of(tensor: ir.TensorProtocol) -> Array:
     """Return the elements of a tensor of whole bytes; those of a file are mapped, and not in memory until read."""
     array = tensor.numpy()
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def bits_of(array: Array) -> Array:
+    """Return the bits of numbers of whole bytes as unsigned integers, without a copy."""
+    return array.view(_UNSIGNED[array.dtype.itemsize])
 
 
 def _flat(tensor: ir.TensorProtocol) -> Array:

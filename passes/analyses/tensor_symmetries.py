@@ -1,15 +1,13 @@
-"""Which tensors hold the same numbers in another order, shape, sign or scale, and how one is read from another.
+"""How a tensor is read from another one that holds the same numbers in another order, shape, sign or scale.
 
-Moving axes and reshaping leave the first element of a tensor first and the last one last, and their ratio survives a
-scale. So two numbers of each tensor say which pairs are worth a look; of those a sample is compared for every order of
-axes, and what agrees there is compared in all its bits, a tile at a time.
+A sample is compared for every order of axes, and what agrees there is compared in all its bits, a tile at a time.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,26 +17,21 @@ from graphopt import walk
 from graphopt.backend import Array
 from graphopt.sparse import SparselyStored
 
-from .tensor_content import elements_of, grouped
+from .tensor_content import bits_of, elements_of
 
 # Elements compared for each order of axes before all are.
 _SAMPLES = 128
 # With fewer numbers other than zero among them a sample says little about a scale, and the largest one is added.
 _FEWEST_NONZERO = 4
-# Of more tensors than this that begin and end alike, each is read once to tell them apart.
-_CROWD = 8
 # Elements of a tile: both sides of it stay in the cache.
 _TILE = 1 << 18
 _TILE_SIDE = 512
 # A quotient of two rounded numbers is so many steps, at most, from the factor that was rounded.
 _STEPS = 3
-# First and last numbers are scaled and rounded each: so many epsilons between two ratios are no difference.
-_ROUNDINGS = 4
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _BYTE_BITS = 8
-_WITH_SIGN = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+WITH_SIGN = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 # A product of these is rounded once, wherever it is computed.
-_WITH_SCALE = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
+WITH_SCALE = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 
 
 @dataclass(frozen=True)
@@ -74,13 +67,18 @@ class View:
             return array
         return -array if self.factor == -1 else array * array.dtype.type(self.factor)
 
-    def __str__(self) -> str:
+    @property
+    def kind(self) -> str:
+        """What it does, in words."""
         said = ["transposed"] if self.perm is not None else []
         if self.before is not None or self.after is not None:
             said.append("reshaped")
         if self.factor != 1:
-            said.append("negated" if self.factor == -1 else f"times {self.factor:.9g}")
+            said.append("negated" if self.factor == -1 else "scaled")
         return ", ".join(said) or "equal"
+
+    def __str__(self) -> str:
+        return self.kind.replace("scaled", f"times {self.factor:.6g}")
 
 
 def is_comparable(tensor: ir.TensorProtocol) -> bool:
@@ -88,82 +86,6 @@ def is_comparable(tensor: ir.TensorProtocol) -> bool:
     if tensor.dtype in (ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
         return False
     return tensor.dtype.bitwidth % _BYTE_BITS == 0 and tensor.size > 0 and not isinstance(tensor, SparselyStored)
-
-
-def alike(tensors: Sequence[ir.TensorProtocol]) -> list[list[int]]:
-    """Return which of some comparable tensors may be views of one another: none that are lie in different groups.
-
-    Of most tensors only the first and the last element are read.
-
-    Returns:
-        Groups of two and more indices, each in order.
-    """
-    found: list[list[int]] = []
-    for group in grouped(range(len(tensors)), lambda index: (tensors[index].dtype, tensors[index].size)):
-        if len(group) < 2:
-            continue
-        for close in _close(group, lambda index: _ends(tensors[index])):
-            crowded = len(close) > _CROWD
-            found.extend(_close(close, lambda index: _profile(tensors[index])) if crowded else [close])
-    return [sorted(group) for group in found if len(group) > 1]
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """What a tensor shares with its views: a key that is equal, and a number that is about equal."""
-
-    key: Hashable
-    number: float = 0.0
-    tolerance: float = 0.0
-
-
-def _close(items: Iterable[int], mark: Callable[[int], _Mark]) -> Iterator[list[int]]:
-    """Yield runs of items of one key whose numbers lie close."""
-    marks = {item: mark(item) for item in items}
-    for group in grouped(marks, lambda item: marks[item].key):
-        group.sort(key=lambda item: marks[item].number)
-        run = group[:1]
-        for before, item in itertools.pairwise(group):
-            if marks[item].number - marks[before].number > marks[item].tolerance:
-                yield run
-                run = []
-            run.append(item)
-        yield run
-
-
-def _ends(tensor: ir.TensorProtocol) -> _Mark:
-    """Return the mark of the first and last element, the same for all views."""
-    array = elements_of(tensor)
-    ends = np.array([array[(place,) * array.ndim] for place in (0, -1)])
-    if tensor.dtype not in _WITH_SCALE:
-        return _Mark(tuple(_without_sign(_bits(ends), tensor.dtype).tolist()))
-    sizes = np.abs(ends.astype(np.float64))
-    if not np.isfinite(sizes).all() or not sizes.all():
-        return _Mark(tuple("zero" if size == 0 else "number" if np.isfinite(size) else "none" for size in sizes))
-    return _Mark("numbers", float(np.log(sizes[0]) - np.log(sizes[1])), _ROUNDINGS * float(np.finfo(ends.dtype).eps))
-
-
-def _profile(tensor: ir.TensorProtocol) -> _Mark:
-    """Return the mark of all elements, whatever their order."""
-    flat = elements_of(tensor).reshape(-1)
-    pieces = [flat[start : start + _TILE] for start in range(0, flat.size, _TILE)]
-    if tensor.dtype not in _WITH_SCALE:
-        sums = [0, 0]
-        for piece in pieces:
-            bits = _without_sign(_bits(piece), tensor.dtype).astype(np.uint64)
-            sums = [(sums[0] + int(bits.sum())) % 2**64, (sums[1] + int((bits * bits).sum())) % 2**64]
-        return _Mark(tuple(sums))
-    zeros = strange = 0
-    total = largest = 0.0
-    for piece in pieces:
-        sizes = np.abs(piece.astype(np.float64))
-        fits = np.isfinite(sizes)
-        strange += int(sizes.size - np.count_nonzero(fits))
-        sizes = sizes[fits]
-        zeros += int(sizes.size - np.count_nonzero(sizes))
-        total, largest = total + float(sizes.sum()), max(largest, float(sizes.max(initial=0.0)))
-    share = total / largest if largest else 0.0
-    return _Mark((zeros, strange), math.log(share) if share else 0.0, _ROUNDINGS * float(np.finfo(flat.dtype).eps))
 
 
 def view_of(source: ir.TensorProtocol, wanted: ir.TensorProtocol) -> View | None:
@@ -254,7 +176,7 @@ class _Comparison:
         self.dtype = wanted.dtype
         self.source, self.wanted = elements_of(source).reshape(-1), elements_of(wanted).reshape(-1)
         self.places = _sampled(self.wanted.size)
-        if self.dtype in _WITH_SCALE and np.count_nonzero(self.wanted[self.places]) < _FEWEST_NONZERO:
+        if self.dtype in WITH_SCALE and np.count_nonzero(self.wanted[self.places]) < _FEWEST_NONZERO:
             self.places = np.append(self.places, _largest(self.wanted))
         self.sample = self.wanted[self.places]
 
@@ -268,9 +190,9 @@ class _Comparison:
 
     def _factors(self, found: Array) -> Iterator[float]:
         yield 1.0
-        if self.dtype in _WITH_SIGN:
+        if self.dtype in WITH_SIGN:
             yield -1.0
-        if self.dtype not in _WITH_SCALE:
+        if self.dtype not in WITH_SCALE:
             return
         usable = np.flatnonzero(_is_normal(found) & _is_normal(self.sample))
         if not usable.size:
@@ -304,25 +226,18 @@ class _Comparison:
 def _is(source: Array, wanted: Array, factor: float) -> bool:
     """Return whether a factor takes some numbers to others, bit for bit."""
     if factor == 1:
-        return bool(np.array_equal(_bits(source), _bits(wanted)))
+        return bool(np.array_equal(bits_of(source), bits_of(wanted)))
     # Of ml_dtypes' numbers too, NaN is what does not equal itself.
     if (wanted != wanted).any() or (source != source).any():
         return False
     with np.errstate(over="ignore", under="ignore"):
         made = -source if factor == -1 else source * source.dtype.type(factor)
-    return bool(np.array_equal(_bits(made), _bits(wanted)))
+    return bool(np.array_equal(bits_of(made), bits_of(wanted)))
 
 
 def _is_normal(array: Array) -> Array:
-    return np.isfinite(array) & (np.abs(array) >= np.finfo(array.dtype).tiny)
-
-
-def _bits(array: Array) -> Array:
-    return array.view(_BITS[array.dtype.itemsize])
-
-
-def _without_sign(bits: Array, dtype: ir.DataType) -> Array:
-    return bits & bits.dtype.type((1 << (dtype.bitwidth - 1)) - 1) if dtype in _WITH_SIGN else bits
+    normal: Array = np.isfinite(array) & (np.abs(array) >= np.finfo(array.dtype).tiny)
+    return normal
 
 
 def _sampled(size: int) -> Array:

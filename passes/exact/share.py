@@ -16,7 +16,8 @@ from graphopt.report import show_bytes
 
 from ..analyses.equal_layers import equal_layers
 from ..analyses.tensor_content import grouped
-from ..analyses.tensor_symmetries import View, alike, is_comparable, view_of
+from ..analyses.tensor_marks import alike
+from ..analyses.tensor_symmetries import View, is_comparable, view_of
 from .merge_initializers import merge_equal, merge_values, scopes
 from .shared_views import NODE_BYTES, obstacle, read_as_view, reluctance, unfit
 
@@ -157,8 +158,7 @@ class _Sharing:
             if why is not None:
                 self.left.setdefault(why, []).append(value)
                 continue
-            kind, size = str(view), _tensor(value).nbytes
-            kind = "scaled" if kind.startswith("times") else kind.replace(f"times {view.factor:.9g}", "scaled")
+            kind, size = view.kind, _tensor(value).nbytes
             with self.ctx.rewriter.edit("view", *value.consumers()):
                 self._put(family.source, value, view)
             self.views[kind] += 1

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from graphopt import latency
 from graphopt.authoring import Context
-from graphopt.backend import Array
+from graphopt.backend import Array, is_timed
 from graphopt.errors import PassError
 from graphopt.generated import generated_feeds
 
@@ -22,8 +22,6 @@ _TRIES = 6
 # Seconds each is timed for, in turn with the model as it is.
 _SECONDS = 1.0
 _LEAST_RUNS = 20
-# The evaluator of ONNX is written to be read: how long it takes says nothing of any other runtime.
-UNTIMED = frozenset({"reference"})
 
 
 def refuse_untimed(name: str, ctx: Context) -> None:
@@ -32,7 +30,7 @@ def refuse_untimed(name: str, ctx: Context) -> None:
     Raises:
         PassError: This is one.
     """
-    if ctx.backend.name in UNTIMED:
+    if not is_timed(ctx.backend):
         raise PassError(
             f"pass `{name}`: `latency` cannot be measured with the backend `{ctx.backend.name}`: its time says nothing",
             hint="`--backend onnxruntime`, or a share of the multiplications, such as `macs=0.7`",

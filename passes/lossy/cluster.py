@@ -24,10 +24,12 @@ from ..solvers.blas_threads import threads_for
 from ..solvers.clustered_weight import Clustering, stored_bytes
 from ..solvers.clusters import clustered
 from ..solvers.objective import output_error
+from .cluster_bits import bits_by_error
 from .coded_layers import Tally, coded_layers
 from .coded_weights import CodedWeights
+from .order import BEFORE_CODES
 from .prune_aims import Aim, Aims
-from .weight_codes import WeightCodes, of_clusters
+from .weight_codes import PackedCodes, WeightCodes, of_clusters
 
 _RULE = "cluster"
 # The first version with the operators that put outliers in.
@@ -39,25 +41,23 @@ class Cluster(Pass):
     """Store weights as codes of a table of few values, found for each weight by what its layer's output loses."""
 
     bits: int = opt(4, help="bits of a code: a table has 2 to the power of these entries", low=1, high=8)
-    granularity: str = opt(
-        "auto",
-        help="what has a table: tensor, channel, or so many channels; auto: the tensor, and each channel a scale",
+    granularity: str = opt("tensor", help="what has a table of its own: tensor, channel, or so many channels together")
+    block: int | None = opt(
+        0, help="consecutive inputs that share a scale; 0: all of a channel; none: no scales", low=0, high=4096
     )
     vector: int = opt(1, help="consecutive inputs that one code stands for", low=1, high=8)
     outliers: float = opt(0.0, help="share of the weights that is kept as it is, the farthest off", low=0.0, high=0.1)
-    solver: Literal["auto", "kmeans", "compensated"] = opt(
+    solver: Literal["auto", "kmeans", "compensated", "allocated"] = opt(
         "auto",
-        help="nearest entries of weighed k-means (kmeans), errors made up for (compensated); auto: that with data",
-    )
-    spread: Literal["auto", "even", "allocated"] = opt(
-        "auto",
-        help="bits of layers: as `bits` says (even), or as many altogether where they count most; auto: with data",
+        help="k-means of weights; errors made up for (compensated); more bits for layers that cost the outputs more, "
+        "as many in all (allocated); auto: allocated with data, k-means without",
     )
     include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
     exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")
 
     name = "cluster"
     guarantee = Guarantee.LOSSY
+    precedes = BEFORE_CODES
 
     def __post_init__(self) -> None:
         """Refuse words that are no granularity."""
@@ -66,7 +66,7 @@ class Cluster(Pass):
     @property
     def needs(self) -> frozenset[Need]:
         """Canonical form; data by the solver."""
-        wanted = self.solver == "compensated" or self.spread == "allocated"
+        wanted = self.solver in ("compensated", "allocated")
         return frozenset({Need.CANONICAL, Need.CALIBRATION if wanted else Need.CALIBRATION_OPTIONAL})
 
     def run(self, model: ir.Model, ctx: Context) -> None:
@@ -94,7 +94,7 @@ class Cluster(Pass):
             found = run.solve(layers)
             lowering = CodedWeights(ctx)
             for weight, codes in found.items():
-                lowering.lower(layers[weight], codes)
+                lowering.lower(layers[weight], codes.unpacked())
         run.tally.note(ctx, self._form(ctx), lowering)
         if run.blind:
             ctx.note(
@@ -108,21 +108,38 @@ class Cluster(Pass):
             bits=self.bits,
             rows=_rows(self.granularity),
             vector=self.vector,
-            block=0 if self.granularity == "auto" else None,
+            # A table of its own is scaled as the channel is.
+            block=None if self.granularity == "channel" and not self.block else self.block,
             outliers=self.outliers,
             compensated=self.solver != "kmeans",
         )
 
     def _clusterings(self, layers: Mapping[ir.Value, LinearLayer], ctx: Context) -> dict[ir.Value, Clustering]:
-        """Return how each weight is clustered."""
-        return dict.fromkeys(layers, self._clustering())
+        """Return how each weight is clustered; those whose layers are not seen as `bits` says."""
+        own = self._clustering()
+        found = dict.fromkeys(layers, own)
+        if not self._allocates(ctx):
+            return found
+        seen = [layer for layer in layers.values() if _reads_alone(layer)]
+        for layer, bits in zip(seen, bits_by_error(seen, own, ctx), strict=True):
+            found[layer.weight] = replace(own, bits=bits)
+        return found
 
     def _form(self, ctx: Context) -> str:
         solver = "k-means" if self.solver == "kmeans" or ctx.data is None else "k-means, errors made up for"
         of = f"{self.vector} weights" if self.vector > 1 else "a weight"
         tables = {"auto": "a table each", "tensor": "a table each", "channel": "a table for each channel"}
         shared = tables.get(self.granularity, f"a table for {self.granularity} channels")
-        return f"codes of {self.bits} bits for {of}, {shared} ({solver})"
+        about = "about " if self._allocates(ctx) else ""
+        solver = "k-means" if self.solver == "kmeans" or ctx.data is None else "k-means, errors made up for"
+        of = f"{self.vector} weights" if self.vector > 1 else "a weight"
+        tables = {"tensor": "a table each", "channel": "a table for each channel"}
+        shared = tables.get(self.granularity, f"a table for {self.granularity} channels")
+        return f"codes of {about}{self.bits} bits for {of}, {shared} ({solver})"
+
+    def _allocates(self, ctx: Context) -> bool:
+        """Return whether layers have as many bits as they need."""
+        return self.solver == "allocated" or (self.solver == "auto" and ctx.data is not None)
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,7 @@ class _Run:
     tally: Tally
     blind: int = 0
 
-    def solve(self, layers: Mapping[ir.Value, LinearLayer]) -> dict[ir.Value, WeightCodes]:
+    def solve(self, layers: Mapping[ir.Value, LinearLayer]) -> dict[ir.Value, PackedCodes]:
         """Give each weight the values it will have, in graph order, and return the codes to store them by."""
         with ExitStack() as stack:
             aims = stack.enter_context(Aims(self.ctx)) if self.ctx.data is not None else None
@@ -162,22 +179,21 @@ class _Run:
                     found[weight] = self._solve(layer, aims)
         return found
 
-    def _solve(self, layer: LinearLayer, aims: Aims | None) -> WeightCodes:
+    def _solve(self, layer: LinearLayer, aims: Aims | None) -> PackedCodes:
         matrix = finite_matrix(layer)
-        alone = len({use.node for use in layer.weight.uses()}) == 1 and not is_lookup(layer.node)
-        aim = aims.of(layer) if aims is not None and alone else None
+        aim = aims.of(layer) if aims is not None and _reads_alone(layer) else None
         self.blind += aims is not None and aim is None
         codes = self._cluster(layer, aim)
         wanted = matrix if aim is None else aim.weight
         whole = output_error(wanted, None if aim is None else aim.second_moment)
         self.tally.add(self.ctx, layer, codes, whole)
-        values = codes.values()
+        values, packed = codes.values(), PackedCodes.of(codes)
         with self.ctx.rewriter.edit(_RULE, layer.node):
             # What later layers read is what this one gives by then.
-            self.ctx.rewriter.set_weight(layer.weight, _decoded(layer, codes))
+            self.ctx.rewriter.set_weight(layer.weight, _decoded(layer, packed))
             if aim is not None and aim.bias is not None:
                 aim.bias.shift(aim.shift(values), self.ctx)
-        return codes
+        return packed
 
     def _cluster(self, layer: LinearLayer, aim: Aim | None) -> WeightCodes:
         clustering = self.clusterings[layer.weight]
@@ -186,15 +202,20 @@ class _Run:
         return of_clusters(clustered(aim.weight, clustering, aim.second_moment))
 
 
-def _decoded(layer: LinearLayer, codes: WeightCodes) -> ir.TensorProtocol:
+def _decoded(layer: LinearLayer, codes: PackedCodes) -> ir.TensorProtocol:
     """Return a weight that is in memory as its codes, and made of them whenever it is read."""
     tensor = walk.constant_tensor(layer.weight)
     assert tensor is not None, "a linear layer has a constant weight"
 
     def made() -> ir.TensorProtocol:
-        return ir.tensor(layer.in_layout(codes.values()), name=layer.weight.name)
+        return ir.tensor(layer.in_layout(codes.unpacked().values()), name=layer.weight.name)
 
     return ir.LazyTensor(made, dtype=tensor.dtype, shape=ir.Shape(layer.dims), name=layer.weight.name)
+
+
+def _reads_alone(layer: LinearLayer) -> bool:
+    """Return whether a layer multiplies by its weight, and nothing else reads that."""
+    return len({use.node for use in layer.weight.uses()}) == 1 and not is_lookup(layer.node)
 
 
 def _rows(granularity: str) -> int:
@@ -203,12 +224,12 @@ def _rows(granularity: str) -> int:
     Raises:
         UsageError: The word is no granularity.
     """
-    known = {"auto": 0, "tensor": 0, "channel": 1}
+    known = {"tensor": 0, "channel": 1}
     if granularity in known:
         return known[granularity]
     if not granularity.isdecimal() or not int(granularity):
         raise UsageError(
             f"pass `cluster`: option `granularity` cannot be `{granularity}`",
-            hint="auto, tensor, channel, or how many channels share a table, such as `8`",
+            hint="tensor, channel, or how many channels share a table, such as `8`",
         )
     return int(granularity)

@@ -1,10 +1,10 @@
-"""Weights that a model makes of codes of a table: as floats while it is quantized, then as integers of the same codes."""
+"""Weights made of codes of a table: as floats while a model is quantized, then as integers of the same codes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from graphopt.backend import Array
 
 from ..analyses.linear_layers import LINEAR_OPS, LinearLayer
 from ..analyses.quantized import reads_stored_integers
-from ..solvers.grid import Grid, GridWeight
+from ..solvers.grid import Grid, GridWeight, positive
 from ..solvers.objective import output_error
 from .integer_weights import release
 
@@ -31,7 +31,8 @@ class CodedFloats:
     Attributes:
         made: What the operators make.
         path: Those between the table and that, in order.
-        table: The constant table, float32 [entries] or [entries, numbers of an entry].
+        table: The constant table, float32 [entries] or [entries, numbers of an entry]; None where its entries become
+            several integers, by scales of blocks or outliers: what is made is then rounded in the model.
         starts: Where the table of each output begins, [outputs]; None where all have one.
         scales: float32 [outputs], or None.
         constant: The constant, its content made when it is read.
@@ -40,7 +41,7 @@ class CodedFloats:
 
     made: ir.Value
     path: tuple[ir.Node, ...]
-    table: ir.Value
+    table: ir.Value | None
     starts: Array | None
     scales: Array | None
     constant: ir.Value
@@ -57,9 +58,7 @@ class CodedFloats:
         matrix = layer.matrix()
         if grid.block is not None or not grid.symmetric or (grid.tensor and not self._is_even):
             return None
-        of_table = self._steps(grid)
-        steps = of_table[self._tables(len(matrix))]
-        scales = (steps if self.scales is None else steps * self.scales)[:, None].astype(np.float32)
+        scales = self._grid_scales(matrix, grid)
         if least_scales is not None and bool((scales[:, 0] < least_scales).any()):
             return None
         scales = scales[:1] if grid.tensor else scales
@@ -71,9 +70,27 @@ class CodedFloats:
             return None
         return GridWeight(grid, codes, scales, None, output_error(left))
 
-    def as_integers(self, ctx: Context, grid: Grid) -> ir.Value:
+    def _grid_scales(self, matrix: Array, grid: Grid) -> Array:
+        """Return the scale of each output, float32 [outputs, 1]."""
+        if self.table is None:
+            return positive(np.abs(matrix).max(axis=1, initial=0.0, keepdims=True) / np.float32(grid.highest))
+        steps = self._steps(grid)[self._tables(len(matrix))]
+        return np.asarray((steps if self.scales is None else steps * self.scales)[:, None], np.float32)
+
+    def as_integers(self, ctx: Context, layer: LinearLayer, found: GridWeight) -> ir.Value:
         """Add operators that make the integers of the codes, and return what they make."""
-        rewriter = ctx.rewriter
+        rewriter, grid = ctx.rewriter, found.grid
+        if self.table is None:
+            scales = found.scales.reshape(-1)
+            constants = [
+                rewriter.const(scales, "scales", near=self.path[-1]),
+                rewriter.const(np.zeros(len(scales), np.int8), "zeros", near=self.path[-1]),
+            ]
+            axis = {"axis": layer.output_axis}
+            rounded = rewriter.make(
+                "QuantizeLinear", [self.made, *constants], axis, sources=[self.path[-1]], name="codes"
+            )
+            return rewriter.insert_after(rounded, self.path[-1]).outputs[0]
         content = walk.constant_tensor(self.table)
         assert content is not None, "a table is constant"
         floats = content.numpy().astype(np.float32)
@@ -95,7 +112,7 @@ class CodedFloats:
     @property
     def _is_even(self) -> bool:
         """Whether all of it has one scale."""
-        return self.scales is None and self.starts is None
+        return self.scales is None and self.starts is None and self.table is not None
 
     @property
     def _count(self) -> int:
@@ -132,24 +149,19 @@ class CodedLayers:
     left: int = 0
     kept: int = 0
     restored: int = 0
-    _integers: dict[tuple[ir.Value, Grid], ir.Value] = field(default_factory=dict)
+    _integers: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def given(self, layer: LinearLayer, grid: Grid, least_scales: Array | None) -> GridWeight | None:
         """Return the integers that the codes of a layer's weight stand for, or None."""
         coded = self.weights.get(layer.weight)
         return None if coded is None else coded.on_grid(layer, grid, least_scales)
 
-    def integers(self, weight: ir.Value, grid: Grid) -> ir.Value:
+    def integers(self, layer: LinearLayer, found: GridWeight) -> ir.Value:
         """Return the integers of a weight that was `given` so, as operators make them of its codes."""
-        key = weight, grid
-        if key not in self._integers:
-            self._integers[key] = self.weights[weight].as_integers(self.ctx, grid)
+        if layer.weight not in self._integers:
+            self._integers[layer.weight] = self.weights[layer.weight].as_integers(self.ctx, layer, found)
             self.kept += 1
-        return self._integers[key]
-
-    def nodes(self) -> set[ir.Node]:
-        """Return the operators that make these weights."""
-        return {node for coded in self.weights.values() for node in coded.region}
+        return self._integers[layer.weight]
 
     def restore(self) -> None:
         """Let what still reads constants read what operators make of codes again, and erase what nothing reads."""
@@ -169,14 +181,16 @@ class CodedLayers:
         still = sum(bool(constant.uses()) for constant in self.weights) + self.restored
         if self.kept:
             self.ctx.note(
-                f"{self.kept} weights are made of their codes as before, now as integers: the runtime decodes them once "
-                "as it loads the model, and the file stays as small",
+                f"{self.kept} weights are made of their codes as before, now as integers: the runtime decodes them "
+                "once as it loads the model, and the file stays as small",
                 kept=self.kept,
             )
         again = total - still - self.kept
         if again > 0:
             self.ctx.note(
-                f"{again} weights were made of codes and are stored as integers: their kernels take no such grid"
+                f"{again} weights were made of codes and are stored as integers of their own: channels of zeros were "
+                "added, a bias needs larger scales, or the grid is none of theirs",
+                stored_again=again,
             )
         why = "" if mode == "static" else f"; only `mode=static` computes on them, and this is `{mode}`"
         if still + self.left:
@@ -184,36 +198,72 @@ class CodedLayers:
 
 
 @contextmanager
-def coded_as_floats(model: ir.Model, ctx: Context) -> Iterator[CodedLayers]:
+def coded_as_floats(model: ir.Model, ctx: Context, *, may_compute: bool = True) -> Iterator[CodedLayers]:
     """Let layers read constants in place of weights that are made of codes; behind it, what still does reads codes.
 
     Args:
         model: The model.
         ctx: Where edits are made.
+        may_compute: Whether any kernel may compute on the codes; else all is left as it is.
     """
     found = CodedLayers(ctx)
-    made: dict[ir.Value, CodedFloats | None] = {}
-    for node in walk.every_node(model):
-        if not walk.is_onnx_op(node, *LINEAR_OPS):
+    for value, uses in _decoded_weights(model).items():
+        read = _read(value) if may_compute else None
+        if read is None:
+            found.left += 1
             continue
-        for index, value in enumerate(list(node.inputs)[:2]):
-            if value is None or value.producer() is None:
-                continue
-            if value not in made:
-                made[value] = _read(value, ctx)
-                found.left += made[value] is None and _is_decoded(value)
-            coded = made[value]
-            if coded is not None:
-                found.weights[coded.constant] = coded
-                ctx.rewriter.set_input(node, index, coded.constant)
+        constant = _constant(value, read.region, ctx)
+        found.weights[constant] = replace(read, constant=constant)
+        for node, index in uses:
+            ctx.rewriter.set_input(node, index, constant)
     try:
         yield found
     finally:
         found.restore()
 
 
-def _read(value: ir.Value, ctx: Context) -> CodedFloats | None:
-    """Return a value as a weight made of codes of a table and scales of outputs, as `Decoding` makes it, or None."""
+def decoding_nodes(model: ir.Model) -> set[ir.Node]:
+    """Return the operators that make weights of codes on which integer kernels can compute."""
+    read = (_read(value) for value in _decoded_weights(model))
+    return {node for coded in read if coded is not None for node in coded.region}
+
+
+def _decoded_weights(model: ir.Model) -> dict[ir.Value, list[tuple[ir.Node, int]]]:
+    """Return the values made of codes that linear operators multiply by, and where."""
+    found: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for node in walk.every_node(model):
+        if not walk.is_onnx_op(node, *LINEAR_OPS):
+            continue
+        for index, value in enumerate(list(node.inputs)[:2]):
+            if value is not None and value.producer() is not None and (value in found or _is_decoded(value)):
+                found.setdefault(value, []).append((node, index))
+    return found
+
+
+def _constant(value: ir.Value, region: Sequence[ir.Node], ctx: Context) -> ir.Value:
+    """Return a constant that stands for a value, computed whenever it is read."""
+    assert value.shape is not None, "checked as it was read"
+
+    def content() -> ir.TensorProtocol:
+        return ir.tensor(ctx.evaluate(region, [value])[0])
+
+    lazy = ir.LazyTensor(content, dtype=ir.DataType.FLOAT, shape=ir.Shape(list(value.shape)), name=value.name)
+    return ctx.rewriter.const(lazy, f"{value.name}_floats", near=region[-1])
+
+
+def _read(value: ir.Value) -> CodedFloats | None:
+    """Return a value as a weight made of codes, None where its shape is not known."""
+    region, last = _region(value), value.producer()
+    if region is None or last is None or value.shape is None or value.is_graph_output():
+        return None
+    if not all(isinstance(size, int) for size in value.shape):
+        return None
+    of_table = _read_table(value, region)
+    return of_table if of_table is not None else CodedFloats(value, (last,), None, None, None, value, region)
+
+
+def _read_table(value: ir.Value, region: Sequence[ir.Node]) -> CodedFloats | None:
+    """Return a value as entries of tables and scales of outputs, as `Decoding` makes it, or None."""
     path: list[ir.Node] = []
     scales: Array | None = None
     node = value.producer()
@@ -236,24 +286,12 @@ def _read(value: ir.Value, ctx: Context) -> CodedFloats | None:
             return None
         path.append(of_bytes)
     table = path[-1].inputs[0]
-    tensor = walk.constant_tensor(table)
-    if table is None or tensor is None or not _is_decoded(value) or value.is_graph_output():
+    if table is None or walk.constant_tensor(table) is None:
         return None
-    if any(scale is not None and scale.size != max(scale.shape) for scale in (scales, starts)):
+    if any(numbers is not None and numbers.size != max(numbers.shape) for numbers in (scales, starts)):
         return None  # scales of blocks
-    region = _region(value)
-    shape = value.shape
-    if shape is None or not all(isinstance(size, int) for size in shape) or region is None:
-        return None
-
-    def content() -> ir.TensorProtocol:
-        return ir.tensor(ctx.evaluate(region, [value])[0])
-
-    lazy = ir.LazyTensor(content, dtype=ir.DataType.FLOAT, shape=ir.Shape(list(shape)), name=value.name)
-    constant = ctx.rewriter.const(lazy, f"{value.name}_floats", near=node)
-    flat = None if scales is None else scales.reshape(-1)
-    begins = None if starts is None else starts.reshape(-1)
-    return CodedFloats(value, tuple(reversed(path)), table, begins, flat, constant, region)
+    begins, flat = (None if numbers is None else numbers.reshape(-1) for numbers in (starts, scales))
+    return CodedFloats(value, tuple(reversed(path)), table, begins, flat, value, region)
 
 
 def _content(value: ir.Value | None) -> Array | None:

@@ -21,7 +21,7 @@ from ..solvers.tucker import solve_tucker, tucker_errors
 T = TypeVar("T")
 Form = Literal["channel", "input", "spatial", "tucker"]
 # Ranks looked at of a form, evenly spaced, and of Tucker's two each; more cost time and tell little more.
-_MOST_RANKS, _MOST_OF_TWO = 16, 8
+_MOST_RANKS, _MOST_OF_TWO = 12, 8
 # Turns of least squares for an error that only decides which form and rank: the last few hundredths need many more.
 _SWEEPS = 2
 # Ranks are multiples of half of what widths like to be: kernels of convolutions take half a block as well.

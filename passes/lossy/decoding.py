@@ -14,12 +14,12 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 
 from ..analyses.linear_layers import LinearLayer
-from .code_planes import codes_per_step, plane_bits, unpacking_table
+from .code_planes import BYTE_CODES, codes_per_step, plane_bits, unpacking_table
 from .weight_codes import WeightCodes
 
 # From here on, a Slice is told as inputs what it takes.
 _SLICE_BY_INPUTS = 10
-_BYTE_BITS = 8
+_BYTE_BITS, _HALF_BITS = 8, 4
 
 # What a field of a message takes beside its content, and a constant beside its numbers: name, shape, type.
 _FIELD_BYTES, _CONSTANT_BYTES = 3, 40
@@ -93,7 +93,7 @@ class Decoding:
 
         def add(op_type: str, inputs: Sequence[ir.Value], **attributes: object) -> ir.Value:
             made = self.ctx.rewriter.make(op_type, inputs, attributes, sources=[node], name="rows")
-            self._made.append(made)
+            self._keep(made)
             return self.ctx.rewriter.insert(made, before=node).outputs[0]
 
         asked = add("Shape", [indices])
@@ -165,12 +165,22 @@ class Decoding:
         return indices if bits == _BYTE_BITS else add("Gather", [self._unpacking(bits, shift), indices])
 
     def _unpacking(self, bits: int, shift: int) -> ir.Value:
-        """Return the codes in each byte of a plane, int32; stored as bytes."""
+        """Return what each byte of a plane adds to its codes, int32 [256, codes in a byte].
+
+        The half bytes of each byte are stored, as bytes; what is in a half byte is looked up in a table of its own.
+        """
         key = bits, shift
         if key not in self._shared:
-            first = self.ctx.model.graph[0]
-            table = self._constant(unpacking_table(bits, shift), "codes_in_byte")
-            self._shared[key] = self._at_start(first)("Cast", [table], to=int(ir.DataType.INT32))
+            add = self._at_start(self.ctx.model.graph[0])
+            if bits == _HALF_BITS and not shift:
+                table = self._constant(unpacking_table(_HALF_BITS), "codes_in_byte")
+                self._shared[key] = add("Cast", [table], to=int(ir.DataType.INT32))
+                return self._shared[key]
+            in_half = unpacking_table(bits, shift)[: 2**_HALF_BITS, _HALF_BITS // bits :].astype(np.int32)
+            each = _HALF_BITS // bits
+            halves = self._constant(in_half if each > 1 else in_half.reshape(-1), "codes_in_half")
+            made = add("Gather", [halves, self._unpacking(_HALF_BITS, 0)])
+            self._shared[key] = made if each == 1 else self._reshaped(add, made, (BYTE_CODES, 2 * each))
         return self._shared[key]
 
     def _table_starts(self, codes: WeightCodes, dims: tuple[int, ...], axis: int) -> ir.Value:
@@ -246,6 +256,11 @@ class Decoding:
             self._shared[key] = self._constant(np.array(content[0] if scalar else content, np.int64), "dims")
         return self._shared[key]
 
+    def _keep(self, node: ir.Node) -> None:
+        """Count a node; what it makes is called as it is, which is short."""
+        node.outputs[0].name = node.name
+        self._made.append(node)
+
     def _constant(self, content: Array, name: str) -> ir.Value:
         value = self.ctx.rewriter.const(content, name)
         self._own[value] = content.nbytes
@@ -262,7 +277,7 @@ class Decoding:
             else:
                 rewriter.insert_after(node, self._last)
             self._last = node
-            self._made.append(node)
+            self._keep(node)
             return node.outputs[0]
 
         return add

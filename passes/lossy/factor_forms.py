@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.authoring import Context
 from graphopt.backend import Array
 
 from ..analyses.linear_layers import LinearLayer
+from ..solvers.columns import damping_for
+from ..solvers.objective import DAMPING
 from .prune_aims import Aims
 from .sequential_moments import Moments
 
@@ -109,3 +112,21 @@ def allowed_ranks(outputs: int, inputs: int, multiple: int) -> list[int]:
     step = multiple if narrow >= _NARROW * multiple else max(1, multiple // 2) if narrow >= multiple else 1
     most = (outputs * inputs - 1) // (outputs + inputs)
     return list(range(most // step * step, 0, -step))
+
+
+def steadied(moments: Array, rows: int) -> Array:
+    """Return H with as much on its diagonal as so few rows need.
+
+    A classifier behind a mean over all positions reads one row of each image: of fewer images than inputs it would seem
+    to be of exactly so low a rank.
+
+    Args:
+        moments: float32 [groups, inputs, inputs].
+        rows: How many rows they are of.
+    """
+    damping = damping_for(moments, rows)
+    if damping <= DAMPING:
+        return moments
+    found, diagonal = moments.copy(), np.arange(moments.shape[-1])
+    found[:, diagonal, diagonal] += damping * found[:, diagonal, diagonal].mean(axis=1, keepdims=True)
+    return found

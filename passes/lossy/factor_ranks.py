@@ -28,8 +28,6 @@ _USUAL_SHARE = 0.8
 _HELD = 16 << 20
 # Halvings of the interval of budgets, by which the fewest numbers are found that keep within an error.
 _HALVINGS = 20
-# Allocations after each of which forms that are no faster by the clock are left out.
-_MOST_TURNS = 10
 
 What = Literal["params", "macs", "energy", "error", "rank"]
 
@@ -70,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Ladder:
-    """What a candidate can be, the dearest first.
+    """What a candidate can be.
 
     Attributes:
         levels: The first is the candidate as it is.
@@ -79,6 +77,10 @@ class _Ladder:
 
     levels: Sequence[Level]
     weight: float
+
+    def undominated(self, what: What) -> _Ladder:
+        """Return the levels that no other one beats in both cost and error, the dearest first."""
+        return _Ladder(_undominated(self.levels, what), self.weight)
 
     @property
     def errors(self) -> Array:
@@ -102,16 +104,16 @@ def plan_levels(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx
         ctx: The model and its data.
     """
     ladders = _ladders(candidates, goal, method, ctx)
-    places, holds = _chosen(ladders, candidates, goal, ctx)
+    budget = _budget(candidates, goal, ctx)
+    levels, holds = _chosen(ladders, goal, budget)
     unpaid, clock = 0, PairClock(ctx, candidates)
-    for _ in range(_MOST_TURNS if goal.what == "macs" else 0):
-        paying = [_paying(*one, clock) for one in zip(ladders, places, candidates, strict=True)]
+    while goal.what == "macs":
+        paying = [_paying(*one, clock) for one in zip(ladders, levels, candidates, strict=True)]
         gone = sum(len(old.levels) - len(new.levels) for old, new in zip(ladders, paying, strict=True))
         if not gone:
             break
         unpaid, ladders = unpaid + gone, paying
-        places, holds = _chosen(ladders, candidates, goal, ctx)
-    levels = [ladder.levels[place] for ladder, place in zip(ladders, places, strict=True)]
+        levels, holds = _chosen(ladders, goal, budget)
     whole = sum(candidate.parameters for candidate in candidates)
     times = [clock.ratio(candidate, level) for candidate, level in zip(candidates, levels, strict=True)]
     slower = [place for place, ratio in enumerate(times) if ratio is not None and ratio > 1]
@@ -119,7 +121,7 @@ def plan_levels(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx
 
 
 def _ladders(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: Context) -> list[_Ladder]:
-    """Return the levels of each candidate worth having, and what its errors count."""
+    """Return the levels of each candidate, and what its errors count."""
     share = goal.amount if goal.what in ("params", "macs") else _USUAL_SHARE
     tried = _tried(candidates) if method == "whitened" and goal.what not in ("rank", "energy") else set()
     found, changes = [], []
@@ -127,8 +129,8 @@ def _ladders(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: C
         reads = _reads(method, ctx, stack)
         for place, candidate in enumerate(candidates):
             curve = candidate.curve(reads, ctx)
-            levels = curve.levels if goal.what == "rank" else _undominated(curve.levels, goal.what)
-            found.append(levels)
+            found.append(curve.levels)
+            levels = _undominated(curve.levels, goal.what)
             whole = _cost(curve.levels[0], goal.what)
             say_curve(ctx, candidate.nodes[0], {1 - _cost(one, goal.what) / whole: one.error for one in levels})
             level = min(levels, key=lambda one: abs(_cost(one, goal.what) - share * whole))
@@ -179,46 +181,44 @@ def _cost(level: Level, what: What) -> float:
     return level.macs if what == "macs" else float(level.parameters)
 
 
-def _paying(ladder: _Ladder, place: int, candidate: Candidate, clock: PairClock) -> _Ladder:
+def _paying(ladder: _Ladder, level: Level, candidate: Candidate, clock: PairClock) -> _Ladder:
     """Return a ladder without the level chosen, and those of its form that cost more, where that is no faster."""
-    level = ladder.levels[place]
     if level.form == "whole" or clock.pays(candidate, level):
         return ladder
     stay = [one for one in ladder.levels if one.form != level.form or one.macs < level.macs]
     return _Ladder(stay, ladder.weight)
 
 
-def _chosen(
-    ladders: Sequence[_Ladder], candidates: Sequence[Candidate], goal: Goal, ctx: Context
-) -> tuple[list[int], bool]:
+def _chosen(ladders: Sequence[_Ladder], goal: Goal, budget: float) -> tuple[list[Level], bool]:
     """Return which level of each ladder to take, and whether that is what was asked for."""
+    if goal.what == "rank":
+        return [_of_rank(ladder.levels, round(goal.amount)) for ladder in ladders], True
+    best, holds = [ladder.undominated(goal.what) for ladder in ladders], True
     match goal.what:
-        case "rank":
-            return [_of_rank(ladder.levels, round(goal.amount)) for ladder in ladders], True
         case "energy":
-            return [_last_within(ladder.levels, 1 - goal.amount) for ladder in ladders], True
+            places = [_last_within(ladder.levels, 1 - goal.amount) for ladder in best]
         case "error":
-            return _within(ladders, goal.amount * sum(ladder.weight for ladder in ladders)), True
-        case "params":
-            budget = goal.amount * sum(candidate.parameters for candidate in candidates)
-        case "macs":
-            everything = count_macs(ctx.model)
-            budget = goal.amount * everything - (everything - sum(candidate.macs for candidate in candidates))
-    found = allocate(
-        [ladder.errors for ladder in ladders], Separable([one.costs(goal.what) for one in ladders]), budget
-    )
-    return list(found.levels), found.holds
+            places = _within(best, goal.amount * sum(ladder.weight for ladder in best))
+        case _:
+            found = allocate([one.errors for one in best], Separable([one.costs(goal.what) for one in best]), budget)
+            places, holds = list(found.levels), found.holds
+    return [ladder.levels[place] for ladder, place in zip(best, places, strict=True)], holds
 
 
-def _of_rank(levels: Sequence[Level], rank: int) -> int:
-    """Return the level of two factors whose rank is nearest to one; 0 where these would save nothing."""
-    pairs = {place: level.ranks[0] for place, level in enumerate(levels) if len(level.ranks) == 1}
-    if not pairs:
-        return 0
-    per_rank = min(levels[place].parameters / pairs[place] for place in pairs)
-    if rank * per_rank >= levels[0].parameters:
-        return 0
-    return min(pairs, key=lambda place: (abs(pairs[place] - rank), pairs[place], levels[place].error))
+def _budget(candidates: Sequence[Candidate], goal: Goal, ctx: Context) -> float:
+    """Return what candidates may cost: a share of their parameters, or what others leave of the model's MACs."""
+    if goal.what != "macs":
+        return goal.amount * sum(candidate.parameters for candidate in candidates)
+    everything = count_macs(ctx.model)
+    return goal.amount * everything - (everything - sum(candidate.macs for candidate in candidates))
+
+
+def _of_rank(levels: Sequence[Level], rank: int) -> Level:
+    """Return the level of two factors whose rank is nearest to one; the first where these would save nothing."""
+    pairs = [level for level in levels if len(level.ranks) == 1 and level.ranks[0] > 0]
+    if not pairs or rank * min(level.parameters / level.ranks[0] for level in pairs) >= levels[0].parameters:
+        return levels[0]
+    return min(pairs, key=lambda level: (abs(level.ranks[0] - rank), level.ranks[0], level.error))
 
 
 def _last_within(levels: Sequence[Level], error: float) -> int:

@@ -20,7 +20,7 @@ from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import group_count, inputs_of
 from ..solvers.blas_threads import threads_for
 from .convolution_forms import Division, Piece, Shape, Solution, Way, forms_of, ways_of, ways_with_errors
-from .factor_forms import Curve, Level, Method, Reads
+from .factor_forms import Curve, Level, Method, Reads, steadied
 from .integer_weights import release, weight_tensor
 from .layer_bias import bias_for_mean, bias_of_layer
 from .prune_aims import Aims
@@ -71,7 +71,7 @@ class Convolution:
         """
         matrix, shape = finite_matrix(self.layer), Shape.of(self.layer)
         seen, bias = reads(self.layer), bias_of_layer(self.layer, ctx)
-        moments = None if seen is None else seen.second if bias is None else seen.covariance
+        moments = None if seen is None else steadied(seen.second if bias is None else seen.covariance, seen.rows)
         with threads_for(inputs_of(self.layer)):
             found = ways_with_errors(shape, self.form, matrix, moments, ctx.target.width_multiple)
         levels = [Level("whole", (), 0.0, self.parameters, self.macs)]

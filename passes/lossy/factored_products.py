@@ -18,7 +18,7 @@ from ..analyses.linear_layers import LinearLayer, as_linear_layer
 from ..analyses.second_moments import gram, inputs_of
 from ..solvers.blas_threads import threads_for
 from ..solvers.rank import Factors, Spectrum
-from .factor_forms import Curve, Level, Method, Reads, allowed_ranks
+from .factor_forms import Curve, Level, Method, Reads, allowed_ranks, steadied
 from .layer_bias import bias_for_mean, bias_of_layer
 from .prune_aims import Aim, Aims
 from .split_products import as_second, first_product, left_factor, right_factor, rows_run_down
@@ -70,7 +70,7 @@ class Product:
         alone = len(self.readers) == 1
         seen = reads(self.layer) if alone else None
         bias = bias_of_layer(self.layer, ctx)
-        moment = None if seen is None else seen.second if bias is None else seen.covariance
+        moment = None if seen is None else steadied(seen.second if bias is None else seen.covariance, seen.rows)
         with threads_for(inputs_of(self.layer)):
             spectrum = Spectrum(matrix, moment if alone else self._shared_moment(ctx))
         ranks = allowed_ranks(len(matrix), matrix.shape[1], ctx.target.width_multiple)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -13,61 +13,41 @@ from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import DataError
-from graphopt.statistics import Accumulator
 from graphopt.summary import extent, node_macs
 
 from ..analyses.finite_weights import refuse_not_finite
 from ..analyses.linear_layers import is_lookup
-from ..analyses.second_moments import gram
+from ..analyses.padding import mask_of
+from ..analyses.second_moments import ROWS_PER_SAMPLE
 from ..analyses.selection import Selection
-from ..solvers.table_rank import TableSpectrum
+from ..solvers.tall_rank import TallSpectrum
 from .factor_forms import Candidate, Curve, Level, Method, Reads, allowed_ranks
 from .integer_weights import release
 from .prune_aims import Aims
+from .sequential_moments import SequentialMoments
 from .split_products import first_product, rows_run_down
 from .weight_readers import WeightReader, all_readers
 
 _RULE = "factorize"
 
 
-@dataclass(frozen=True)
-class IdCounts:
-    """How often each row of a table is looked up.
+def counted(ids: Array, rows: int, masks: Sequence[Array] = ()) -> Array:
+    """Return how often each row of a table is looked up, int64 [rows].
 
-    Attributes:
-        rows: How many rows the table has; negative ids count from its end.
+    Args:
+        ids: Integers of any shape; negative ones count from the end of the table.
+        rows: How many rows it has.
+        masks: What the model's mask holds, where it has one: ids of positions that only fill up are left out.
+
+    Raises:
+        DataError: An id is beyond the table.
     """
-
-    rows: int
-
-    @property
-    def key(self) -> str:
-        """Name and options."""
-        return f"ids({self.rows})"
-
-    def start(self) -> Accumulator:
-        """Return what collects it."""
-        return _Counts(self.rows)
-
-    def result(self, arrays: Mapping[str, Array]) -> Array:
-        """Return the counts, int64 [rows]."""
-        if arrays["counts"].shape != (self.rows,):
-            raise ValueError(f"{arrays['counts'].shape} are no counts of {self.rows} rows")
-        return arrays["counts"]
-
-
-class _Counts:
-    def __init__(self, rows: int) -> None:
-        self._counts = np.zeros(rows, np.int64)
-
-    def update(self, values: Array, samples: int) -> None:
-        rows, ids = len(self._counts), np.asarray(values).astype(np.int64).reshape(-1)
-        if ids.size and not (-rows <= ids.min() and ids.max() < rows):
-            raise DataError(f"holds an id beyond the {rows} rows of its table", hint="check the samples")
-        self._counts += np.bincount(ids % rows, minlength=rows)
-
-    def arrays(self) -> dict[str, Array]:
-        return {"counts": self._counts}
+    if masks and masks[0].shape == ids.shape and masks[0].any():
+        ids = ids[masks[0] != 0]
+    flat = np.asarray(ids).astype(np.int64).reshape(-1)
+    if flat.size and not (-rows <= flat.min() and flat.max() < rows):
+        raise DataError(f"an id is beyond the {rows} rows of its table", hint="check the samples")
+    return np.bincount(flat % rows, minlength=rows)
 
 
 def frequencies(counts: Array) -> Array:
@@ -152,6 +132,7 @@ class Table:
     value: ir.Value
     readers: tuple[WeightReader, ...]
     method: Method
+    _known: list[TallSpectrum] = field(default_factory=list, repr=False)
 
     @property
     def nodes(self) -> Sequence[ir.Node]:
@@ -216,20 +197,26 @@ class Table:
             release(rewriter, self.value)
         return factors.error / whole if whole else 0.0
 
-    def _spectrum(self, ctx: Context) -> TableSpectrum:
-        table = self._tensor().numpy()
-        refuse_not_finite(table, f"table `{self.value.name}`")
-        if self.method == "svd" or ctx.data is None:
-            return TableSpectrum(table)
-        rows = self._frequencies(ctx)
-        return TableSpectrum(table, rows, self._columns(table, rows, ctx))
+    def _spectrum(self, ctx: Context) -> TallSpectrum:
+        # Tables are the first to be changed, so that what was found while the model was whole still holds.
+        if not self._known:
+            table = self._tensor().numpy()
+            refuse_not_finite(table, f"table `{self.value.name}`")
+            blind = self.method == "svd" or ctx.data is None
+            rows = None if blind else self._frequencies(ctx)
+            columns = None if rows is None else self._columns(table, rows, ctx)
+            self._known.append(TallSpectrum([table], None if rows is None else [rows], columns))
+        return self._known[0]
 
     def _frequencies(self, ctx: Context) -> Array:
         """Return how often each row is looked up, whichever lookup it is."""
-        statistic = IdCounts(self._dims()[0])
-        lookups = [reader.input for reader in self.readers if reader.is_lookup]
-        observed = ctx.statistics(dict.fromkeys(lookups, statistic))
-        counts: Array = np.sum([observed[value, statistic] for value in lookups], axis=0)
+        rows, mask = self._dims()[0], mask_of(ctx.model)
+        masks = [mask] if mask is not None else []
+        counts = np.zeros(rows, np.int64)
+        with ctx.walkthrough() as values:
+            for reader in self.readers:
+                for ids, *held in values.batches(reader.input, *masks) if reader.is_lookup else ():
+                    counts += counted(ids, rows, held)
         return frequencies(counts)
 
     def _columns(self, table: Array, rows: Array, ctx: Context) -> Array | None:
@@ -237,16 +224,13 @@ class Table:
 
         Both count by the share of their own power that is lost.
         """
-        layers = [reader.layer for reader in self.readers if not reader.is_lookup]
-        moments = list(gram(ctx, layers).values())
-        if not moments:
-            return None
-        read = np.sum([one[0].astype(np.float64) for one in moments], axis=0)
-        plain, product = TableSpectrum(table, rows), TableSpectrum(table, rows, read)
-        powers = [float(one.errors[0]) for one in (plain, product)]
-        if not all(powers):
-            return None
-        return np.asarray(np.eye(len(read)) / powers[0] + read / powers[1])
+        read = np.zeros((table.shape[1], table.shape[1]))
+        with SequentialMoments(ctx, compare=False, limit=ROWS_PER_SAMPLE) as moments:
+            for reader in self.readers:
+                seen = None if reader.is_lookup else moments.of(reader.layer, reader.input.name or "")
+                read += 0 if seen is None else seen.second[0]
+        powers = [float(TallSpectrum([table], [rows], one).errors[0]) for one in (None, read)]
+        return np.asarray(np.eye(len(read)) / powers[0] + read / powers[1]) if all(powers) else None
 
     def _macs(self, rank: int) -> float:
         """Return the multiplications of all readers at a rank."""

@@ -136,28 +136,31 @@ class Factorize(Pass):
             ctx.left(f"{plan.unpaid} forms and ranks given up: by the clock they are no faster", unpaid=plan.unpaid)
         if not plan.holds:
             ctx.note(f"`{asked}` cannot be had: this is the least there is")
-        if plan.slower:
-            first = walk.label(candidates[plan.slower[0]].nodes[0])
-            ctx.note(
-                f"{len(plan.slower)} of them are slower by the clock than they were (`{first}`): what is saved is "
-                "weights; `macs` takes only what is faster",
-                slower=len(plan.slower),
-            )
         if not lost:
             ctx.note(f"`{asked}` takes no layer to a rank at which it is smaller: the model is unchanged")
             return
-        parameters, macs = count_parameters(ctx.model), count_macs(ctx.model)
-        unit = "weights" if self.residual == "none" else "bytes"
+        text = f"{len(lost)} of {len(candidates)} layers, or stacks of layers, factored: {plan.left:.1%} of "
+        if self.residual == "none":
+            parameters, macs = count_parameters(ctx.model), count_macs(ctx.model)
+            text += f"their weights left, of the model {parameters / before[0]:.1%} of the parameters and "
+            text += f"{macs / max(before[1], 1):.1%} of the multiplications"
+        else:
+            text += "the bytes of their weights left"
         ctx.note(
-            f"{len(lost)} of {len(candidates)} layers factored, or stacks of layers: {plan.left:.1%} of their {unit} "
-            f"left; of the model {parameters / before[0]:.1%} of the parameters and {macs / max(before[1], 1):.1%} of "
-            f"the multiplications; predicted noise of their outputs {sum(lost) / len(lost):.2%} in the mean",
+            f"{text}; predicted noise of their outputs {sum(lost) / len(lost):.2%} in the mean",
             factored=len(lost),
             candidates=len(candidates),
             left=plan.left,
             levels=[[level.form, *level.ranks] for level in plan.levels],
             predicted_errors=lost,
         )
+        if plan.slower:
+            first = walk.label(candidates[plan.slower[0]].nodes[0])
+            ctx.note(
+                f"slower by the clock than before: {len(plan.slower)} (`{first}`); what is saved there is weights, "
+                "`macs` takes only what is faster",
+                slower=len(plan.slower),
+            )
 
 
 def _apply(candidates: Sequence[Candidate], levels: Sequence[Level], method: Method, ctx: Context) -> list[float]:
@@ -166,6 +169,10 @@ def _apply(candidates: Sequence[Candidate], levels: Sequence[Level], method: Met
     with ExitStack() as stack:
         aims = stack.enter_context(Aims(ctx)) if method == "whitened" else None
         for candidate, level in zip(candidates, levels, strict=True):
-            if level.form != "whole":
-                lost.append(candidate.apply(level, aims, ctx))
+            if level.form == "whole":
+                continue
+            node = candidate.nodes[0]
+            lost.append(candidate.apply(level, aims, ctx))
+            if ctx.predicts:
+                ctx.note("forecast", node, predicted_error=min(lost[-1], 1.0))
     return lost

@@ -17,6 +17,7 @@ from graphopt.walkthrough import Closing
 from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, output_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer, linear_layers
+from ..analyses.padding import mask_of, only, real_rows
 from ..analyses.second_moments import group_count, inputs_of
 from ..solvers.objective import by_group
 from .layer_bias import LayerBias, bias_content, product_scale
@@ -128,6 +129,7 @@ class LayerTargets(Closing):
         copy = ctx.model.clone()
         # Weights of the copy stay what they were, whatever becomes of the model's.
         self._were = {now.node: was for now, was in zip(linear_layers(ctx.model), linear_layers(copy), strict=True)}
+        self._mask = mask_of(ctx.model)
         self._cuts: Mapping[tuple[str, int], Array] = {}
         self._values = {value.name or "": value for value in copy.graph.inputs}
         self._values.update({value.name or "": value for node in copy.graph for value in node.outputs})
@@ -147,13 +149,13 @@ class LayerTargets(Closing):
             layer: A layer that is seen, as the model now has it.
             residual: The sum to restore, or None to restore the layer's own output.
         """
-        halves, was = (_Sums(), _Sums()), self._were.get(layer.node, layer)
+        halves, was = [_Sums(), _Sums()], self._were.get(layer.node, layer)
         if group_count(was) != group_count(layer):
             return None
         if residual is not None:
             for turn, (rows, targets) in enumerate(self._of_sum(layer, residual)):
                 halves[turn % 2].update(rows, targets)
-            return _whole(halves, [half.target(with_bias=True) for half in halves if half.is_known])
+            return _settled(halves, with_bias=True)
         weight = self._taken(was.matrix().astype(np.float64), was.node.outputs[0], _channel_axis(was), 0)
         groups, inputs = group_count(was), inputs_of(was)
         by_group = weight.reshape(groups, -1, inputs)
@@ -163,23 +165,29 @@ class LayerTargets(Closing):
         for turn, (rows, were) in enumerate(self._of_inputs(layer, was)):
             halves[turn % 2].update(rows, were @ single.transpose(0, 2, 1) if of_outputs else were)
         through = None if of_outputs else by_group
-        return _whole(halves, [half.target(with_bias=False, through=through) for half in halves if half.is_known])
+        return _settled(halves, with_bias=False, through=through)
 
     def _of_sum(self, layer: LinearLayer, residual: Residual) -> Iterator[tuple[Array, Array]]:
         limit = self._limit(layer)
         sums = self._before.batches(self._values[residual.total.name or ""])
-        for (x, other), (total,) in zip(self._now.batches(layer.input, residual.other), sums, strict=True):
-            rows = layer_rows(layer, x, limit=limit)
+        for (x, other, *mask), (total,) in zip(self._batches(layer.input, residual.other), sums, strict=True):
+            real = real_rows(layer, x, mask)
+            rows = layer_rows(layer, only(real, x), limit=limit)
             axis = _channel_axis(layer)
             wanted = self._taken(total, residual.total, axis, axis)
-            targets = output_rows(layer, np.subtract(wanted, other), limit=limit)
+            targets = output_rows(layer, only(real, np.subtract(wanted, other)), limit=limit)
             yield rows, targets.reshape(len(targets), len(rows), -1).transpose(1, 0, 2)
 
     def _of_inputs(self, layer: LinearLayer, was: LinearLayer) -> Iterator[tuple[Array, Array]]:
         limit = self._limit(layer)
         were = self._before.batches(was.input)
-        for (x,), (old,) in zip(self._now.batches(layer.input), were, strict=True):
-            yield layer_rows(layer, x, limit=limit), layer_rows(was, old, limit=limit)
+        for (x, *mask), (old,) in zip(self._batches(layer.input), were, strict=True):
+            real = real_rows(layer, x, mask)
+            yield layer_rows(layer, only(real, x), limit=limit), layer_rows(was, only(real, old), limit=limit)
+
+    def _batches(self, *values: ir.Value) -> Iterator[tuple[Array, ...]]:
+        """Yield what values hold by now, and last what the model's mask holds, where it has one."""
+        return self._now.batches(*values, *([self._mask] if self._mask is not None else []))
 
     def narrow(self, kept: Mapping[tuple[str, int], Array]) -> None:
         """Take note that channels are gone from the model by now, so that layers are to give only what is left.
@@ -270,11 +278,24 @@ class _Sums:
         )
 
 
-def _whole(sums: Sequence[_Sums], halves: Sequence[Target]) -> Target | None:
-    """Return the problem of all rows from those of halves; None where one holds what is not finite."""
-    counts = np.array([one.count for one in sums if one.count])
-    if not halves or len(halves) < len(counts):
-        return None
+def _settled(sums: list[_Sums], *, with_bias: bool, through: Array | None = None) -> Target | None:
+    """Return the problem of all rows; None where one holds what is not finite. Of the sums, which are large, none stay.
+
+    Args:
+        sums: Those of halves of the batches; empty afterwards.
+        with_bias: Whether the layer's bias is part of what it is to give.
+        through: As `_Sums.target` takes it.
+    """
+    counts, halves = np.array([one.count for one in sums if one.count]), []
+    while sums:
+        half = sums.pop(0)
+        if half.is_known:
+            halves.append(half.target(with_bias=with_bias, through=through))
+    return _whole(counts, halves) if halves and len(halves) == len(counts) else None
+
+
+def _whole(counts: Array, halves: Sequence[Target]) -> Target:
+    """Return the problem of all rows from those of halves of so many rows."""
     if len(halves) == 1:
         return halves[0]
     pairs = list(zip(counts / counts.sum(), halves, strict=True))

@@ -3,8 +3,8 @@
 From what changes the shape of a model most to what only changes how numbers are stored: channels, heads and layers are
 removed first, as the ranks of a layer are those of its final width; a layer becomes a pair before its weights become
 zeros, since the product of two sparse factors is not sparse; zeros come before clusters, which keep them; and codes
-come last, as nothing here solves for codes. Tied weights may be factored and factors tied. `share`, which is exact, may
-come anywhere; last, it also finds what the others have made equal.
+come last, as nothing here solves for codes. Tied weights may be factored and factors tied. `share`, which changes no
+number, may come anywhere: behind the others it also finds what they have made equal.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt import latency, walk
 from graphopt.authoring import Context
-from graphopt.backend import Array
+from graphopt.backend import Array, is_timed
 from graphopt.data import open_data
 from graphopt.errors import BackendError, DataError
 from graphopt.fragment import constant_content, fragment, values_read
@@ -19,7 +19,6 @@ from graphopt.walkthrough import Walkthrough
 
 from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import inputs_of
-from .channel_latency import UNTIMED
 from .factor_forms import Candidate, Level
 from .factored_convolutions import Convolution
 from .factored_products import Product
@@ -51,7 +50,7 @@ class PairClock:
         self._ctx = ctx
         self._known: dict[Hashable, float | None] = {}
         nodes = [node for candidate in candidates for node in candidate.nodes]
-        self._inputs = {} if ctx.backend.name in UNTIMED else _observed(_read_by(nodes), ctx)
+        self._inputs = _observed(_read_by(nodes), ctx) if is_timed(ctx.backend) else {}
 
     def pays(self, candidate: Candidate, level: Level) -> bool:
         """Return whether a candidate is faster so; what cannot be timed is taken to be."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,7 +73,9 @@ class Aims(Closing):
         target = self._targets.of(layer, self._residual(layer, bias))
         if target is None:
             return None
-        return Aim(*_steadied(layer.matrix(), target, centred=bias is not None), bias, target)
+        centred = bias is not None
+        target = replace(target, halves=tuple(_alone(half, centred=centred) for half in target.halves))
+        return Aim(*_steadied(layer.matrix(), target, centred=centred), bias, replace(target, halves=()))
 
     def narrow(self, kept: Mapping[tuple[str, int], Array]) -> None:
         """Take note that channels are gone by now; see `LayerTargets.narrow`."""
@@ -90,6 +92,12 @@ class Aims(Closing):
     def close(self) -> None:
         """Let go of everything kept."""
         self._targets.close()
+
+
+def _alone(half: Target, *, centred: bool) -> Target:
+    """Return a problem with its moments around the means alone, or around zero alone: half the memory."""
+    moment, cross = half.around(centred=centred)
+    return replace(half, second=moment, covariance=moment, cross=cross, cross_covariance=cross)
 
 
 def _steadied(matrix: Array, target: Target, *, centred: bool) -> tuple[Array, Array]:

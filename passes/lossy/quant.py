@@ -24,7 +24,7 @@ from ..analyses.quantized import first_quantized, refuse_quantized
 from ..analyses.selection import Selection, select
 from ..exact.opset import Opset
 from ..solvers import grid
-from .coded_floats import CodedLayers, coded_as_floats
+from .coded_floats import CodedLayers, coded_as_floats, decoding_nodes
 from .integer_weights import PER_CHANNEL_OPSET, WeightStore, weight_tensor
 from .layer_rounding import rounding_of
 from .quant_blocks import quantize_blocks
@@ -102,30 +102,29 @@ class Quant(Pass):
                 that were asked for; says which it has.
         """
         selection = select(model, self.include, self.exclude, where=f"pass `{self.name}`")
-        with coded_as_floats(model, ctx) as coded:
-            _refuse_quantized(model, ctx, coded)
-            if self.mode != "weights":  # which stores float16 as it does float32
-                _refuse_other_floats(model)
-            self.lower(model, ctx, selection, coded)
+        _refuse_quantized(model, ctx)
+        if self.mode != "weights":  # which stores float16 as it does float32
+            _refuse_other_floats(model)
+        self.lower(model, ctx, selection)
 
-    def lower(self, model: ir.Model, ctx: Context, selection: Selection, coded: CodedLayers | None = None) -> None:
+    def lower(self, model: ir.Model, ctx: Context, selection: Selection) -> None:
         """Quantize what is selected of a float model.
-
-        Args:
-            model: The model.
-            ctx: Target, data and rewriter.
-            selection: What may be quantized.
-            coded: Weights that are constants only for now, and are made of codes.
 
         Raises:
             PassError: As for `run`.
             UsageError: As for `run`.
         """
+        with coded_as_floats(model, ctx, may_compute=self.mode in ("auto", "static")) as coded:
+            mode = self._lower(model, ctx, selection, coded)
+            coded.note(mode)
+
+    def _lower(self, model: ir.Model, ctx: Context, selection: Selection, coded: CodedLayers) -> Mode:
+        """Quantize, and return in which mode."""
         group = parse_group(self.group)
         mode = self._choose(model, ctx) if self.mode == "auto" else self.mode
         of_static = {"activations": self.activations, "symmetric": self.symmetric, "ranges": self.ranges}
         refuse_words_of_other_modes(mode, of_static)
-        if coded is not None and mode != "static":
+        if mode != "static":
             coded.restore()
         with forecasting(ctx, model, [layer for layer in linear_layers(model) if selection.allows(layer.node)]):
             match mode:
@@ -136,8 +135,7 @@ class Quant(Pass):
                 case "weights":
                     self._run_weights(model, ctx, selection, group)
         _note_recurrent(model, ctx, selection)
-        if coded is not None:
-            coded.note(mode)
+        return mode
 
     def _choose(self, model: ir.Model, ctx: Context) -> Mode:
         """Choose a mode from the data, the target and where the work is, and say why."""
@@ -167,7 +165,7 @@ class Quant(Pass):
         return mode
 
     def _run_static(
-        self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None, coded: CodedLayers | None
+        self, model: ir.Model, ctx: Context, selection: Selection, group: Group | None, coded: CodedLayers
     ) -> None:
         rounding = rounding_of(self.solver)
         scheme, group = static_scheme(ctx.target, self.activations, self.weights, self.symmetric, group)
@@ -232,12 +230,13 @@ def _refuse_rounding_of_floats(scheme: IntegerScheme, solver: str) -> None:
         )
 
 
-def _refuse_quantized(model: ir.Model, ctx: Context, coded: CodedLayers) -> None:
+def _refuse_quantized(model: ir.Model, ctx: Context) -> None:
     """Raise an error where no layer is left in float; of a model quantized in part, say that the rest is kept."""
-    node = first_quantized(model, coded.nodes())
+    decoding = decoding_nodes(model)
+    node = first_quantized(model, decoding)
     if node is None:
         return
-    if not linear_layers(model):
+    if not linear_layers(model) and not decoding:
         refuse_quantized(model, "quant")
     ctx.note(f"kept what is quantized already (`{walk.label(node)}` is {node.op_type}, the first of it)")
 

@@ -80,6 +80,7 @@ def lower_to_runtime(matrix: StoredMatrix, found: GridWeight, plan: WeightPlan, 
         else:
             _multiply(reader, stored, plan, ctx)
     release(rewriter, matrix.weight)
+    release(rewriter, stored.scales)  # where every reader multiplies them by a factor of its own
 
 
 def _only_looked_up(matrix: StoredMatrix, found: GridWeight) -> bool:

@@ -16,6 +16,7 @@ from graphopt.walkthrough import Closing
 from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer
+from ..analyses.padding import mask_of, only, real_rows
 from ..analyses.second_moments import reading
 
 
@@ -63,6 +64,7 @@ class SequentialMoments(Closing):
                 self._values = {value.name or "": value for value in copy.graph.inputs}
                 self._values.update({value.name or "": value for node in copy.graph for value in node.outputs})
             self._stack = stack.pop_all()
+        self._mask = mask_of(ctx.model)
         self._known: tuple[tuple[str, str], Moments] | None = None
 
     def of(self, layer: LinearLayer, name: str) -> Moments | None:
@@ -87,13 +89,16 @@ class SequentialMoments(Closing):
         before = self._values.get(name) if self._before is not None else None
         found, cross = Covariance(), None
         references = self._before.batches(before) if self._before is not None and before is not None else None
-        for (x,) in self._now.batches(layer.input):
-            rows = layer_rows(layer, x, limit=self._limit)
+        masks = [self._mask] if self._mask is not None else []
+        for x, *mask in self._now.batches(layer.input, *masks):
+            real = real_rows(layer, x, mask)
+            rows = layer_rows(layer, only(real, x), limit=self._limit)
             found.update(rows)
             if references is not None:
                 (reference,) = next(references)
                 with np.errstate(all="ignore"):  # what overflows is left out below
-                    product = layer_rows(layer, reference, limit=self._limit).transpose(0, 2, 1) @ rows
+                    before_rows = layer_rows(layer, only(real, reference), limit=self._limit)
+                    product = before_rows.transpose(0, 2, 1) @ rows
                 cross = product if cross is None else np.add(cross, product, out=cross)
         if not found.is_known:
             return None

@@ -11,12 +11,12 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 
 from ..analyses.finite_weights import finite_matrix
-from ..analyses.linear_layers import LinearLayer
+from ..analyses.linear_layers import LinearLayer, as_linear_layer
 from ..analyses.second_moments import inputs_of
 from ..solvers.blas_threads import threads_for
 from ..solvers.objective import output_error
 from ..solvers.stacked_rank import Part, joint_factors, stack_levels
-from .factor_forms import Candidate, Curve, Level, Reads, allowed_ranks
+from .factor_forms import Candidate, Curve, Level, Reads, allowed_ranks, steadied
 from .factored_products import Product
 from .layer_bias import bias_for_mean, bias_of_layer
 from .layer_targets import residual_of
@@ -101,7 +101,7 @@ class Stack:
         seen = reads(layers[0])
         biases = [bias_of_layer(layer, ctx) for layer in layers]
         # Around the mean where every one of them has a bias to take it.
-        moment = None if seen is None else (seen.second if None in biases else seen.covariance)[0]
+        moment = None if seen is None else steadied(seen.second if None in biases else seen.covariance, seen.rows)[0]
         scales = _shares(matrices, [moment] * len(layers))
         multiple = ctx.target.width_multiple
         found = stack_levels(matrices, moment, scales, lambda rows, columns: allowed_ranks(rows, columns, multiple))
@@ -147,7 +147,10 @@ class Stack:
         return lost
 
     def _factor(self, part: Part, rank: int, aims: Aims | None, ctx: Context) -> float:
-        layers = [self.products[one].layer for one in part.members]
+        chosen = [self.products[one].layer for one in part.members]
+        layers = [
+            as_linear_layer(layer.node) or layer for layer in chosen
+        ]  # what they read may be another value by now
         # Before the first of them is changed, as all read the same.
         found = [aims.of(layer) if aims is not None else None for layer in layers]
         seen = [aim for aim in found if aim is not None]

@@ -150,7 +150,7 @@ class StaticWeights:
     def __init__(self, ctx: Context, plan: StaticPlan, rounder: Rounder, coded: CodedLayers) -> None:
         self.ctx, self.plan, self.scheme, self.rounder, self.coded = ctx, plan, plan.scheme, rounder, coded
         self.raised = 0
-        self._decoded: dict[ir.Value, tuple[ir.Value, Grid]] = {}
+        self._decoded: dict[ir.Value, tuple[LinearLayer, GridWeight]] = {}
         self._stored: dict[tuple[ir.Value, int, int, Grid], _Stored] = {}
 
     def lower(
@@ -200,10 +200,10 @@ class StaticWeights:
 
     def decode(self) -> None:
         """Make weights of their codes in the model, where these were there before, in place of storing them."""
-        for stored, (weight, own) in self._decoded.items():
+        for stored, (layer, found) in self._decoded.items():
             readers = [use.node for use in stored.uses()]
             with self.ctx.rewriter.edit(_RULE, *readers):
-                self.ctx.rewriter.replace(stored, self.coded.integers(weight, own))
+                self.ctx.rewriter.replace(stored, self.coded.integers(layer, found))
                 release(self.ctx.rewriter, stored)
 
     def _bias_of(self, layer: LinearLayer, beta: float) -> Array | None:
@@ -229,7 +229,7 @@ class StaticWeights:
             self.raised += answer.weight.raised
             stored, bias = self._store_codes(layer, answer.weight, more_channels), answer.bias
             if task.given is not None:
-                self._decoded[stored.codes] = layer.weight, task.grid
+                self._decoded[stored.codes] = layer, task.given
             if self.ctx.forecast is not None:
                 self.ctx.forecast.weight(layer.node, answer.weight.values() / np.float32(task.factor))
         if task.factor == 1.0:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
@@ -14,14 +15,16 @@ from graphopt.errors import UsageError
 from graphopt.options import check, opt
 
 from ..analyses.forecast import forecasting
-from ..analyses.linear_layers import LinearLayer, as_linear_layer, linear_layers
+from ..analyses.linear_layers import LinearLayer, linear_layers
 from ..analyses.quantized import refuse_quantized
-from ..analyses.selection import select
+from ..analyses.second_moments import inputs_of
+from ..analyses.selection import Selection, select
+from ..solvers.blas_threads import threads_for
 from .integer_weights import release
-from .layer_bias import bias_of_layer
-from .layer_targets import LayerTargets
 from .order import BEFORE_ZEROS
+from .prune_aims import Aims
 from .similar_layers import Group, Similarity, alike
+from .solved_layers import why_fixed
 
 _NAME = "tie-layers"
 _USUAL_PARAMS = 0.9
@@ -86,8 +89,10 @@ class TieLayers(Pass):
             ctx.note("no two layers are alike enough to share a weight: the model is unchanged")
             return
         with forecasting(ctx, model, [layer for group in groups for layer in group.layers]):
-            tie(groups, ctx)
+            solved = tie(groups, selection, ctx)
         _summarise(groups, len(similarity.layers), total, share, ctx)
+        if solved:
+            ctx.note(f"{solved} other layers solved anew for what they gave", solved=solved)
 
 
 def _summarise(groups: Sequence[Group], alike_layers: int, total: int, share: float | None, ctx: Context) -> None:
@@ -95,31 +100,62 @@ def _summarise(groups: Sequence[Group], alike_layers: int, total: int, share: fl
     left = 1 - sum((len(group.layers) - 1) * group.weight.size for group in groups) / total
     losses = [(loss, layer) for group in groups for loss, layer in zip(group.errors, group.layers, strict=True)]
     most, worst = max(losses, key=lambda pair: pair[0])
+    mean = sum(loss for loss, _ in losses) / len(losses)
     if share is not None and left > share:
         ctx.note(f"all layers that have a like are tied: {share:.0%} of the weights cannot be reached", reached=False)
     ctx.note(
         f"{len(losses)} of {alike_layers} layers that have a like share {len(groups)} weights: {left:.1%} of the "
-        f"weights of linear layers left; of their outputs' power {sum(loss for loss, _ in losses) / len(losses):.1%} is lost, "
-        f"at most {most:.1%} (`{walk.label(worst.node)}`); the file is smaller, a run computes as much as before",
+        f"weights of linear layers left; of their outputs' power {mean:.1%} is lost, at most {most:.1%} "
+        f"(`{walk.label(worst.node)}`); the file is smaller, a run computes as much as before",
         groups=[[walk.label(layer.node) for layer in group.layers] for group in groups],
         predicted_errors=[list(group.errors) for group in groups],
         left=left,
     )
 
 
-def tie(groups: Sequence[Group], ctx: Context) -> None:
-    """Let the layers of each group read its weight; with data, biases then take what the means of outputs lost."""
-    order = {node: place for place, node in enumerate(ctx.model.graph)}
+def tie(groups: Sequence[Group], selection: Selection, ctx: Context) -> int:
+    """Let the layers of each group read its weight, and with data the others make up for it.
+
+    From the first tied layer on, each layer is solved anew for what it gave, on what it reads by then. Of one whose
+    weight is tied, or must stay for another reason, the bias takes what the mean of its outputs lost.
+
+    Args:
+        groups: The groups.
+        selection: Which layers may change.
+        ctx: Where edits are made.
+
+    Returns:
+        How many layers were solved anew.
+    """
     with ExitStack() as stack:
         # What layers are to give is what they give now.
-        targets = stack.enter_context(LayerTargets(ctx)) if ctx.data is not None else None
+        aims = stack.enter_context(Aims(ctx)) if ctx.data is not None else None
         for group in groups:
             _share(group, ctx)
-        if targets is None:
-            return
-        tied = [layer.node for group in groups for layer in group.layers]
-        for node in sorted(tied, key=lambda node: order[node]):
-            _keep_mean(node, targets, ctx)
+        if aims is None:
+            return 0
+        every = linear_layers(ctx.model)
+        tied = {layer.node for group in groups for layer in group.layers}
+        order = {node: place for place, node in enumerate(ctx.model.graph)}
+        first = min(order[node] for node in tied)
+        behind = [layer for layer in every if order.get(layer.node, -1) >= first and selection.allows(layer.node)]
+        return sum(_make_up(layer, every, aims, ctx) for layer in behind)
+
+
+def _make_up(layer: LinearLayer, every: Sequence[LinearLayer], aims: Aims, ctx: Context) -> bool:
+    """Solve a layer anew, or its bias alone, and return whether its weight is another one."""
+    with threads_for(inputs_of(layer)):
+        aim = aims.of(layer)
+    if aim is None:
+        return False
+    free = why_fixed(layer, every) is None and bool(np.isfinite(layer.from_matrix(aim.weight).astype(np.float32)).all())
+    weight = aim.weight if free else layer.matrix()
+    with ctx.rewriter.edit(_NAME, layer.node):
+        if free:
+            ctx.rewriter.set_weight(layer.weight, layer.from_matrix(weight))
+        if aim.bias is not None:
+            aim.bias.shift(aim.shift(weight), ctx)
+    return free
 
 
 def _share(group: Group, ctx: Context) -> None:
@@ -133,16 +169,6 @@ def _share(group: Group, ctx: Context) -> None:
     if ctx.forecast is not None:
         for layer in group.layers:
             ctx.forecast.weight(layer.node, group.weight)
-
-
-def _keep_mean(node: ir.Node, targets: LayerTargets, ctx: Context) -> None:
-    """Let the bias of a layer give its outputs the means they had, on what the layer reads by now."""
-    layer = as_linear_layer(node)
-    assert layer is not None, "it has a constant weight, as before"
-    bias = bias_of_layer(layer, ctx)
-    target = targets.of(layer) if bias is not None and targets.sees(layer) else None
-    if bias is not None and target is not None:
-        bias.shift(target.shift(layer.matrix(), bias), ctx)
 
 
 def _parameters(layers: Sequence[LinearLayer]) -> int:

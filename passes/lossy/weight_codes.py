@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from graphopt.backend import Array
 from ..analyses.linear_layers import LinearLayer
 from ..solvers.clustered_weight import ClusteredWeight
 from ..solvers.codebook import Codebook, CodebookWeight
-from .code_planes import bits_for, stored_bytes
+from .code_planes import bits_for, packed_planes, stored_bytes, unpacked_planes
 
 _FLOAT_BYTES, _HALF_BYTES = 4, 2
 # Places of single weights are told by how far each is behind the one before, in one byte.
@@ -128,6 +128,31 @@ class WeightCodes:
             "scales": 0 if self.scales is None else self.scales.size * scale_bytes,
             "outliers": steps * (1 + _FLOAT_BYTES),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class PackedCodes:
+    """A weight as codes that take no more memory than in the file, for as long as others are solved for.
+
+    Attributes:
+        planes: Codes as `packed_planes` puts them, a row each output.
+        columns: Codes of an output.
+        rest: All but the codes.
+    """
+
+    planes: tuple[Array, ...]
+    columns: int
+    rest: WeightCodes
+
+    @classmethod
+    def of(cls, codes: WeightCodes) -> PackedCodes:
+        """Pack the codes of a weight."""
+        rest = replace(codes, codes=codes.codes[:, :0].copy())
+        return cls(tuple(packed_planes(codes.codes, codes.bits)), codes.codes.shape[1], rest)
+
+    def unpacked(self) -> WeightCodes:
+        """Return the weight with its codes."""
+        return replace(self.rest, codes=unpacked_planes(self.planes, self.rest.bits, self.columns))
 
 
 def of_codebook(found: CodebookWeight) -> WeightCodes:

@@ -15,8 +15,11 @@ from .kmeans_vectors import kmeans_vectors, nearest_vectors
 
 # Rounds of tables and scales, each lowering the error; some three settle most of it.
 _ROUNDS = 12
-# Up to so many entries the best tables are looked for once more when scales are settled; more are about as good.
+# Up to so many entries several starts are tried, and the best tables looked for once more when scales are settled; more
+# are about as good.
 _FEW_ENTRIES = 32
+# Of more weights than this, the table is found for as many; then scales and codes of all are, in so many rounds.
+_MANY, _ROUNDS_OF_ALL = 1 << 20, 3
 # A round that lowers the error by less than this share of it is the last.
 _SETTLED = 1e-4
 # Numbers compared at once where every output has a table of its own.
@@ -72,12 +75,39 @@ def fitted(matrix: Array, costs: Array, clustering: Clustering) -> Fit:
     """
     zeros = _held_zeros(matrix, clustering)
     rows, block = clustering.rows_of(len(matrix)), clustering.block_of(matrix.shape[1])
+    if not matrix.size:
+        shape = max(-(-len(matrix) // rows), 1), clustering.entries, clustering.vector
+        scales = np.ones((len(matrix), 1), np.float32) if block else None
+        return Fit(np.zeros(shape, np.float32), np.zeros(matrix.shape, np.uint8), scales, block, rows, None)
     if not block:
         return _with_tables(matrix, costs, None, 0, rows, zeros, clustering)
-    starts = [_root_mean_squares(matrix, costs, block), _largest(matrix, block)]
+    if matrix.size > _MANY and rows == len(matrix):
+        return _fitted_to_some(matrix, costs, block, zeros, clustering)
+    starts = [_root_mean_squares(matrix, costs, block)]
+    if clustering.entries <= _FEW_ENTRIES:
+        starts.append(_largest(matrix, block))
     tried = [_with_tables(matrix, costs, rounded(one), block, rows, zeros, clustering) for one in starts]
     best = min(tried, key=lambda one: _error(matrix, costs, one))
     return _alternated(matrix, costs, best, clustering)
+
+
+def _fitted_to_some(matrix: Array, costs: Array, block: int, zeros: Array | None, clustering: Clustering) -> Fit:
+    """Return a fit whose table is found for some of the outputs, evenly spaced, and the scales and codes of all."""
+    step = -(-matrix.size // _MANY)
+    own = costs if len(costs) == 1 else costs[::step]
+    some = fitted(matrix[::step], own, replace(clustering, rows=0, zeros=zeros is not None))
+    assert some.scales is not None, "there are scales"
+    starts = [_root_mean_squares(matrix, costs, block), _largest(matrix, block)]
+    # What the scales of some are most nearly a multiple of, those of all begin with.
+    ratios = [np.log(some.scales / one[::step]) for one in starts]
+    nearest = int(np.argmin([ratio.std() for ratio in ratios]))
+    scales = rounded(starts[nearest] * np.exp(np.median(ratios[nearest])).astype(np.float32))
+    zeros = None if some.zeros is None else zeros
+    fit = Fit(some.tables, np.zeros((len(matrix), 0), np.uint8), scales, block, len(matrix), zeros)
+    for _ in range(_ROUNDS_OF_ALL):
+        fit = _recoded(matrix, costs, fit)
+        fit = replace(fit, scales=rounded(_fitted_scales(matrix, costs, fit)))
+    return _recoded(matrix, costs, fit)
 
 
 def rounded(scales: Array) -> Array:
@@ -90,7 +120,7 @@ def _held_zeros(matrix: Array, clustering: Clustering) -> Array | None:
     """Return which codes stay zero, or None where zeros are not held."""
     if clustering.zeros is False:
         return None
-    zeros = (matrix == 0).reshape(len(matrix), -1, clustering.vector).all(axis=2)
+    zeros = (matrix == 0).reshape(len(matrix), matrix.shape[1] // clustering.vector, clustering.vector).all(axis=2)
     share = float(zeros.mean()) if zeros.size else 0.0
     many = share >= max(_MANY_ZEROS, 1 / clustering.entries)
     return zeros if many or (clustering.zeros and share > 0) else None

@@ -95,9 +95,10 @@ class ClusteredWeight:
 
 def looked_up(tables: Array, codes: Array, rows: int) -> Array:
     """Return the entries of codes [outputs, codes] as float32 [outputs, codes × vector]."""
+    shape = len(codes), codes.shape[1] * tables.shape[2]
     if len(tables) == 1:
-        return np.asarray(tables[0][codes].reshape(len(codes), -1))
-    return np.asarray(tables.reshape(-1, tables.shape[2])[places(codes, rows, tables.shape[1])].reshape(len(codes), -1))
+        return np.asarray(tables[0][codes].reshape(shape))
+    return np.asarray(tables.reshape(-1, tables.shape[2])[places(codes, rows, tables.shape[1])].reshape(shape))
 
 
 def places(codes: Array, rows: int, entries: int) -> Array:

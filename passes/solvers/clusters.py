@@ -20,8 +20,6 @@ __all__ = ["ClusteredWeight", "Clustering", "clustered"]
 _ROUNDS = 6
 # A round that lowers the error by less than this share of it is the last.
 _SETTLED = 2e-3
-# Squares of float32 that are neither lost nor infinite: weights are brought to about 1 for the time of the solution.
-_SMALLEST_POWER = 1e-60
 
 
 def clustered(weight: Array, clustering: Clustering, second_moment: Array | None = None) -> ClusteredWeight:
@@ -82,22 +80,31 @@ def _costs(filled: Array, inputs: int, moments: Array | None) -> Array:
 def _with_outliers(filled: Array, costs: Array, inputs: int, clustering: Clustering) -> tuple[Fit, Array | None]:
     """Return the k-means of what is not kept apart, and what is, bool [outputs, inputs]; None for nothing.
 
-    Kept apart is what costs most in the k-means of all.
+    Kept apart is what costs most in the k-means of all, or what would cost most as 0, whichever leaves less error.
     """
     fit = fitted(filled, costs, clustering)
     count = round(clustering.outliers * len(filled) * inputs)
     if not count:
         return fit, None
-    lost = np.broadcast_to(costs, filled.shape) * np.square(filled - fit.values())
-    lost[:, inputs:] = -1
-    chosen = np.argpartition(-lost.reshape(-1), min(count, lost.size) - 1)[:count]
-    free = np.zeros(filled.size, bool)
-    free[chosen] = lost.reshape(-1)[chosen] > 0
-    free = free.reshape(filled.shape)
-    if not free.any():
-        return fit, None
-    rest = np.where(free, np.float32(0), np.broadcast_to(costs, filled.shape))
-    return fitted(np.where(free, np.float32(0), filled), rest, replace(clustering, zeros=fit.zeros is not None)), free
+    rest = replace(clustering, zeros=fit.zeros is not None)
+    found: list[tuple[float, Fit, Array]] = []
+    for difference in (filled - fit.values(), filled / fit.spread_scales(filled.shape[1])):
+        free = _costliest(costs * difference * difference, count, inputs)
+        if free.any():
+            own = np.where(free, np.float32(0), costs)
+            left = fitted(np.where(free, np.float32(0), filled), own, rest)
+            lost = float(np.sum(own * np.square(filled - left.values()), dtype=np.float64))
+            found.append((lost, left, free))
+    return min(found, key=lambda one: one[0])[1:] if found else (fit, None)
+
+
+def _costliest(lost: Array, count: int, inputs: int) -> Array:
+    """Return where so many of the largest numbers above 0 are, in columns that are inputs."""
+    own = np.ascontiguousarray(lost[:, :inputs]).reshape(-1)
+    chosen = np.argpartition(-own, min(count, own.size) - 1)[:count]
+    free = np.zeros(own.size, bool)
+    free[chosen] = own[chosen] > 0
+    return np.pad(free.reshape(len(lost), inputs), ((0, 0), (0, lost.shape[1] - inputs)))
 
 
 def _improved(problem: Problem, fit: Fit, values: Array) -> tuple[Fit, Array]:

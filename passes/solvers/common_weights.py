@@ -77,7 +77,7 @@ def pool_of(weight: Array, second_moment: Array | None) -> Pool:
 
 
 def shrunk(second_moment: Array, rows: int) -> Array:
-    """Return a second moment with what goes together in few rows by chance taken back, float64 [groups, inputs, inputs].
+    """Return a second moment, float64, with what goes together in few rows by chance taken back.
 
     With fewer rows than inputs any two layers could be given a weight that suits these rows, and no others. So
     what is off the diagonal is scaled by 1 − λ, λ the share of it that is noise (Schäfer and Strimmer, A Shrinkage

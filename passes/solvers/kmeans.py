@@ -11,6 +11,8 @@ from graphopt.backend import Array
 # So many distinct numbers are solved as they are. Of more, neighbours are taken together, half of the borders between
 # them at equal counts and half at equal steps, so that neither the many nor the far ones are seen too coarsely.
 EXACT = 4096
+# Of more numbers than this, runs of neighbours are taken for their means from the start: some 65,000 of them.
+_MANY, _SUMMED = 1 << 20, 1 << 15
 # Steps of Lloyd's method from there: on a line it settles long before.
 _MOST_STEPS = 500
 
@@ -32,7 +34,7 @@ class _Points:
     def means(self, starts: Array, ends: Array) -> Array:
         """Return the weighted mean of runs; NaN of empty ones."""
         weight, first, _ = self.sums[:, ends] - self.sums[:, starts]
-        return np.divide(first, weight, out=np.full(len(weight), np.nan), where=weight > 0)
+        return np.asarray(np.divide(first, weight, out=np.full(len(weight), np.nan), where=weight > 0))
 
 
 def kmeans(points: Array, weights: Array | None, entries: int, *, zero: bool = False) -> Array:
@@ -43,7 +45,7 @@ def kmeans(points: Array, weights: Array | None, entries: int, *, zero: bool = F
     starts of runs rise with their ends (Grønlund et al., Fast Exact k-Means, k-Medians and Bregman Divergence
     Clustering in 1D, 2017). That is the global minimum where there are no more than `EXACT` distinct points. Of more,
     it is the minimum among runs that end between bins, and Lloyd's method takes it to the nearest minimum among all:
-    what is lost is of the order of a bin's width, squared.
+    what is lost is of the order of a bin's width, squared. Of more than a million points, bins are all that is seen.
 
     Args:
         points: Finite floats, any shape.
@@ -54,8 +56,11 @@ def kmeans(points: Array, weights: Array | None, entries: int, *, zero: bool = F
     Returns:
         float64, [entries] or fewer.
     """
-    flat = points.astype(np.float64).reshape(-1)
-    costs = np.ones(flat.size) if weights is None else weights.astype(np.float64).reshape(-1)
+    if points.size > _MANY:
+        flat, costs = _summed(points.reshape(-1), None if weights is None else weights.reshape(-1))
+    else:
+        flat = points.astype(np.float64).reshape(-1)
+        costs = np.ones(flat.size) if weights is None else weights.astype(np.float64).reshape(-1)
     counted = costs > 0
     if counted.any() and not counted.all():
         flat, costs = flat[counted], costs[counted]
@@ -80,6 +85,23 @@ def kmeans(points: Array, weights: Array | None, entries: int, *, zero: bool = F
     if place is not None:
         found[place] = 0.0
     return np.unique(found)
+
+
+def _summed(points: Array, weights: Array | None) -> tuple[Array, Array]:
+    """Return the means of runs of many points, and the weight of each run; half of these by count, half by steps."""
+    some = np.sort(points[:: max(points.size // _SUMMED, 1)].astype(np.float64))
+    edges = np.union1d(some, np.linspace(float(points.min()), float(points.max()), _SUMMED))
+    weight, first = np.zeros(len(edges) + 1), np.zeros(len(edges) + 1)
+    for start in range(0, points.size, _MANY):
+        own = points[start : start + _MANY].astype(np.float64)
+        counts = np.ones(own.size) if weights is None else weights[start : start + _MANY].astype(np.float64)
+        runs = np.searchsorted(edges, own)
+        weight += np.bincount(runs, counts, len(weight))
+        first += np.bincount(runs, counts * own, len(weight))
+    known = weight > 0
+    if not known.any():
+        return edges, np.ones(len(edges))
+    return first[known] / weight[known], weight[known]
 
 
 def _merged(points: Array, weights: Array) -> tuple[Array, Array]:
@@ -146,7 +168,7 @@ def _run_costs(sums: Array, starts: Array, ends: Array) -> Array:
     """Return Σ w (x − mean)² of runs between cuts."""
     weight, first, second = sums[:, ends] - sums[:, starts]
     square = np.divide(first * first, weight, out=np.zeros(len(weight)), where=weight > 0)
-    return np.maximum(second - square, 0.0)
+    return np.asarray(np.maximum(second - square, 0.0))
 
 
 def _around(sums: Array, place: float) -> Array:
@@ -182,7 +204,7 @@ def _least(before: Array, sums: Array, ends: Array, low: Array, high: Array) -> 
 
 
 def _lloyd(points: _Points, borders: Array, at_zero: int | None) -> tuple[Array, int | None]:
-    """Return the values that Lloyd's method settles on, from runs, and which is 0; empty runs keep the value they had."""
+    """Return the values that Lloyd's method settles on, and which is 0; empty runs keep the value they had."""
     centers = np.zeros(0)
     for _ in range(_MOST_STEPS):
         means = points.means(borders[:-1], borders[1:])

@@ -92,7 +92,8 @@ def _seeded(points: Array, weights: Array, entries: int, held: Array, random: np
 
 
 def _to(points: Array, weights: Array, center: Array) -> Array:
-    return np.einsum("nd,nd->n", weights, np.square(points - center)).astype(np.float64)
+    found: Array = np.einsum("nd,nd->n", weights, np.square(points - center)).astype(np.float64)
+    return found
 
 
 def _moved(points: Array, weights: Array, centers: Array, held: int, steps: int) -> tuple[Array, float]:

@@ -10,8 +10,8 @@ from graphopt.backend import Array
 
 # Share of H's mean diagonal that plain distance counts: it decides only where the data leave open what is nearest.
 _TIE_BREAK = 1e-12
-# Numbers of H brought to float64 at once, 64 MB.
-_AT_ONCE = 8 << 20
+# Numbers of H brought to float64 at once, 8 MB.
+_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)

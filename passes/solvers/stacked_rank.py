@@ -10,7 +10,7 @@ import numpy as np
 from graphopt.backend import Array
 
 from .objective import output_error
-from .rank import Spectrum
+from .tall_rank import TallSpectrum
 
 # Ranks a product [outputs, inputs] may have, where that pays.
 Allowed = Callable[[int, int], Sequence[int]]
@@ -72,8 +72,8 @@ def stack_levels(
     options: dict[tuple[int, ...], _Options] = {}
     for members in {part for way in _ways(len(weights)) for part in way}:
         together = sum(outputs[one] for one in members)
-        spectrum = Spectrum(_stacked(weights, held, members), second_moment)
-        ranks = [rank for rank in allowed(together, inputs) if rank < spectrum.full_rank]
+        spectrum = _spectrum(weights, held, members, second_moment)
+        ranks = [rank for rank in allowed(together, inputs) if rank < min(together, inputs)]
         found = [
             (float(spectrum.errors[rank]), float(rank * (inputs + together)), (Part(members, rank),)) for rank in ranks
         ]
@@ -107,9 +107,9 @@ def joint_factors(
     known = [one for one in moments if one is not None]
     same = not known or all(one is known[0] or np.array_equal(one, known[0]) for one in known[1:])
     moment = (known[0] if known else None) if same else np.average(known, axis=0, weights=held)
-    found = Spectrum(_stacked(weights, held, range(len(weights))), moment).factors(rank)
+    found = _spectrum(weights, held, range(len(weights)), moment).factors(rank)
     ends = np.cumsum([len(weight) for weight in weights])[:-1]
-    lefts = [part / np.sqrt(scale) for part, scale in zip(np.split(found.left, ends), held, strict=True)]
+    lefts = np.split(found.left, ends)
     if not same:
         lefts = [_fitted(*one, found.right) for one in zip(weights, moments, lefts, strict=True)]
     return lefts, found.right
@@ -129,13 +129,16 @@ def _fitted(weight: Array, moment: Array | None, left: Array, right: Array) -> A
 
 
 def _held(scales: Sequence[float]) -> Array:
-    """Return scales that can be divided by."""
+    """Return scales none of which is zero."""
     given = np.asarray(scales, np.float64)
     return np.maximum(given, _LEAST_SCALE * (given.max(initial=0.0) or 1.0))
 
 
-def _stacked(weights: Sequence[Array], scales: Array, members: Sequence[int]) -> Array:
-    return np.concatenate([weights[one].astype(np.float64) * np.sqrt(scales[one]) for one in members])
+def _spectrum(
+    weights: Sequence[Array], scales: Array, members: Sequence[int], second_moment: Array | None
+) -> TallSpectrum:
+    """Return the spectrum of some layers, stacked."""
+    return TallSpectrum([weights[one] for one in members], [float(scales[one]) for one in members], second_moment)
 
 
 # An error, a cost, and the parts these are of.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +16,9 @@ from graphopt.backend import Array, Backend
 from graphopt.data import Batch, Dataset
 from graphopt.fragment import constant_content, fragment, values_read
 
-# Values kept for what comes later stay in memory up to this, together; the rest goes to a file.
-MEMORY_LIMIT = 1 << 30
+# Values kept for what comes later stay in memory up to this, together; the rest goes to files, a batch each. Those are
+# read back as fast as memory while the system has room for them, and weigh on the process only one at a time.
+MEMORY_LIMIT = 64 << 20
 # Samples run at once: few enough that activations, some times larger than the inputs, stay within this.
 BATCH_BYTES = 64 << 20
 ACTIVATIONS_PER_INPUT = 16
@@ -162,14 +164,28 @@ def _batch_size(data: Dataset) -> int:
     return max(1, min(LARGEST_BATCH, BATCH_BYTES // max(each * ACTIVATIONS_PER_INPUT, 1)))
 
 
-class _Store:
-    """Arrays by value and batch, in memory up to `MEMORY_LIMIT`, the rest in files of a temporary folder.
+@dataclass(frozen=True)
+class _Spilled:
+    """An array in a file of its own."""
 
-    Only what it wrote there itself is held as a memmap, and only such files are deleted.
-    """
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def write(cls, array: Array, path: Path) -> _Spilled:
+        np.ascontiguousarray(array).view(np.uint8).tofile(path)
+        return cls(path, array.dtype, array.shape)
+
+    def read(self) -> Array:
+        return np.fromfile(self.path, np.uint8).view(self.dtype).reshape(self.shape)
+
+
+class _Store:
+    """Arrays by value and batch, in memory up to `MEMORY_LIMIT`, the rest in files of a temporary folder."""
 
     def __init__(self) -> None:
-        self._arrays: dict[ir.Value, list[Array]] = {}
+        self._arrays: dict[ir.Value, list[Array | _Spilled]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._held = self._files = 0
 
@@ -180,7 +196,8 @@ class _Store:
         return list(self._arrays)
 
     def get(self, value: ir.Value, index: int) -> Array:
-        return self._arrays[value][index]
+        kept = self._arrays[value][index]
+        return kept.read() if isinstance(kept, _Spilled) else kept
 
     def put(self, value: ir.Value, array: Array | None) -> None:
         """Keep the array of a value's next batch; nothing is kept of an input that was not given."""
@@ -188,18 +205,19 @@ class _Store:
             return
         if isinstance(array, np.memmap):  # of samples somebody else keeps in a file
             array = np.asarray(array)
+        kept: Array | _Spilled = array
         if self._held + _size(array) > MEMORY_LIMIT and _can_spill(array):
-            array = self._spill(array)
+            kept = self._spill(array)
         else:
             self._held += _size(array)
-        self._arrays.setdefault(value, []).append(array)
+        self._arrays.setdefault(value, []).append(kept)
 
     def drop(self, value: ir.Value) -> None:
-        for array in self._arrays.pop(value):
-            if isinstance(array, np.memmap):
-                Path(str(array.filename)).unlink()
+        for kept in self._arrays.pop(value):
+            if isinstance(kept, _Spilled):
+                kept.path.unlink()
             else:
-                self._held -= _size(array)
+                self._held -= _size(kept)
 
     def close(self) -> None:
         self._arrays.clear()
@@ -208,14 +226,11 @@ class _Store:
             self._folder.cleanup()
             self._folder = None
 
-    def _spill(self, array: Array) -> Array:
+    def _spill(self, array: Array) -> _Spilled:
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
-        path = Path(self._folder.name) / str(self._files)
         self._files += 1
-        kept: Array = np.memmap(path, dtype=array.dtype, mode="w+", shape=array.shape)
-        kept[...] = array
-        return kept
+        return _Spilled.write(array, Path(self._folder.name) / str(self._files))
 
 
 def _size(array: Array) -> int:

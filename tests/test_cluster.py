@@ -89,8 +89,8 @@ SPECS = [
     "cluster:block=8:bits=5",
     "cluster:granularity=channel",
     "cluster:granularity=6:bits=3:block=4",
-    "cluster:outliers=0.02",
-    "cluster:vector=2",
+    "cluster:outliers=0.02:block=0",
+    "cluster:vector=2:block=0",
     "cluster:vector=4:bits=6:outliers=0.01",
     "cluster:vector=2:granularity=8:block=none:outliers=0.01",
 ]
@@ -283,11 +283,13 @@ IMAGES = {"x": RNG.standard_normal((64, 8, 6, 6)).astype(np.float32)}
 @pytest.mark.parametrize(
     ("options", "target"),
     [
-        ("", "ort-cpu-x86-avx2"),
         ("", "ort-cpu-x86"),
+        (":block=0", "ort-cpu-x86-avx2"),
+        (":block=0", "ort-cpu-x86"),
+        (":outliers=0.02:block=8", "ort-cpu-x86"),
         (":granularity=channel", "ort-cpu-x86"),
         (":block=none:bits=3", "ort-cpu-x86"),
-        (":granularity=5:vector=2", "ort-cpu-x86"),
+        (":granularity=5:vector=2:block=none", "ort-cpu-x86"),
     ],
 )
 def test_quantized_weights_are_made_of_the_same_codes(options: str, target: str) -> None:
@@ -308,8 +310,11 @@ def test_quantized_weights_are_made_of_the_same_codes(options: str, target: str)
 
 
 @pytest.mark.usefixtures("eager")
-def test_the_runtime_computes_on_the_integers_of_codes(tmp_path: Path) -> None:
-    spec = "cluster:solver=kmeans,quant:mode=static"
+@pytest.mark.parametrize(
+    "passes", ["cluster:solver=kmeans", "cluster:solver=kmeans:block=0", "codebook:solver=rtn:block=16"]
+)
+def test_the_runtime_computes_on_the_integers_of_codes(passes: str, tmp_path: Path) -> None:
+    spec = f"{passes},quant:mode=static"
     graphopt.optimize(network(), spec, data=IMAGES, threads=1, output=tmp_path / "q.onnx", target="ort-cpu-x86")
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "ran.onnx")
@@ -324,16 +329,11 @@ def test_the_runtime_computes_on_the_integers_of_codes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("passes", "why"),
     [
-        ("cluster:block=8:exclude=MatMul,quant:mode=static", "weights are made of codes and stay in float"),
-        ("cluster:outliers=0.02:exclude=MatMul,quant:mode=static", "weights are made of codes and stay in float"),
         ("cluster,quant:mode=dynamic", "only `mode=static` computes on them"),
-        (
-            "codebook:solver=rtn:block=16:exclude=MatMul,quant:mode=static",
-            "weights are made of codes and stay in float",
-        ),
+        ("cluster,quant:mode=weights", "only `mode=static` computes on them"),
     ],
 )
-def test_what_integers_cannot_say_stays_in_float(passes: str, why: str) -> None:
+def test_other_modes_leave_codes_in_float(passes: str, why: str) -> None:
     model = network()
     result = graphopt.optimize(model, passes, data=IMAGES, threads=1, target="ort-cpu-x86")
     assert why in notes(result)
@@ -344,7 +344,7 @@ def test_what_integers_cannot_say_stays_in_float(passes: str, why: str) -> None:
 @pytest.mark.usefixtures("eager")
 def test_excluded_layers_go_on_reading_floats() -> None:
     model = network()
-    spec = "cluster:solver=kmeans,quant:mode=static:exclude=MatMul"
+    spec = "cluster:solver=kmeans:block=0,quant:mode=static:exclude=MatMul"
     result = graphopt.optimize(model, spec, data=IMAGES, threads=1, target="ort-cpu-x86")
     assert "1 weights are made of codes and stay in float" in notes(result)
     product = next(node for node in result.model.graph if node.op_type == "MatMul")

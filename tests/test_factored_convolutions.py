@@ -296,3 +296,16 @@ def test_nan_is_refused() -> None:
 
     with pytest.raises(PassError, match="weight `w` holds NaN"):
         on_first(model_of(weight, (6, 6)), work)
+
+
+@pytest.mark.parametrize("form", ["auto", "channel", "spatial", "tucker"])
+def test_factorize_takes_convolutions(form: str) -> None:
+    proto, samples = low_rank_model(1)
+    # 16 columns by rows are two thirds of the weights, and hold all but noise of this one; other forms lose some.
+    run = run_passes(loaded(proto), f"factorize:params=0.67:form={form}", data=samples)
+    assert count_parameters(run.model) - 16 <= 0.67 * 16 * 16 * 9
+    convolutions = [node for node in run.model.graph if node.op_type == "Conv"]
+    assert len(convolutions) in (2, 3)
+    wanted, found = (outputs_of(model, samples[0])["y"] for model in (proto, run.model))
+    lost = np.square(found - wanted).mean() / np.square(wanted).mean()
+    assert lost < (0.01 if form in ("auto", "spatial") else 0.2)

@@ -66,6 +66,20 @@ def test_factors_reach_the_least_weighed_error(with_rows: bool, with_columns: bo
         assert weighed(delta, rows, columns) == pytest.approx(least, rel=1e-4, abs=1e-6)
 
 
+def test_what_is_lost_where_rows_count_otherwise() -> None:
+    rng = np.random.default_rng(11)
+    table = rng.standard_normal((ROWS, WIDTH)).astype(np.float32)
+    own, other = rng.uniform(0, 1, (2, ROWS))
+    root = rng.standard_normal((WIDTH, WIDTH))
+    for columns in (None, root @ root.T):
+        found = TallSpectrum([table], [own], columns)
+        for rank, share in zip((1, 4, 9), found.shares_lost((1, 4, 9), [other]), strict=True):
+            factors = found.factors(rank)
+            delta = table - factors.left.astype(np.float64) @ factors.right
+            assert share == pytest.approx(weighed(delta, other, columns) / weighed(table, other, columns), rel=1e-4)
+        assert found.shares_lost((4,), [own])[0] == pytest.approx(found.errors[4] / found.errors[0], rel=1e-6)
+
+
 def test_rows_that_count_nothing_keep_what_they_share_with_others() -> None:
     rng = np.random.default_rng(1)
     table = (rng.standard_normal((ROWS, 3)) @ rng.standard_normal((3, WIDTH))).astype(np.float32)

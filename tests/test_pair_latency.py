@@ -34,6 +34,17 @@ net (float[batch, 16, 9, 7] x) => (float[batch, 16, 9, 7] y)
     y = Conv <pads = [1, 1, 1, 1]> (c, u)
 }
 """
+IN_A_BRANCH = """
+<ir_version: 9, opset_import: ["" : 17]>
+net (float[batch, 16, 9, 7] x, bool c) => (float[batch, 16, 9, 7] y)
+{
+    y = If (c) <
+        then_branch = then () => (t) { r = Relu (x)
+            t = Conv <pads = [1, 1, 1, 1]> (r, w) },
+        else_branch = other () => (e) { e = Identity (x) }
+    >
+}
+"""
 PRODUCTS = """
 <ir_version: 9, opset_import: ["" : 17]>
 net (float[batch, length, 32] x) => (float[batch, length, 32] y, float[batch, length, 16] z)
@@ -225,4 +236,23 @@ def test_what_cannot_be_timed_is_not(timed: list[Any]) -> None:
 
     within(convolutions(), untimed, backend=registry.backend("reference"))
     within(convolutions(), untimed, backend=Recorder(refuses_chains=True))
+    assert not timed
+
+
+def test_a_layer_in_a_branch_is_not_timed(timed: list[Any]) -> None:
+    model = ir.from_onnx_text(IN_A_BRANCH)
+    branch = model.graph.node(0).attributes["then_branch"].as_graph()
+    weight = branch.node(1).inputs[1]
+    assert weight is not None
+    content = ir.tensor(np.ones((16, 16, 3, 3), np.float32), name="w")
+    value = ir.Value(name="w", const_value=content, type=ir.TensorType(content.dtype), shape=content.shape)
+    model.graph.register_initializer(value)
+    branch.node(1).replace_input_with(1, value)
+    provenance.stamp(model)
+
+    def work(ctx: Context) -> None:
+        (inner,) = candidates(ctx)
+        assert PairClock(ctx, [inner]).ratio(inner, level_of(inner, "spatial", ctx)) is None
+
+    within(model, work, backend=Recorder())
     assert not timed

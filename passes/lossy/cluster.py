@@ -34,6 +34,9 @@ from .weight_codes import PackedCodes, WeightCodes, of_clusters
 _RULE = "cluster"
 # The first version with the operators that put outliers in.
 _OUTLIER_OPSET = 11
+# What of the ridge that half of the samples need holds weights where they are: all of it, as codes move a weight only
+# a little. Of MobileNet at 4 bits, on 64 images, KL is 0.051 with a third of it, 0.044 with all, 0.046 with five times.
+_HELD = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,17 @@ class Cluster(Pass):
     bits: int = opt(4, help="bits of a code: a table has 2 to the power of these entries", low=1, high=8)
     granularity: str = opt("tensor", help="what has a table of its own: tensor, channel, or so many channels together")
     block: int | None = opt(
-        0, help="consecutive inputs that share a scale; 0: all of a channel; none: no scales", low=0, high=4096
+        64,
+        help="consecutive inputs that share a scale; 0: all of a channel; none, or tables of channels: no scales",
+        low=0,
+        high=4096,
     )
     vector: int = opt(1, help="consecutive inputs that one code stands for", low=1, high=8)
     outliers: float = opt(0.0, help="share of the weights that is kept as it is, the farthest off", low=0.0, high=0.1)
     solver: Literal["auto", "kmeans", "compensated", "allocated"] = opt(
         "auto",
-        help="k-means of weights; errors made up for (compensated); more bits for layers that cost the outputs more, "
-        "as many in all (allocated); auto: allocated with data, k-means without",
+        help="k-means of weights; errors made up for (compensated); and more bits for small layers that cost the "
+        "outputs much (allocated); auto: allocated with data, k-means without",
     )
     include: tuple[str, ...] = opt((), help="only nodes whose name or operator matches one of these globs")
     exclude: tuple[str, ...] = opt((), help="no node whose name or operator matches one of these globs")
@@ -108,8 +114,7 @@ class Cluster(Pass):
             bits=self.bits,
             rows=_rows(self.granularity),
             vector=self.vector,
-            # A table of its own is scaled as the channel is.
-            block=None if self.granularity == "channel" and not self.block else self.block,
+            block=None if self.granularity == "channel" else self.block,
             outliers=self.outliers,
             compensated=self.solver != "kmeans",
         )
@@ -172,7 +177,7 @@ class _Run:
     def solve(self, layers: Mapping[ir.Value, LinearLayer]) -> dict[ir.Value, PackedCodes]:
         """Give each weight the values it will have, in graph order, and return the codes to store them by."""
         with ExitStack() as stack:
-            aims = stack.enter_context(Aims(self.ctx)) if self.ctx.data is not None else None
+            aims = stack.enter_context(Aims(self.ctx, held=_HELD)) if self.ctx.data is not None else None
             found = {}
             for weight, layer in layers.items():
                 with threads_for(inputs_of(layer)):
@@ -196,10 +201,18 @@ class _Run:
         return packed
 
     def _cluster(self, layer: LinearLayer, aim: Aim | None) -> WeightCodes:
-        clustering = self.clusterings[layer.weight]
+        clustering = _in_even_blocks(self.clusterings[layer.weight], inputs_of(layer))
         if aim is None:
             return of_clusters(clustered(layer.matrix(), replace(clustering, compensated=False)))
         return of_clusters(clustered(aim.weight, clustering, aim.second_moment))
+
+
+def _in_even_blocks(clustering: Clustering, inputs: int) -> Clustering:
+    """Return how rows of so many inputs are clustered: in as many blocks as asked for, none much shorter."""
+    if not clustering.block or not inputs:
+        return clustering
+    blocks = -(-inputs // clustering.block)
+    return replace(clustering, block=-(-inputs // blocks))
 
 
 def _decoded(layer: LinearLayer, codes: PackedCodes) -> ir.TensorProtocol:

@@ -31,8 +31,8 @@ class CodedFloats:
     Attributes:
         made: What the operators make.
         path: Those between the table and that, in order.
-        table: The constant table, float32 [entries] or [entries, numbers of an entry]; None where its entries become
-            several integers, by scales of blocks or outliers: what is made is then rounded in the model.
+        table: The constant table, float32 [entries] or [entries, numbers of an entry]; None where an entry is no
+            one integer, because of scales of blocks or outliers: what is made is then rounded in the model.
         starts: Where the table of each output begins, [outputs]; None where all have one.
         scales: float32 [outputs], or None.
         constant: The constant, its content made when it is read.
@@ -59,8 +59,13 @@ class CodedFloats:
         if grid.block is not None or not grid.symmetric or (grid.tensor and not self._is_even):
             return None
         scales = self._grid_scales(matrix, grid)
+        raised = 0
         if least_scales is not None and bool((scales[:, 0] < least_scales).any()):
-            return None
+            if grid.tensor:
+                return None
+            # Entries are no whole steps of larger scales: what is made is rounded in the model.
+            raised = int((scales[:, 0] < least_scales).sum())
+            scales = np.maximum(scales, least_scales[:, None])
         scales = scales[:1] if grid.tensor else scales
         codes = grid.encode(matrix, scales)
         found = GridWeight(grid, codes, scales, None, 0.0)
@@ -68,7 +73,7 @@ class CodedFloats:
         # Another model may have such operators that mean something else.
         if not bool((np.abs(left) <= scales).all()):
             return None
-        return GridWeight(grid, codes, scales, None, output_error(left))
+        return GridWeight(grid, codes, scales, None, output_error(left), raised)
 
     def _grid_scales(self, matrix: Array, grid: Grid) -> Array:
         """Return the scale of each output, float32 [outputs, 1]."""
@@ -80,7 +85,7 @@ class CodedFloats:
     def as_integers(self, ctx: Context, layer: LinearLayer, found: GridWeight) -> ir.Value:
         """Add operators that make the integers of the codes, and return what they make."""
         rewriter, grid = ctx.rewriter, found.grid
-        if self.table is None:
+        if self.table is None or found.raised:
             scales = found.scales.reshape(-1)
             constants = [
                 rewriter.const(scales, "scales", near=self.path[-1]),
@@ -189,7 +194,7 @@ class CodedLayers:
         if again > 0:
             self.ctx.note(
                 f"{again} weights were made of codes and are stored as integers of their own: channels of zeros were "
-                "added, a bias needs larger scales, or the grid is none of theirs",
+                "added, or the format is none that codes become",
                 stored_again=again,
             )
         why = "" if mode == "static" else f"; only `mode=static` computes on them, and this is `{mode}`"

@@ -162,10 +162,9 @@ class Table:
             PassError: It holds NaN or infinity.
         """
         spectrum = self._spectrum(ctx)
-        whole = float(spectrum.errors[0])
         levels = [Level("whole", (), 0.0, self.parameters, self.macs)]
-        for rank in allowed_ranks(*self._dims(), ctx.target.width_multiple):
-            error = float(spectrum.errors[rank]) / whole if whole else 0.0
+        ranks = allowed_ranks(*self._dims(), ctx.target.width_multiple)
+        for rank, error in zip(ranks, self._shares(spectrum, ranks, ctx), strict=True):
             levels.append(Level("table", (rank,), error, rank * sum(self._dims()), self._macs(rank)))
 
         def approximate(place: int) -> Mapping[str, Array]:
@@ -208,16 +207,39 @@ class Table:
             self._known.append(TallSpectrum([table], None if rows is None else [rows], columns))
         return self._known[0]
 
+    def _shares(self, spectrum: TallSpectrum, ranks: Sequence[int], ctx: Context) -> list[float]:
+        """Return the share lost at each rank.
+
+        By ids that were looked at, that is too little, as most of those to come were not. So factors found for every
+        other batch are judged by those between, and the other way round.
+        """
+        whole = float(spectrum.errors[0])
+        sides = [] if self.method == "svd" or ctx.data is None else [one for one in self._counts(ctx) if one.any()]
+        if len(sides) < 2:
+            return [float(spectrum.errors[rank]) / whole if whole else 0.0 for rank in ranks]
+        table, columns = self._tensor().numpy(), spectrum.columns
+        found = np.zeros(len(ranks))
+        for own, other in (sides, sides[::-1]):
+            half = TallSpectrum([table], [frequencies(own)], columns)
+            found += half.shares_lost(ranks, [other / other.sum()]) / 2
+        return [float(share) for share in found]
+
     def _frequencies(self, ctx: Context) -> Array:
         """Return how often each row is looked up, whichever lookup it is."""
+        first, second = self._counts(ctx)
+        return frequencies(first + second)
+
+    def _counts(self, ctx: Context) -> tuple[Array, Array]:
+        """Return how often each row is looked up in every other batch, and in those between, int64 [rows] each."""
         rows, mask = self._dims()[0], mask_of(ctx.model)
         masks = [mask] if mask is not None else []
-        counts = np.zeros(rows, np.int64)
+        sides = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         with ctx.walkthrough() as values:
             for reader in self.readers:
-                for ids, *held in values.batches(reader.input, *masks) if reader.is_lookup else ():
-                    counts += counted(ids, rows, held)
-        return frequencies(counts)
+                looked_up = values.batches(reader.input, *masks) if reader.is_lookup else ()
+                for turn, (ids, *held) in enumerate(looked_up):
+                    sides[turn % 2][:] += counted(ids, rows, held)
+        return sides
 
     def _columns(self, table: Array, rows: Array, ctx: Context) -> Array | None:
         """Return H of the columns: what output layers read; and as rows are read as they are, too, the identity.

@@ -118,8 +118,8 @@ def _observed(
     values: Sequence[ir.Value], ctx: Context
 ) -> Mapping[ir.Value, tuple[np.dtype[np.generic], tuple[int, ...]]]:
     """Return dtypes and shapes of values of the main graph in a run of one sample; nothing where that fails."""
-    made = {value for node in ctx.model.graph for value in node.outputs}
-    seen = [value for value in values if value in made or value.is_graph_input()]
+    made = {*ctx.model.graph.inputs, *(value for node in ctx.model.graph for value in node.outputs)}
+    seen = [value for value in values if value in made]
     try:
         if ctx.data is not None:
             data = ctx.data.take(1)

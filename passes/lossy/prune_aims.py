@@ -59,10 +59,11 @@ class Aims(Closing):
 
     Args:
         ctx: Calibration data and the model; neither changed yet.
+        held: What of the ridge that half of the samples need is taken for all of them.
     """
 
-    def __init__(self, ctx: Context) -> None:
-        self._ctx, self._targets = ctx, LayerTargets(ctx)
+    def __init__(self, ctx: Context, *, held: float = _OF_ALL) -> None:
+        self._ctx, self._targets, self._held = ctx, LayerTargets(ctx), held
         self._places = {node: place for place, node in enumerate(ctx.model.graph)}
 
     def of(self, layer: LinearLayer) -> Aim | None:
@@ -75,7 +76,7 @@ class Aims(Closing):
             return None
         centred = bias is not None
         target = replace(target, halves=tuple(_alone(half, centred=centred) for half in target.halves))
-        return Aim(*_steadied(layer.matrix(), target, centred=centred), bias, replace(target, halves=()))
+        return Aim(*_steadied(layer.matrix(), target, self._held, centred=centred), bias, replace(target, halves=()))
 
     def narrow(self, kept: Mapping[tuple[str, int], Array]) -> None:
         """Take note that channels are gone by now; see `LayerTargets.narrow`."""
@@ -100,7 +101,7 @@ def _alone(half: Target, *, centred: bool) -> Target:
     return replace(half, second=moment, covariance=moment, cross=cross, cross_covariance=cross)
 
 
-def _steadied(matrix: Array, target: Target, *, centred: bool) -> tuple[Array, Array]:
+def _steadied(matrix: Array, target: Target, share: float, *, centred: bool) -> tuple[Array, Array]:
     """Return the dense weight that does best, and the second moment with which to come near to it.
 
     With few samples, weights that make up for others fit these samples and nothing else. So leaving the weights as they
@@ -108,7 +109,7 @@ def _steadied(matrix: Array, target: Target, *, centred: bool) -> tuple[Array, A
     and Kennard, 1970). How much is tried out, on half of the samples against the other.
     """
     second, cross = target.around(centred=centred)
-    ridge = _ridge(matrix, target, centred=centred)
+    ridge = _ridge(matrix, target, share, centred=centred)
     held = _held(second, ridge)
     moment, own = second.astype(np.float64), by_group(matrix.astype(np.float64), second)
     diagonal = np.arange(second.shape[1])
@@ -130,7 +131,7 @@ def _held(second: Array, ridge: float) -> Array:
     return ridge * diagonal + _FLOOR * np.where(mean > np.finfo(np.float32).tiny, mean, 1.0)
 
 
-def _ridge(matrix: Array, target: Target, *, centred: bool) -> float:
+def _ridge(matrix: Array, target: Target, share: float, *, centred: bool) -> float:
     """Return the share of H's diagonal with which half of the samples does best on the other half.
 
     Tried with the larger half of the weights kept, and solved for.
@@ -155,4 +156,4 @@ def _ridge(matrix: Array, target: Target, *, centred: bool) -> float:
             # E|y − Ŵ x̂|² without E|y|², which is the same for all.
             loss += float(np.vdot(found, found @ judge[0])) - 2 * float(np.vdot(found, by_group(judge[1], moment)))
         losses.append(loss)
-    return _RIDGES[int(np.argmin(losses))] * _OF_ALL
+    return _RIDGES[int(np.argmin(losses))] * share

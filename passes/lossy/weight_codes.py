@@ -19,7 +19,7 @@ _LARGEST_STEP = 255
 # Rounding to float16 is an error of at most this share of a number of usual size.
 _HALF_ROUNDING = 2.0**-11
 # Where float16 saves fewer bytes than this, the Cast back takes about as many.
-_LEAST_SAVED = 256
+_LEAST_SAVED = 96
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,18 +32,14 @@ class TallSpectrum:
 
     Attributes:
         errors: float64 [width + 1]: what is lost at every rank, from all of it at rank 0 to nothing.
+        columns: H as it was given.
     """
 
     def __init__(
         self, blocks: Sequence[Array], rows: Sequence[Array | float] | None = None, columns: Array | None = None
     ) -> None:
-        self._blocks, width = blocks, blocks[0].shape[1]
-        moment = np.zeros((width, width))
-        for block, counts in zip(blocks, rows or [1.0] * len(blocks), strict=True):
-            each = np.broadcast_to(np.asarray(counts, np.float64), len(block))
-            for part, wide in _parts(block):
-                moment += wide.T @ (wide * each[part, None])
-        values, vectors = np.linalg.eigh((moment + moment.T) / 2)
+        self._blocks, self.columns, width = blocks, columns, blocks[0].shape[1]
+        values, vectors = np.linalg.eigh(_row_moment(blocks, rows))
         has_content = values > _NO_CONTENT * values.max(initial=0.0)
         lengths = np.sqrt(values[has_content])
         root = lengths[:, None] * vectors[:, has_content].T
@@ -52,6 +48,27 @@ class TallSpectrum:
         self.errors: Array = np.zeros(width + 1)
         if self._spectrum is not None:
             self.errors[: len(self._spectrum.errors)] = self._spectrum.errors
+
+    def shares_lost(self, ranks: Sequence[int], rows: Sequence[Array | float]) -> Array:
+        """Return what factors of some ranks lose where rows count otherwise than they were found for, float64 [ranks].
+
+        That is a share of all there is to lose then; it tells what rows not seen so far will lose.
+
+        Args:
+            ranks: The ranks.
+            rows: How rows count, as it was taken.
+        """
+        moment, width = _row_moment(self._blocks, rows), self._blocks[0].shape[1]
+        columns = np.eye(width) if self.columns is None else self.columns.astype(np.float64)
+        whole = float(np.vdot(moment, columns))
+        if self._spectrum is None or whole <= 0:
+            return np.zeros(len(ranks))
+        lost = []
+        for rank in ranks:
+            found = self._spectrum.factors(rank)
+            rest = np.eye(width) - self._inverse @ (found.left @ found.right)
+            lost.append(float(np.vdot(moment @ rest, rest @ columns)) / whole)
+        return np.maximum(lost, 0.0)
 
     def factors(self, rank: int) -> Factors:
         """Return the best factors of a rank: left float32 [rows of all, rank], right float64 [rank, width]."""
@@ -68,6 +85,16 @@ class TallSpectrum:
                 own[part] = wide @ change
             start += len(block)
         return Factors(left, found.right, found.error)
+
+
+def _row_moment(blocks: Sequence[Array], rows: Sequence[Array | float] | None) -> Array:
+    """Return Wᵀ D W, float64 [width, width]."""
+    found = np.zeros((blocks[0].shape[1], blocks[0].shape[1]))
+    for block, counts in zip(blocks, rows or [1.0] * len(blocks), strict=True):
+        each = np.broadcast_to(np.asarray(counts, np.float64), len(block))
+        for part, wide in _parts(block):
+            found += wide.T @ (wide * each[part, None])
+    return (found + found.T) / 2
 
 
 def _parts(block: Array) -> Iterator[tuple[slice, Array]]:

@@ -117,7 +117,9 @@ def test_large_values_go_to_files_and_come_back(monkeypatch: pytest.MonkeyPatch)
     with Walkthrough(subject, open_data({"x": X}, subject), OnnxRuntime()) as walk:
         (y,) = whole(walk, value(subject, "y"))
         store = walk._store
-        assert any(isinstance(array, walkthrough_module._Spilled) for arrays in store._arrays.values() for array in arrays)
+        assert any(
+            isinstance(array, walkthrough_module._Spilled) for arrays in store._arrays.values() for array in arrays
+        )
     b = np.maximum(X * np.array([1.0, -2.0, 3.0, 0.5], np.float32), 0)
     np.testing.assert_allclose(y, b + X - np.exp(b), rtol=1e-5, atol=1e-5)
 

@@ -95,7 +95,10 @@ def in_words(error: BaseException) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint naming the closest known word, or all of them when none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    begun = [name for name in names if word and name.startswith(f"{word}-")]
+    if len(begun) > 1:
+        return f"one of: {', '.join(begun)}"
+    close = begun or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean `{close[0]}`?"
     return f"known: {', '.join(names)}" if names else "none are known"

@@ -14,7 +14,7 @@ from graphopt.backend import Array, Inspectable
 from graphopt.choices import ModelLike, find_backend, find_target, open_model
 from graphopt.data import open_data
 from graphopt.errors import BackendError, DataError
-from graphopt.explanation_advice import better_in_float, constant_factor
+from graphopt.explanation_advice import better_in_float, constant_factor, has_made_weight, made_of_constants
 from graphopt.explanation_codes import captured_behind_moves, is_dequantize, is_quantize
 from graphopt.explanation_proof import Proof, Ran, numbered, prove
 from graphopt.explanation_rules import Prediction, predict
@@ -249,4 +249,6 @@ def _could_be_integer(node: ir.Node, kernels: Mapping[str, str]) -> bool:
         return False
     if node.outputs[0].dtype not in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return False
-    return node.op_type not in _PRODUCTS or constant_factor(node) is not None
+    if node.op_type in _PRODUCTS:
+        return constant_factor(node) is not None or has_made_weight(node)
+    return not made_of_constants(node.outputs[0])  # decodes a weight

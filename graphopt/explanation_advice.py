@@ -17,6 +17,8 @@ _TOO_SMALL = "leave it in float: too small to pay there"
 _FARTHEST = 8
 _SLOW = "leave it in float: slower in codes where codes begin or end with it"
 _ATTENTION = "com.microsoft::MultiHeadAttention"
+# Weights that are decoded or are views of others are made by at most ten operators in a row.
+_DEEPEST = 16
 
 
 def advise(node: ir.Node, target: Target, *, dynamic: bool) -> tuple[str, str]:
@@ -67,6 +69,22 @@ def constant_factor(node: ir.Node) -> int | None:
     return None
 
 
+def made_of_constants(value: ir.Value | None, depth: int = _DEEPEST) -> bool:
+    """Return whether a value is computed from constants alone, which a runtime does once, as it loads the model."""
+    if walk.constant_tensor(value) is not None:
+        return True
+    node = value.producer() if value is not None else None
+    if node is None or not depth or walk.is_random(node) or any(walk.subgraphs(node)):
+        return False
+    return bool(node.inputs) and all(made_of_constants(one, depth - 1) for one in node.inputs if one is not None)
+
+
+def has_made_weight(node: ir.Node) -> bool:
+    """Return whether a product multiplies by a weight that is decoded, or a view of another one."""
+    factors = node.inputs[:2] if node.op_type in ("Gemm", "MatMul") else node.inputs[1:2]
+    return constant_factor(node) is None and any(map(made_of_constants, factors))
+
+
 def _too_small(node: ir.Node, target: Target) -> str | None:
     """Return why a layer with a constant weight is too small for a target's integer kernels, or None if it is not."""
     index = constant_factor(node)
@@ -81,7 +99,11 @@ def _too_small(node: ir.Node, target: Target) -> str | None:
 
 
 def _of_two_activations(node: ir.Node, target: Target) -> tuple[str, str]:
-    """Return what `advise` does, of a product whose factors both vary."""
+    """Return what `advise` does, of a product whose factors are both computed."""
+    if has_made_weight(node):
+        able = target.static is not None and node.op_type in target.integer_ops
+        fix = f"`--passes quant:mode=static --target {target.name}`" if able else _NO_KERNEL
+        return "its weight is made as the model is loaded", fix
     if node.op_type != "MatMul":
         return "its weight is no constant", "leave it in float: only constants are stored as codes"
     if is_attention_product(node) and (_ATTENTION in target.fast_ops or target.static is None):

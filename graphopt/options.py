@@ -77,9 +77,7 @@ def to_text(obj: Any) -> str:
 def changed(obj: Any) -> dict[str, Any]:
     """Return the options of an object that differ from their defaults."""
     return {
-        name: getattr(obj, name)
-        for name, field in fields(type(obj)).items()
-        if getattr(obj, name) != field.default and getattr(obj, name) is not None
+        name: getattr(obj, name) for name, field in fields(type(obj)).items() if getattr(obj, name) != field.default
     }
 
 
@@ -185,6 +183,9 @@ def _convert_scalar(value: Any, hint: Any, place: str) -> Any:
         if isinstance(value, bool):
             raise UsageError(f"{place} cannot be `{value}`", hint=_number_hint(hint))
         try:
+            # Cutting 2.5 to 2 would be another option than was asked for.
+            if hint is int and isinstance(value, float):
+                raise ValueError
             return value if isinstance(value, hint) else hint(value)
         except (TypeError, ValueError):
             raise UsageError(f"{place} cannot be `{value}`", hint=_number_hint(hint)) from None

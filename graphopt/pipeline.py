@@ -136,7 +136,11 @@ def _toml_options(step: Step) -> dict[str, Any]:
     if step.preset:
         return {}
     changed = options.changed(step.passes[0])
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
+    # TOML has no null: `none` is what is read as none.
+    return {
+        name: list(value) if isinstance(value, tuple) else "none" if value is None else value
+        for name, value in changed.items()
+    }
 
 
 def _step_from_text(text: str) -> Step:
@@ -161,6 +165,11 @@ def _make_step(name: str, values: dict[str, Any]) -> Step:
             raise UsageError(f"preset `{name}` takes no options", hint=f"it stands for `{presets[name].passes}`")
         passes = tuple(one for step in Pipeline.parse(presets[name].passes).steps for one in step.passes)
         return Step(name, passes, preset=True)
+    if "=" in name and name not in registry.table("PASSES"):
+        raise UsageError(
+            f"`{name}` is an option without its pass",
+            hint="options follow their pass behind colons: `prune:pattern=2of4,quant:mode=static`",
+        )
     cls = registry.find("PASSES", name)
     return Step(name, (options.build(cls, values, where=f"pass `{name}`"),))
 

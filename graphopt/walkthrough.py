@@ -17,8 +17,9 @@ from graphopt.data import Batch, Dataset
 from graphopt.fragment import constant_content, fragment, values_read
 
 # Values kept for what comes later stay in memory up to this, together; the rest goes to files, a batch each. Those are
-# read back as fast as memory while the system has room for them, and weigh on the process only one at a time.
-MEMORY_LIMIT = 64 << 20
+# read back as fast as memory while the system has room for them, and weigh on the process only one at a time. Passes
+# that compare a model with what it was go through two of them.
+MEMORY_LIMIT = 32 << 20
 # Samples run at once: few enough that activations, some times larger than the inputs, stay within this.
 BATCH_BYTES = 64 << 20
 ACTIVATIONS_PER_INPUT = 16

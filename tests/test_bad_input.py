@@ -210,6 +210,7 @@ OPTIONS: dict[str, tuple[Prepare, str, str]] = {
         "a number",
     ),
     "unknown target": (_with("--target", "ort-cpu-x68"), "unknown target `ort-cpu-x68`", "did you mean"),
+    "target of several": (_with("--target", "ort-cpu"), "unknown target `ort-cpu`", "one of: ort-cpu-arm, ort-cpu-x86"),
     "unknown backend": (_with("--backend", "onnxruntme"), "unknown backend `onnxruntme`", "did you mean"),
     "unknown backend option": (_with("--backend", "onnxruntime:device=cpu"), "no option `device`", "provider"),
     "unknown provider": (_with("--backend", "onnxruntime:provider=gpu"), "cannot be `gpu`", "cuda"),

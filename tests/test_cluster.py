@@ -14,9 +14,10 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import walk
+from graphopt import registry, walk
 from graphopt.errors import PassError, UsageError
 from graphopt.passes.lossy.weight_codes import WeightCodes, steps_of
+from graphopt.pipeline import Pipeline
 
 from .test_cast import parsed, run, sqnr
 from .test_codebook import EMBEDDING, enlarged, notes
@@ -372,3 +373,28 @@ def test_weights_of_few_values_are_exact(weight: Any) -> None:
     coded = graphopt.optimize(model, "cluster", threads=1).model
     feed = inputs_of(model)
     np.testing.assert_allclose(run(coded, **feed)[0], run(model, **feed)[0], rtol=1e-5)
+
+
+def test_no_scales_are_said_in_text_and_recipes() -> None:
+    pipeline = Pipeline.of([registry.find("PASSES", "cluster")(block=None)])
+    assert str(pipeline) == "cluster:block=none"
+    assert Pipeline.parse(str(pipeline)) == Pipeline.from_toml(pipeline.to_toml()) == pipeline
+
+
+@pytest.mark.usefixtures("eager")
+def test_weights_in_other_floats_are_left_with_a_reason() -> None:
+    model = parsed(" f (float16[2,21] x, float16[21,15] w) => (float16[2,15] y) { y = MatMul(x, w) }")
+    weight = model.graph.inputs.pop(1)
+    weight.const_value = ir.tensor(RNG.standard_normal((21, 15)).astype(np.float16), name="w")
+    model.graph.register_initializer(weight)
+    result = graphopt.optimize(model, "cluster")
+    assert "1 weights are not float32" in notes(result)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(("options", "said"), [("", False), (":vector=2", True), (":bits=1", True)])
+def test_zeros_that_codes_cannot_keep_are_said(options: str, said: bool) -> None:
+    weight = np.where(RNG.random((21, 15)) < 0.3, 0.0, RNG.standard_normal((21, 15)))
+    text = "(float[2,21] x, float[21,15] w) => (float[2,15] y) { y = MatMul(x, w) }"
+    result = graphopt.optimize(parsed(f" f {text}", w=weight), f"cluster{options}")
+    assert ("1 weights lose zeros they had" in notes(result)) == said

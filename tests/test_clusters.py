@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +218,7 @@ def test_a_table_found_for_some_of_many_outputs_is_about_as_good(monkeypatch: py
     weight[np.random.default_rng(0).random(weight.shape) < 0.3] = 0
     whole = clustered(weight, Clustering(bits=4))
     monkeypatch.setattr(cluster_fit, "_MANY", 1024)
+    monkeypatch.setattr(cluster_fit, "_SOME", 1024)
     found = clustered(weight, Clustering(bits=4))
     assert not found.values()[weight == 0].any()
     assert found.error < 1.2 * whole.error
@@ -373,3 +375,14 @@ def test_small_layers_get_more_bits_and_large_ones_no_fewer() -> None:
         assert bits[1] == asked
         assert taken <= 1.03 * even
         assert asked == 8 or bits[0] > asked
+
+
+def test_a_large_weight_is_clustered_in_little_memory() -> None:
+    """A table of words: what is worked on besides the weight is its copy in units, its codes, and samples."""
+    weight = np.random.default_rng(0).standard_normal((16384, 512)).astype(np.float32)
+    tracemalloc.start()
+    found = clustered(weight, Clustering(bits=4, block=64))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * weight.nbytes
+    assert found.error < 0.02 * np.square(weight).sum()

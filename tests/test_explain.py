@@ -258,6 +258,16 @@ def test_a_float_model_is_told_what_the_target_could_do() -> None:
     assert all(not one.in_integers for one in found.findings)
 
 
+@on_x86
+def test_what_decodes_a_weight_is_not_promised_but_its_layer_is() -> None:
+    b = Builder()
+    weight = b.op("Mul", [b.const(np.ones((16, 16, 3, 3), np.float32)), b.const(np.full((16, 1, 1, 1), 2, np.float32))])
+    found = explained(b.result(b.op("Conv", [b.input(IMAGE), weight])))
+    assert found.quantizable == (("Conv", "QLinearConv", 1),)
+    assert finding(found, "Conv").why == "its weight is made as the model is loaded"
+    assert "quant:mode=static" in finding(found, "Conv").fix
+
+
 def attention(b: Builder) -> str:
     """Add a product of queries with keys, and one of probabilities with values; return the result."""
     rows = b.input([4, 32])

@@ -231,6 +231,19 @@ def test_what_cannot_be_factored_is_said(body: str, reason: str) -> None:
     assert any(reason in note.text for step in result.report.steps for note in step.notes)
 
 
+def test_a_table_of_doubles_is_said_to_be_one() -> None:
+    model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["": 17]>
+        g (int64[b,t] i, double[64,32] table, int64[8] sizes) => (double[b,t,32] e, int64[b,t] s)
+        { e = Gather(table, i) s = Gather(sizes, i) }""")
+    for value, content in zip(list(model.graph.inputs)[1:], (np.ones((64, 32)), np.arange(8)), strict=True):
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(content, name=value.name)
+        model.graph.register_initializer(value)
+    result = graphopt.optimize(model, [Factorize(params=0.5, include=("Gather",))])
+    left = [note.text for step in result.report.steps for note in step.notes if "its table" in note.text]
+    assert left == ["its table is neither float32 nor float16"]
+
+
 def test_tables_that_are_not_finite_are_refused() -> None:
     model = table_model("none")
     content = np.ones((ROWS, WIDTH), np.float32)
@@ -238,6 +251,26 @@ def test_tables_that_are_not_finite_are_refused() -> None:
     model.graph.initializers["table"].const_value = ir.tensor(content, name="table")
     with pytest.raises(GraphoptError, match="table `table` holds NaN"):
         graphopt.optimize(model, [Tables(2)])
+
+
+def test_a_convolution_right_behind_a_lookup_is_factored_too() -> None:
+    rng = np.random.default_rng(11)
+    model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["": 17]>
+        g (int64[b,24] ids, float[64,32] table, float[40,24,3] w) => (float[b,40,30] y)
+        { e = Gather(table, ids) y = Conv(e, w) }""")
+    contents = {"table": rng.standard_normal((64, 8)) @ rng.standard_normal((8, 32))}
+    contents["w"] = np.einsum("or,rck->ock", rng.standard_normal((40, 4)), rng.standard_normal((4, 24, 3)))
+    for value in list(model.graph.inputs)[1:]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(contents[value.name or ""].astype(np.float32), name=value.name)
+        model.graph.register_initializer(value)
+    ids = rng.integers(0, 64, (32, 24))
+    step = Factorize(params=0.5, include=("Gather", "Conv"))  # what the ranks of both take
+    result = graphopt.optimize(model, [step], data={"ids": ids}, metric="sqnr_db")
+    operators = [node.op_type for node in result.model.graph]
+    assert operators[:4] == ["Gather", "MatMul", "Conv", "Conv"]
+    (got,), (wanted,) = run(result.model, {"ids": ids}), run(model, {"ids": ids})
+    assert np.allclose(got, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -185,6 +185,37 @@ def weights_named(model: ir.Model, name: str) -> Array:
     return value.const_value.numpy()
 
 
+def beside(weights: Sequence[Array]) -> ir.Model:
+    """Return products that read the same rows."""
+    products = " ".join(f"y{place} = MatMul (x, w{place})" for place in range(len(weights)))
+    given = ", ".join(f"float[{WIDTH}, {WIDTH}] w{place}" for place in range(len(weights)))
+    outputs = ", ".join(f"float[n, {WIDTH}] y{place}" for place in range(len(weights)))
+    named = {f"w{place}": weight for place, weight in enumerate(weights)}
+    return model_of(f"(float[n, {WIDTH}] x, {given}) => ({outputs}) {{ {products} }}", **named)
+
+
+def test_an_error_is_the_mean_of_layers_also_where_some_are_together() -> None:
+    """Of three layers that share their output directions, and so a first product."""
+    rng = RNG(21)
+    shared = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0] * np.geomspace(1, 0.05, WIDTH)
+    model = beside([(shared @ np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]).astype(np.float32) for _ in range(3)])
+    run = run_passes(model, "factorize:error=0.05:method=svd")
+    (facts,) = [note.facts for record in run.records for note in record.notes if "predicted_errors" in note.facts]
+    (level,), (lost,) = facts["levels"], facts["predicted_errors"]
+    assert level[0] == "stacked"
+    assert 0.05 < lost <= 3 * 0.05
+    assert any(f"{lost / 3:.2%} in the mean" in text for text in run.remarks)
+
+
+def test_energy_is_kept_by_each_layer_by_itself() -> None:
+    rng = RNG(22)
+    weights = [low_rank(rng, WIDTH, WIDTH, 8, noise) for noise in (0.0, 0.05, 0.2)]
+    run = run_passes(beside(weights), "factorize:energy=0.99:method=svd")
+    (facts,) = [note.facts for record in run.records for note in record.notes if "predicted_errors" in note.facts]
+    assert all(form in ("whole", "pair") for form, *_ in facts["levels"])
+    assert all(lost <= 0.01 for lost in facts["predicted_errors"])
+
+
 def test_energy_and_error() -> None:
     weight = low_rank(RNG(9), WIDTH, WIDTH, 12, 1e-4)
     run = run_passes(product_model(weight), "factorize:energy=0.999")

@@ -12,7 +12,7 @@ from graphopt import options, registry
 from graphopt.authoring import Guarantee, Pass
 from graphopt.errors import UsageError
 from graphopt.options import opt
-from graphopt.passes import Prune, PruneChannels, PruneLayers, Quant
+from graphopt.passes import Factorize, Prune, PruneChannels, PruneLayers, Quant
 from graphopt.pipeline import Pipeline, Step, schedule, weakest
 
 
@@ -74,6 +74,10 @@ def test_objects_are_checked_like_text() -> None:
         Pipeline.of([Prune(1.5)])
     with pytest.raises(UsageError, match="cannot be `half`"):
         Pipeline.of([Prune("half")])
+    with pytest.raises(UsageError, match=r"option `rank` cannot be `2\.5`"):
+        Pipeline.of([Factorize(rank=2.5)])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"option `bits` cannot be `4\.5`"):
+        Pipeline.from_toml('[[pass]]\nname = "cluster"\nbits = 4.5\n')
 
 
 @pytest.mark.parametrize(
@@ -99,6 +103,7 @@ def test_python_and_text_are_the_same_object() -> None:
         ("prune,", "has no name"),
         ("simplify:x=1", "preset `simplify` takes no options"),
         ("prune:pattern=4of2", "option `pattern` cannot be `4of2`"),
+        ("prune,sparsity=0.5", "`sparsity=0.5` is an option without its pass"),
     ],
 )
 def test_wrong_pipelines(text: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx.parser
@@ -124,6 +125,27 @@ def test_products_of_codes_and_factors_come_near(kind: str, target: str) -> None
         noises.append(np.square(run(result.model, x) - wanted).mean() / np.square(wanted).mean())
     assert noises[0] < 0.03
     assert noises[1] < 0.6 * noises[0]
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(np.float32, 0.17), (np.float16, 0.31)])
+def test_bytes_are_those_of_the_weight_s_type(dtype: Any, share: float) -> None:
+    """Codes in blocks of 32 take four bits and a half or a whole one for scales."""
+    name = {np.float32: "float", np.float16: "float16"}[dtype]
+    model = ir.from_onnx_text(
+        f"""<ir_version: 8, opset_import: ["": 17]>
+        g ({name}[b,128] x, {name}[128,64] w) => ({name}[b,64] y) {{ y = MatMul(x, w) }}"""
+    )
+    value = model.graph.inputs[1]
+    model.graph.inputs.remove(value)
+    content = np.random.default_rng(3).standard_normal((128, 64)).astype(dtype)
+    value.const_value = ir.tensor(content, name="w")
+    model.graph.register_initializer(value)
+    result = graphopt.optimize(model, [Factorize(params=share, residual="int4")], target="portable")
+    (left,) = [note.facts["left"] for step in result.report.steps for note in step.notes if "levels" in note.facts]
+    bits = 8 * content.itemsize * left
+    assert 4 < bits < 5.1
+    said = [note.text for step in result.report.steps for note in step.notes]
+    assert not any("cannot be had" in text for text in said)
 
 
 def test_what_cannot_be_coded_is_said() -> None:

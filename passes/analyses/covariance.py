@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from graphopt.backend import Array
+
+# Numbers of a matrix brought to float64 at once, 1 MB: of inputs by the thousand, a few such matrices are hundreds.
+_AT_ONCE = 1 << 17
 
 
 class Covariance:
@@ -17,7 +22,8 @@ class Covariance:
 
     def __init__(self) -> None:
         self.count = 0
-        self._origin = self._sum = self._products = np.zeros(())
+        self._origin = self._sum = np.zeros(())
+        self._products: Array = np.zeros(())
 
     def update(self, rows: Array) -> None:
         """Add rows, float32 [groups, rows, inputs]."""
@@ -46,14 +52,31 @@ class Covariance:
     def covariance(self) -> Array:
         """Return E[(x − E[x]) (x − E[x])ᵀ], float32 [groups, inputs, inputs]; its diagonal is never negative."""
         shift = self._sum / self.count
-        moment = self._products / self.count - shift[:, :, None] * shift[:, None, :]
-        diagonal = np.arange(moment.shape[1])
-        moment[:, diagonal, diagonal] = np.maximum(moment[:, diagonal, diagonal], 0.0)
-        found: Array = moment.astype(np.float32)
+        found: Array = np.empty(self._products.shape, np.float32)
+        for part in parts(found.shape[1]):
+            found[:, part] = self._products[:, part] / self.count - shift[:, part, None] * shift[:, None, :]
+        diagonal = np.arange(found.shape[1])
+        found[:, diagonal, diagonal] = np.maximum(found[:, diagonal, diagonal], 0.0)
         return found
 
     def second(self) -> Array:
         """Return E[x xᵀ], float32 [groups, inputs, inputs]."""
-        mean = self.mean()
-        found: Array = (self.covariance() + mean[:, :, None] * mean[:, None, :]).astype(np.float32)
-        return found
+        return around_zero(self.covariance(), self.mean())
+
+
+def around_zero(covariance: Array, mean: Array) -> Array:
+    """Return E[x xᵀ], float32 [groups, inputs, inputs], in the place of a covariance, from it and E[x].
+
+    Args:
+        covariance: float32 [groups, inputs, inputs], overwritten.
+        mean: float64 [groups, inputs].
+    """
+    for part in parts(mean.shape[1]):
+        covariance[:, part] = covariance[:, part] + mean[:, part, None] * mean[:, None, :]
+    return covariance
+
+
+def parts(inputs: int) -> Iterator[slice]:
+    """Yield rows of matrices [inputs, inputs], so many at a time as are worked on at once."""
+    step = max(1, _AT_ONCE // max(inputs, 1))
+    return (slice(start, start + step) for start in range(0, inputs, step))

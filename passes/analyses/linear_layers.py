@@ -73,6 +73,10 @@ class LinearLayer:
         """Return a matrix like `matrix`'s result in the layout and dtype of the weight."""
         return self.in_layout(matrix).astype(self._tensor().dtype.numpy(), copy=False)
 
+    def now(self) -> LinearLayer:
+        """Return the layer as its operator is by now: it may read another value than it did."""
+        return as_linear_layer(self.node) or self
+
     def _tensor(self) -> ir.TensorProtocol:
         tensor = walk.constant_tensor(self.weight)
         assert tensor is not None, "a linear layer has a constant weight"

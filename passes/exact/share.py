@@ -197,7 +197,8 @@ def _report_layers(model: ir.Model, ctx: Context) -> None:
         return
     said = [str(run) for run in runs[:_NAMED]]
     more = f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
-    ctx.note(f"{_counted(layers, 'layer')} hold the weights of others: {'; '.join(said)}{more}", equal_layers=layers)
+    hold = "holds" if layers == 1 else "hold"
+    ctx.note(f"{_counted(layers, 'layer')} {hold} the weights of others: {'; '.join(said)}{more}", equal_layers=layers)
 
 
 def _report_constant_nodes(model: ir.Model, ctx: Context) -> None:

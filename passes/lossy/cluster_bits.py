@@ -21,9 +21,9 @@ from .layer_bias import bias_of_layer
 from .sequential_moments import SequentialMoments
 
 MOST_BITS = 8
-# What small layers may take beside the bytes of all with as many bits as asked for. Taking bits from large layers
-# instead is worse: of SqueezeNet at 4 bits, KL 0.081 with bits moved freely, 0.066 with the same for all, as nothing
-# makes up for what its large last layer loses, but later layers do for the earlier ones.
+# What small layers may take beside the bytes of all with as many bits as asked for. At 4 bits, solved on half of 64
+# calibration images and KL taken on the other half, both ways: SqueezeNet 0.030 with it and 0.051 without, MobileNet
+# 0.044 and 0.076. Bits are not taken from large layers: nothing makes up for what a large last layer loses.
 _ROOM = 0.03
 # What a bit more divides the error by, beyond the bits looked at: steps half as wide.
 _PER_BIT = 4.0
@@ -33,8 +33,8 @@ _FLOAT_BITS = 32
 def bits_by_error(layers: Sequence[LinearLayer], clustering: Clustering, ctx: Context) -> list[int]:
     """Return the bits with which layers are expected to lose least, each at least as many as the clustering says.
 
-    All layers together take 3 % more bytes than with that many bits at the most. Of each layer, the error of k-means,
-    as a share of its power, is looked at for that many bits, and one more.
+    All layers together take at most `_ROOM` more bytes than with that many bits. Of each layer, the error of k-means as
+    a share of its power is looked at for that many bits and one more; what an error does to the model's outputs is not.
 
     Args:
         layers: The layers, none changed yet, no two of one weight.

@@ -90,12 +90,16 @@ def solver_of(solver: str, ctx: Context) -> str:
 def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Measures) -> dict[ir.Value, LinearLayer]:
     """Return the weights to be stored as codes, each with a layer that reads it, and note what is left."""
     chosen: dict[ir.Value, LinearLayer] = {}
+    others: set[ir.Value] = set()
     excluded = inside = 0
     for node in walk.every_node(model):
         layer = _weight_of(node)
         if layer is None or not _pays(layer, coding):
             continue
-        if not layer.weight.is_initializer() or layer.weight.is_graph_output():
+        tensor = walk.constant_tensor(layer.weight)
+        if tensor is None or tensor.dtype is not ir.DataType.FLOAT:
+            others |= {layer.weight} if selection.allows(node) else set()
+        elif not layer.weight.is_initializer() or layer.weight.is_graph_output():
             inside += 1
         elif not all(selection.allows(use.node) for use in layer.weight.uses()):
             excluded += selection.allows(node)
@@ -106,23 +110,20 @@ def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Me
         ctx.left(f"{excluded} weights are also read where it is excluded")
     if inside:
         ctx.left(f"{inside} weights lie inside functions, or are outputs of the model")
+    if others:
+        ctx.left(f"{len(others)} weights are not float32, which codes stand for")
     return chosen
 
 
 def _weight_of(node: ir.Node) -> LinearLayer | None:
-    """Return a node's constant float32 weight as a layer; a table counts as one whose rows are outputs."""
+    """Return a node's constant weight as a layer; a table counts as one whose rows are outputs."""
     if is_lookup(node):
         table, indices = node.inputs
         tensor = walk.constant_tensor(table)
         if table is None or indices is None or tensor is None or len(tensor.shape) != 2:
             return None
-        layer: LinearLayer | None = LinearLayer(node, indices, table, 0, 0, None)
-    else:
-        layer = as_linear_layer(node)
-        tensor = walk.constant_tensor(layer.weight) if layer is not None else None
-    if layer is None or tensor is None or tensor.dtype is not ir.DataType.FLOAT:
-        return None
-    return layer
+        return LinearLayer(node, indices, table, 0, 0, None) if tensor.dtype.is_floating_point() else None
+    return as_linear_layer(node)
 
 
 def _pays(layer: LinearLayer, coding: Measures) -> bool:

@@ -254,27 +254,30 @@ def ways_with_errors(
         moments: H, [groups, inputs, inputs], or None.
         multiple: What widths like to be multiples of.
     """
+    forms = forms_of(shape, asked)
     found: list[tuple[Way, float]] = []
-    divisions: dict[tuple[int, ...], Division] = {}
-    for form, first in forms_of(shape, asked):
-        if first not in divisions:
-            divisions[first] = Division(shape, first, matrix, moments)
-        division = divisions[first]
-        ways = ways_of(shape, form, first, multiple)
-        if not ways:
-            continue
-        if form == "tucker":
-            of_inner = {inner: division.tucker_errors(inner) for inner in {way.ranks[0] for way in ways}}
-            errors = [float(of_inner[inner][min(outer, len(of_inner[inner]) - 1)]) for inner, outer in _both(ways)]
-        else:
-            errors = division.errors([way.ranks[0] for way in ways]).tolist()
-        power = division.power
-        found += [(way, error / power if power > 0 else 0.0) for way, error in zip(ways, errors, strict=True)]
+    for first in dict.fromkeys(axes for _, axes in forms):
+        ways = [ways_of(shape, form, first, multiple) for form, axes in forms if axes == first]
+        if any(ways):
+            # Each holds an H in an order of its own, so that there is one at a time.
+            division = Division(shape, first, matrix, moments)
+            power = division.power
+            for own in ways:
+                shares = (error / power if power > 0 else 0.0 for error in _errors(division, own))
+                found += zip(own, shares, strict=True)
     return found
 
 
-def _both(ways: Sequence[Way]) -> list[tuple[int, int]]:
-    return [(way.ranks[0], way.ranks[1]) for way in ways]
+def _errors(division: Division, ways: Sequence[Way]) -> list[float]:
+    """Return about what is lost with each of the ways of a form."""
+    if not ways or ways[0].form != "tucker":
+        return [float(error) for error in division.errors([way.ranks[0] for way in ways])]
+    of_inner = {inner: division.tucker_errors(inner) for inner in {way.ranks[0] for way in ways}}
+    found = []
+    for inner, outer in (way.ranks for way in ways):
+        errors = of_inner[inner]
+        found.append(float(errors[min(outer, len(errors) - 1)]))
+    return found
 
 
 def ways_of(shape: Shape, form: Form, first: tuple[int, ...], multiple: int) -> list[Way]:

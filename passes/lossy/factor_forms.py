@@ -73,6 +73,10 @@ class Candidate(Protocol):
         """What is alike in candidates of which the same is expected, such as an operator and its sizes."""
 
     @property
+    def layers(self) -> int:
+        """Of how many layers its errors are the sum."""
+
+    @property
     def parameters(self) -> int:
         """How many numbers it stores."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -73,14 +73,16 @@ class _Ladder:
     Attributes:
         levels: The first is the candidate as it is.
         weight: What an error of it counts.
+        layers: Of how many layers its errors are the sum.
     """
 
     levels: Sequence[Level]
     weight: float
+    layers: int
 
     def undominated(self, what: What) -> _Ladder:
         """Return the levels that no other one beats in both cost and error, the dearest first."""
-        return _Ladder(_undominated(self.levels, what), self.weight)
+        return replace(self, levels=_undominated(self.levels, what))
 
     @property
     def errors(self) -> Array:
@@ -139,7 +141,8 @@ def _ladders(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: C
                 contents = curve.approximate(_place(curve, level))
             changes.append(Change(walk.label(candidate.nodes[0]), candidate.kind, level.error, contents))
     weights = error_weights(ctx, changes) if tried else [1.0] * len(found)
-    return [_Ladder(levels, weight) for levels, weight in zip(found, weights, strict=True)]
+    pairs = zip(found, weights, candidates, strict=True)
+    return [_Ladder(levels, weight, candidate.layers) for levels, weight, candidate in pairs]
 
 
 def _tried(candidates: Sequence[Candidate]) -> set[int]:
@@ -186,7 +189,7 @@ def _paying(ladder: _Ladder, level: Level, candidate: Candidate, clock: PairCloc
     if level.form == "whole" or clock.pays(candidate, level):
         return ladder
     stay = [one for one in ladder.levels if one.form != level.form or one.macs < level.macs]
-    return _Ladder(stay, ladder.weight)
+    return replace(ladder, levels=stay)
 
 
 def _chosen(ladders: Sequence[_Ladder], goal: Goal, budget: float) -> tuple[list[Level], bool]:
@@ -198,7 +201,7 @@ def _chosen(ladders: Sequence[_Ladder], goal: Goal, budget: float) -> tuple[list
         case "energy":
             places = [_last_within(ladder.levels, 1 - goal.amount) for ladder in best]
         case "error":
-            places = _within(best, goal.amount * sum(ladder.weight for ladder in best))
+            places = _within(best, goal.amount * sum(ladder.weight * ladder.layers for ladder in best))
         case _:
             found = allocate([one.errors for one in best], Separable([one.costs(goal.what) for one in best]), budget)
             places, holds = list(found.levels), found.holds

@@ -54,6 +54,11 @@ class Convolution:
         return self.layer.node.op_type, self.layer.dims, group_count(self.layer), tuple(strides)
 
     @property
+    def layers(self) -> int:
+        """One."""
+        return 1
+
+    @property
     def parameters(self) -> int:
         """How many weights it has."""
         return math.prod(self.layer.dims)
@@ -90,15 +95,15 @@ class Convolution:
 
     def apply(self, level: Level, aims: Aims | None, ctx: Context) -> float:
         """Put smaller convolutions in its place, and return the share of its output's power that is lost."""
-        aim = aims.of(self.layer) if aims is not None else None
-        weight = finite_matrix(self.layer) if aim is None else aim.weight
+        layer, way = self.layer.now(), way_of(level)
+        aim = aims.of(layer) if aims is not None else None
+        weight = finite_matrix(layer) if aim is None else aim.weight
         moments = None if aim is None else aim.second_moment
-        way = way_of(level)
-        with threads_for(inputs_of(self.layer)):
-            division = Division(Shape.of(self.layer), way.first, weight, moments)
+        with threads_for(inputs_of(layer)):
+            division = Division(Shape.of(layer), way.first, weight, moments)
             solution = division.solve(way)
-        with ctx.rewriter.edit(_RULE, self.layer.node):
-            put(self.layer, way, solution, ctx)
+        with ctx.rewriter.edit(_RULE, layer.node):
+            put(layer, way, solution, ctx)
             if aim is not None and aim.bias is not None:
                 aim.bias.shift(aim.shift(solution.matrix), ctx)
         return solution.error / division.power if division.power > 0 else 0.0

@@ -14,7 +14,7 @@ from graphopt.backend import Array
 from graphopt.summary import node_macs
 
 from ..analyses.finite_weights import finite_matrix
-from ..analyses.linear_layers import LinearLayer, as_linear_layer
+from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import gram, inputs_of
 from ..solvers.blas_threads import threads_for
 from ..solvers.rank import Factors, Spectrum
@@ -49,6 +49,11 @@ class Product:
     def kind(self) -> tuple[object, ...]:
         """Operator and sizes."""
         return self.layer.node.op_type, self.layer.dims
+
+    @property
+    def layers(self) -> int:
+        """One: of readers of one weight the error is that of all rows together."""
+        return 1
 
     @property
     def parameters(self) -> int:
@@ -88,8 +93,7 @@ class Product:
 
     def apply(self, level: Level, aims: Aims | None, ctx: Context) -> float:
         """Put two products in the place of each, and return the share of the output's power that is lost."""
-        # What they read may be another value by now.
-        readers = [as_linear_layer(reader.node) or reader for reader in self.readers]
+        readers = [reader.now() for reader in self.readers]
         aim = aims.of(readers[0]) if aims is not None and len(readers) == 1 else None
         factors, share = self._solve(level.ranks[0], aim, ctx)
         with ctx.rewriter.edit(_RULE, *self.nodes):

@@ -29,6 +29,8 @@ from .split_products import first_product, rows_run_down
 from .weight_readers import WeightReader, all_readers
 
 _RULE = "factorize"
+# Dtypes that those who read a table are known for.
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 def counted(ids: Array, rows: int, masks: Sequence[Array] = ()) -> Array:
@@ -84,7 +86,10 @@ def candidates_of(model: ir.Model, ctx: Context, selection: Selection, method: M
     seen: set[ir.Value] = set()
     for node in model.graph:
         table = node.inputs[0] if is_lookup(node) else None
-        if table is None or table in seen or walk.constant_tensor(table) is None or not selection.allows(node):
+        tensor = walk.constant_tensor(table)
+        if table is None or table in seen or tensor is None or not selection.allows(node):
+            continue
+        if not tensor.dtype.is_floating_point():  # sizes, and the like
             continue
         seen.add(table)
         readers, stranger = all_readers(table, order)
@@ -106,6 +111,8 @@ def _obstacle(
     tensor = walk.constant_tensor(table)
     if tensor is None or len(tensor.shape) != 2:
         return "its table is no matrix"
+    if tensor.dtype not in _FLOATS:
+        return "its table is neither float32 nor float16"
     if stranger is not None:
         return f"its table is also read by {stranger.op_type} `{walk.label(stranger)}`"
     if table.is_graph_output():
@@ -143,6 +150,11 @@ class Table:
     def kind(self) -> tuple[object, ...]:
         """What is alike in tables of which the same is expected."""
         return ("table", *self._dims())
+
+    @property
+    def layers(self) -> int:
+        """One: the table is what counts."""
+        return 1
 
     @property
     def parameters(self) -> int:

@@ -117,7 +117,7 @@ class Factorize(Pass):
             method,
             self.form,
             residual=residual_plan(ctx.target) if self.residual != "none" else None,
-            joint=goal.what != "rank",
+            joint=goal.what not in ("rank", "energy"),
             tables=bool(self.include),
         )
 
@@ -139,15 +139,18 @@ class Factorize(Pass):
         if not lost:
             ctx.note(f"`{asked}` takes no layer to a rank at which it is smaller: the model is unchanged")
             return
+        pairs = zip(candidates, plan.levels, strict=True)
+        layers = sum(candidate.layers for candidate, level in pairs if level.form != "whole")
         text = f"{len(lost)} of {len(candidates)} layers, or stacks of layers, factored: {plan.left:.1%} of "
         if self.residual == "none":
             parameters, macs = count_parameters(ctx.model), count_macs(ctx.model)
-            text += f"their weights left, of the model {parameters / before[0]:.1%} of the parameters and "
-            text += f"{macs / max(before[1], 1):.1%} of the multiplications"
+            text += f"their weights left, of the model {parameters / before[0]:.1%} of the parameters"
+            if before[1]:  # shapes may be unknown
+                text += f" and {macs / before[1]:.1%} of the multiplications"
         else:
             text += "the bytes of their weights left"
         ctx.note(
-            f"{text}; predicted noise of their outputs {sum(lost) / len(lost):.2%} in the mean",
+            f"{text}; predicted noise of their outputs {sum(lost) / layers:.2%} in the mean",
             factored=len(lost),
             candidates=len(candidates),
             left=plan.left,
@@ -174,5 +177,5 @@ def _apply(candidates: Sequence[Candidate], levels: Sequence[Level], method: Met
             node = candidate.nodes[0]
             lost.append(candidate.apply(level, aims, ctx))
             if ctx.predicts:
-                ctx.note("forecast", node, predicted_error=min(lost[-1], 1.0))
+                ctx.note("forecast", node, predicted_error=min(lost[-1] / candidate.layers, 1.0))
     return lost

@@ -14,7 +14,7 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.walkthrough import Closing
 
-from ..analyses.covariance import Covariance
+from ..analyses.covariance import Covariance, around_zero, parts
 from ..analyses.layer_rows import layer_rows, output_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer, linear_layers
 from ..analyses.padding import mask_of, only, real_rows
@@ -56,12 +56,7 @@ def residual_of(layer: LinearLayer, bias: LayerBias | None) -> Residual | None:
         return None  # the other term is not multiplied with it
     made = (bias.adder if bias is not None else layer.node).outputs[0]
     uses = list(made.uses())
-    if (
-        product_scale(layer) != 1
-        or len(uses) != 1
-        or made.is_graph_output()
-        or not walk.is_onnx_op(uses[0].node, "Add")
-    ):
+    if len(uses) != 1 or made.is_graph_output() or not walk.is_onnx_op(uses[0].node, "Add"):
         return None
     other, total = uses[0].node.inputs[1 - uses[0].idx], uses[0].node.outputs[0]
     if other is None or walk.constant_tensor(other) is not None:
@@ -75,10 +70,8 @@ class Target:
     """A least squares problem: what a layer is to give, y, from what it reads, x̂.
 
     Attributes:
-        second: E[x̂ x̂ᵀ], float32 [groups, inputs, inputs].
-        covariance: The same around the mean.
-        cross: E[y x̂ᵀ], float64 [outputs, inputs].
-        cross_covariance: The same around the means.
+        covariance: E[x̂ x̂ᵀ] around the mean, float32 [groups, inputs, inputs].
+        cross_covariance: E[y x̂ᵀ] around the means, float64 [outputs, inputs].
         mean: E[x̂], float64 [groups, inputs].
         wanted: E[y], float64 [outputs].
         with_bias: Whether the layer's bias is part of y.
@@ -87,9 +80,7 @@ class Target:
             can be judged by the other.
     """
 
-    second: Array
     covariance: Array
-    cross: Array
     cross_covariance: Array
     mean: Array
     wanted: Array
@@ -99,11 +90,18 @@ class Target:
 
     def around(self, *, centred: bool) -> tuple[Array, Array]:
         """Return E[x̂ x̂ᵀ] and E[y x̂ᵀ], around the means or not."""
-        return (self.covariance, self.cross_covariance) if centred else (self.second, self.cross)
+        if centred:
+            return self.covariance, self.cross_covariance
+        return self.second, self.cross_covariance + _product(self.wanted, self.mean)
+
+    @property
+    def second(self) -> Array:
+        """E[x̂ x̂ᵀ], a new float32 [groups, inputs, inputs]."""
+        return around_zero(self.covariance.copy(), self.mean)
 
     def shift(self, weight: Array, bias: LayerBias | None) -> Array:
         """Return what a bias has to grow by, float64 [outputs], for a weight [outputs, inputs] to give the mean."""
-        products = by_group(weight.astype(np.float64), self.second) @ self.mean[:, :, None]
+        products = by_group(weight.astype(np.float64), self.covariance) @ self.mean[:, :, None]
         found: Array = self.wanted - products.reshape(-1)
         return found - bias_content(bias, len(found)) if self.with_bias else found
 
@@ -264,18 +262,8 @@ class _Sums:
         wanted = y_mean + y_origin
         if through is not None:
             cross, wanted = through @ cross, (through @ wanted[:, :, None])[:, :, 0]
-        around_zero = cross + wanted[:, :, None] * mean[:, None, :]
-        flat = (-1, cross.shape[2])
-        return Target(
-            self._rows.second(),
-            self._rows.covariance(),
-            around_zero.reshape(flat),
-            cross.reshape(flat),
-            mean,
-            wanted.reshape(-1),
-            with_bias,
-            self.count,
-        )
+        flat = cross.reshape(-1, cross.shape[2])
+        return Target(self._rows.covariance(), flat, mean, wanted.reshape(-1), with_bias, self.count)
 
 
 def _settled(sums: list[_Sums], *, with_bias: bool, through: Array | None = None) -> Target | None:
@@ -301,16 +289,19 @@ def _whole(counts: Array, halves: Sequence[Target]) -> Target:
     pairs = list(zip(counts / counts.sum(), halves, strict=True))
     mean = np.sum([share * half.mean for share, half in pairs], axis=0)
     wanted = np.sum([share * half.wanted for share, half in pairs], axis=0)
-    covariance, cross = np.zeros(halves[0].covariance.shape), np.zeros(halves[0].cross.shape)
+    covariance, cross = np.empty_like(halves[0].covariance), np.zeros(halves[0].cross_covariance.shape)
     for share, half in pairs:
         # Each around its own mean, and the halves' means around that of all.
-        away, short = half.mean - mean, half.wanted - wanted
-        covariance += share * (half.covariance + away[:, :, None] * away[:, None, :])
-        cross += share * (half.cross_covariance + _product(short, away))
-    second = covariance + mean[:, :, None] * mean[:, None, :]
-    singles = second.astype(np.float32), covariance.astype(np.float32)
-    around_zero = cross + _product(wanted, mean)
-    return Target(*singles, around_zero, cross, mean, wanted, halves[0].with_bias, int(counts.sum()), tuple(halves))
+        cross += share * (half.cross_covariance + _product(half.wanted - wanted, half.mean - mean))
+    for part in parts(covariance.shape[1]):
+        covariance[:, part] = sum(share * _around(half, mean, part) for share, half in pairs)
+    return Target(covariance, cross, mean, wanted, halves[0].with_bias, int(counts.sum()), tuple(halves))
+
+
+def _around(half: Target, mean: Array, part: slice) -> Array:
+    """Return some rows of E[(x̂ − mean) (x̂ − mean)ᵀ], float64."""
+    away = half.mean - mean
+    return np.asarray(half.covariance[:, part] + away[:, part, None] * away[:, None, :])
 
 
 def _product(outputs: Array, inputs: Array) -> Array:

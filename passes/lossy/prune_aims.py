@@ -30,6 +30,9 @@ _ALONE = 0.03
 _FLOOR = 0.001
 # Share of the weights that is left out while ridges are tried, and steps from one ridge's solution to the next one's.
 _TRIED, _STEPS = 0.5, 8
+# Outputs of each group that ridges are tried on, evenly spaced: of 41 layers of `gutenberg_lm`, 39 get the same as by
+# all outputs, and two the next one, in a third of the time.
+_JUDGES = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +77,10 @@ class Aims(Closing):
         target = self._targets.of(layer, self._residual(layer, bias))
         if target is None:
             return None
-        centred = bias is not None
-        target = replace(target, halves=tuple(_alone(half, centred=centred) for half in target.halves))
-        return Aim(*_steadied(layer.matrix(), target, self._held, centred=centred), bias, replace(target, halves=()))
+        centred, matrix = bias is not None, layer.matrix()
+        ridge = _ridge(matrix, target, self._held, centred=centred)
+        target = replace(target, halves=())  # as large as all the rest
+        return Aim(*_steadied(matrix, target, ridge, centred=centred), bias, target)
 
     def narrow(self, kept: Mapping[tuple[str, int], Array]) -> None:
         """Take note that channels are gone by now; see `LayerTargets.narrow`."""
@@ -95,21 +99,14 @@ class Aims(Closing):
         self._targets.close()
 
 
-def _alone(half: Target, *, centred: bool) -> Target:
-    """Return a problem with its moments around the means alone, or around zero alone: half the memory."""
-    moment, cross = half.around(centred=centred)
-    return replace(half, second=moment, covariance=moment, cross=cross, cross_covariance=cross)
-
-
-def _steadied(matrix: Array, target: Target, share: float, *, centred: bool) -> tuple[Array, Array]:
+def _steadied(matrix: Array, target: Target, ridge: float, *, centred: bool) -> tuple[Array, Array]:
     """Return the dense weight that does best, and the second moment with which to come near to it.
 
     With few samples, weights that make up for others fit these samples and nothing else. So leaving the weights as they
     are is rewarded: tr((W−Ŵ) R (W−Ŵ)ᵀ), R a multiple of H's diagonal, is added to the error (ridge regression, Hoerl
-    and Kennard, 1970). How much is tried out, on half of the samples against the other.
+    and Kennard, 1970).
     """
     second, cross = target.around(centred=centred)
-    ridge = _ridge(matrix, target, share, centred=centred)
     held = _held(second, ridge)
     moment, own = second.astype(np.float64), by_group(matrix.astype(np.float64), second)
     diagonal = np.arange(second.shape[1])
@@ -138,9 +135,11 @@ def _ridge(matrix: Array, target: Target, share: float, *, centred: bool) -> flo
     """
     if len(target.halves) < 2:
         return _ALONE
-    sides = [half.around(centred=centred) for half in target.halves]
-    own = by_group(matrix.astype(np.float32), target.second)
-    costs = np.square(own) * np.diagonal(target.second, axis1=1, axis2=2)[:, None]
+    problems = (half.around(centred=centred) for half in target.halves)
+    sides = [(moment, _some(cross, moment)) for moment, cross in problems]
+    own = _some(matrix, target.covariance)
+    powers = np.diagonal(target.covariance, axis1=1, axis2=2) + np.square(target.mean)
+    costs = np.square(own) * powers[:, None].astype(np.float32)
     kept = Unstructured(_TRIED).kept(costs.reshape(-1, costs.shape[-1])).reshape(own.shape)
     losses, starts = [], [own, own]
     for ridge in _RIDGES:
@@ -150,10 +149,17 @@ def _ridge(matrix: Array, target: Target, share: float, *, centred: bool) -> flo
             moment = fit[0].copy()
             diagonal = np.arange(moment.shape[1])
             moment[:, diagonal, diagonal] += held
-            goal = by_group(fit[1], moment).astype(np.float32) + own * held[:, None]
+            goal = fit[1] + own * held[:, None]
             found = solve_kept(own, kept, moment, start=starts[side], goal=goal, steps=_STEPS)
             starts[side] = found
             # E|y − Ŵ x̂|² without E|y|², which is the same for all.
-            loss += float(np.vdot(found, found @ judge[0])) - 2 * float(np.vdot(found, by_group(judge[1], moment)))
+            loss += float(np.vdot(found, found @ judge[0])) - 2 * float(np.vdot(found, judge[1]))
         losses.append(loss)
     return _RIDGES[int(np.argmin(losses))] * share
+
+
+def _some(matrix: Array, second: Array) -> Array:
+    """Return the rows of outputs that ridges are tried on, float32 [groups, outputs, inputs]."""
+    grouped = by_group(matrix, second)
+    count = grouped.shape[1]
+    return grouped[:, np.linspace(0, count - 1, min(count, _JUDGES)).astype(int)].astype(np.float32)

@@ -16,7 +16,7 @@ from graphopt.summary import node_macs
 from graphopt.target import Target
 
 from ..analyses.finite_weights import finite_matrix
-from ..analyses.linear_layers import LinearLayer, as_linear_layer
+from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import inputs_of
 from ..exact.opset import Opset
 from ..solvers.blas_threads import threads_for
@@ -34,7 +34,7 @@ from .weight_plan import WeightPlan, weight_plan
 from .weight_readers import StoredMatrix, no_reader, reader_of
 
 _RULE = "factorize"
-_BITS, _FLOAT_BYTES = 4, 4
+_BITS = 4
 # Ranks above 0 at which a layer's error is looked at; between them its logarithm goes evenly.
 _LOOKS = 3
 # Rounds of codes and factors while looking.
@@ -105,6 +105,11 @@ class CodedProduct:
         return self.layer.node.op_type, self.layer.dims
 
     @property
+    def layers(self) -> int:
+        """One."""
+        return 1
+
+    @property
     def parameters(self) -> int:
         """How many weights it has."""
         return int(np.prod(self.layer.dims))
@@ -117,7 +122,7 @@ class CodedProduct:
     def curve(self, reads: Reads, ctx: Context) -> Curve:
         """Return codes alone and with factors of every rank with which they take fewer bytes than the weight.
 
-        Parameters are counted by the bytes they take, four each.
+        Parameters are counted by the bytes they take, as many each as the weight's type has.
 
         Raises:
             PassError: The weight holds NaN or infinity.
@@ -152,7 +157,7 @@ class CodedProduct:
 
     def apply(self, level: Level, aims: Aims | None, ctx: Context) -> float:
         """Put codes, and a pair of products beside them, in the place of the product; return the share that is lost."""
-        layer = as_linear_layer(self.layer.node) or self.layer  # what it reads may be another value by now
+        layer = self.layer.now()
         aim = aims.of(layer) if aims is not None else None
         weight = finite_matrix(layer) if aim is None else aim.weight
         moment = None if aim is None else aim.second_moment[0]
@@ -174,10 +179,10 @@ class CodedProduct:
         return Level("residual", (rank,), share, self._stored(rank), macs)
 
     def _stored(self, rank: int) -> int:
-        """Return what factors and codes take, as so many floats."""
+        """Return what factors and codes take, as so many numbers of the weight's type."""
         outputs, inputs = self.layer.dims[self.layer.output_axis], inputs_of(self.layer)
-        codes = stored_bytes(outputs, inputs, self.plan, _FLOAT_BYTES)
-        return rank * (outputs + inputs) + -(-codes // _FLOAT_BYTES)
+        size = int(weight_tensor(self.layer).dtype.itemsize)
+        return rank * (outputs + inputs) + -(-stored_bytes(outputs, inputs, self.plan, size) // size)
 
 
 def _beside(layer: LinearLayer, found: LowRankCodes, ctx: Context) -> ir.Node:

@@ -11,7 +11,7 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 
 from ..analyses.finite_weights import finite_matrix
-from ..analyses.linear_layers import LinearLayer, as_linear_layer
+from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import inputs_of
 from ..solvers.blas_threads import threads_for
 from ..solvers.objective import output_error
@@ -81,6 +81,11 @@ class Stack:
         return ("stack", *(product.kind for product in self.products))
 
     @property
+    def layers(self) -> int:
+        """How many they are."""
+        return len(self.products)
+
+    @property
     def parameters(self) -> int:
         """How many numbers they store together."""
         return sum(product.parameters for product in self.products)
@@ -147,10 +152,7 @@ class Stack:
         return lost
 
     def _factor(self, part: Part, rank: int, aims: Aims | None, ctx: Context) -> float:
-        chosen = [self.products[one].layer for one in part.members]
-        layers = [
-            as_linear_layer(layer.node) or layer for layer in chosen
-        ]  # what they read may be another value by now
+        layers = [self.products[one].layer.now() for one in part.members]
         # Before the first of them is changed, as all read the same.
         found = [aims.of(layer) if aims is not None else None for layer in layers]
         seen = [aim for aim in found if aim is not None]

@@ -9,7 +9,7 @@ import numpy as np
 from graphopt.backend import Array
 
 from ..analyses.linear_layers import LinearLayer
-from ..solvers.clustered_weight import ClusteredWeight
+from ..solvers.clustered_weight import ClusteredWeight, decoded
 from ..solvers.codebook import Codebook, CodebookWeight
 from .code_planes import bits_for, packed_planes, stored_bytes, unpacked_planes
 
@@ -109,11 +109,8 @@ class WeightCodes:
 
     def values(self) -> Array:
         """Return Ŵ, float32 [outputs, inputs]."""
-        tables = np.arange(self.outputs)[:, None] // self.rows
-        found = self.tables[tables, self.codes].reshape(self.outputs, -1)[:, : self.inputs]
-        if self.scales is not None:
-            found = found * np.repeat(self.scales, self.block or self.inputs, axis=1)[:, : self.inputs]
-        found = np.ascontiguousarray(found)  # so that a flat view of it is no copy
+        found = decoded(self.tables, self.codes, self.rows, self.scales, self.block)
+        found = np.ascontiguousarray(found[:, : self.inputs])  # so that a flat view of it is no copy
         found.reshape(-1)[self.positions] = self.exact
         return found
 

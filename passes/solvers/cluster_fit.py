@@ -8,24 +8,26 @@ import numpy as np
 
 from graphopt.backend import Array
 
-from .clustered_weight import Clustering, looked_up, places
+from .clustered_weight import Clustering, decoded, looked_up, places
 from .codebook import spread
 from .kmeans import kmeans
 from .kmeans_vectors import kmeans_vectors, nearest_vectors
+from .rows import by_rows
 
 # Rounds of tables and scales, each lowering the error; some three settle most of it.
 _ROUNDS = 12
 # Up to so many entries several starts are tried, and the best tables looked for once more when scales are settled; more
 # are about as good.
 _FEW_ENTRIES = 32
-# Of more weights than this, the table is found for as many; then scales and codes of all are, in so many rounds.
-_MANY, _ROUNDS_OF_ALL = 1 << 20, 3
+# Of more weights than this, the table is found for some, a thousand for each of 256 entries; then scales and codes of
+# all are, in so many rounds.
+_MANY, _SOME, _ROUNDS_OF_ALL = 1 << 20, 1 << 18, 3
 # A round that lowers the error by less than this share of it is the last.
 _SETTLED = 1e-4
 # Numbers compared at once where every output has a table of its own.
 _COMPARED = 1 << 24
 # A share of exact zeros from which an entry is worth holding at 0, where entries are many.
-_MANY_ZEROS = 0.1
+MANY_ZEROS = 0.1
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -51,10 +53,7 @@ class Fit:
 
     def values(self) -> Array:
         """Return what the codes stand for, float32 [outputs, codes × vector]."""
-        found = looked_up(self.tables, self.codes, self.rows)
-        if self.scales is not None:
-            found *= self.spread_scales(found.shape[1])
-        return found
+        return decoded(self.tables, self.codes, self.rows, self.scales, self.block)
 
     def spread_scales(self, inputs: int) -> Array:
         """Return a scale for each weight, [outputs, inputs]; [1, 1] where there are none."""
@@ -83,31 +82,45 @@ def fitted(matrix: Array, costs: Array, clustering: Clustering) -> Fit:
         return _with_tables(matrix, costs, None, 0, rows, zeros, clustering)
     if matrix.size > _MANY and rows == len(matrix):
         return _fitted_to_some(matrix, costs, block, zeros, clustering)
-    starts = [_root_mean_squares(matrix, costs, block)]
+    starts = [_root_mean_squares(matrix, costs, block=block)]
     if clustering.entries <= _FEW_ENTRIES:
-        starts.append(_largest(matrix, block))
-    tried = [_with_tables(matrix, costs, rounded(one), block, rows, zeros, clustering) for one in starts]
+        starts.append(_largest(matrix, costs, block=block))
+    tried = [_with_tables(matrix, costs, rounded(_positive(one)), block, rows, zeros, clustering) for one in starts]
     best = min(tried, key=lambda one: _error(matrix, costs, one))
     return _alternated(matrix, costs, best, clustering)
 
 
 def _fitted_to_some(matrix: Array, costs: Array, block: int, zeros: Array | None, clustering: Clustering) -> Fit:
     """Return a fit whose table is found for some of the outputs, evenly spaced, and the scales and codes of all."""
-    step = -(-matrix.size // _MANY)
+    step = -(-matrix.size // _SOME)
     own = costs if len(costs) == 1 else costs[::step]
     some = fitted(matrix[::step], own, replace(clustering, rows=0, zeros=zeros is not None))
     assert some.scales is not None, "there are scales"
-    starts = [_root_mean_squares(matrix, costs, block), _largest(matrix, block)]
+    starts = [
+        _positive(np.concatenate(by_rows(scales_of, matrix, costs, block=block)))
+        for scales_of in (_root_mean_squares, _largest)
+    ]
     # What the scales of some are most nearly a multiple of, those of all begin with.
     ratios = [np.log(some.scales / one[::step]) for one in starts]
     nearest = int(np.argmin([ratio.std() for ratio in ratios]))
-    scales = rounded(starts[nearest] * np.exp(np.median(ratios[nearest])).astype(np.float32))
+    scales = starts[nearest] * np.exp(np.median(ratios[nearest])).astype(np.float32)
     zeros = None if some.zeros is None else zeros
-    fit = Fit(some.tables, np.zeros((len(matrix), 0), np.uint8), scales, block, len(matrix), zeros)
+    scales = rounded(np.concatenate(by_rows(_scales_for, matrix, costs, scales, zeros, fit=some)))
+    codes = np.concatenate(by_rows(_codes_for, matrix, costs, scales, zeros, fit=some))
+    return Fit(some.tables, codes, scales, some.block, len(matrix), zeros)
+
+
+def _scales_for(matrix: Array, costs: Array, scales: Array, zeros: Array | None, *, fit: Fit) -> Array:
+    """Return the scales that rows settle on in some rounds, with the table of a fit."""
     for _ in range(_ROUNDS_OF_ALL):
-        fit = _recoded(matrix, costs, fit)
-        fit = replace(fit, scales=rounded(_fitted_scales(matrix, costs, fit)))
-    return _recoded(matrix, costs, fit)
+        codes = _codes_for(matrix, costs, scales, zeros, fit=fit)
+        scales = _fitted_scales(matrix, costs, replace(fit, codes=codes, scales=scales, zeros=zeros))
+    return scales
+
+
+def _codes_for(matrix: Array, costs: Array, scales: Array, zeros: Array | None, *, fit: Fit) -> Array:
+    """Return the nearest codes of rows, with the table of a fit."""
+    return _recoded(matrix, costs, replace(fit, scales=scales, rows=len(matrix), zeros=zeros)).codes
 
 
 def rounded(scales: Array) -> Array:
@@ -122,19 +135,19 @@ def _held_zeros(matrix: Array, clustering: Clustering) -> Array | None:
         return None
     zeros = (matrix == 0).reshape(len(matrix), matrix.shape[1] // clustering.vector, clustering.vector).all(axis=2)
     share = float(zeros.mean()) if zeros.size else 0.0
-    many = share >= max(_MANY_ZEROS, 1 / clustering.entries)
+    many = share >= max(MANY_ZEROS, 1 / clustering.entries)
     return zeros if many or (clustering.zeros and share > 0) else None
 
 
-def _root_mean_squares(matrix: Array, costs: Array, block: int) -> Array:
+def _root_mean_squares(matrix: Array, costs: Array, *, block: int) -> Array:
     starts = np.arange(0, matrix.shape[1], block)
     squares = np.add.reduceat(costs * matrix * matrix, starts, axis=1)
     weights = np.maximum(np.add.reduceat(np.broadcast_to(costs, matrix.shape), starts, axis=1), _TINY)
-    return _positive(np.sqrt(squares / weights))
+    return np.sqrt(squares / weights)
 
 
-def _largest(matrix: Array, block: int) -> Array:
-    return _positive(np.maximum.reduceat(np.abs(matrix), np.arange(0, matrix.shape[1], block), axis=1))
+def _largest(matrix: Array, _: Array, *, block: int) -> Array:
+    return np.maximum.reduceat(np.abs(matrix), np.arange(0, matrix.shape[1], block), axis=1)
 
 
 def _positive(scales: Array) -> Array:

@@ -8,8 +8,6 @@ import numpy as np
 
 from graphopt.backend import Array
 
-from .codebook import spread
-
 
 @dataclass(frozen=True)
 class Clustering:
@@ -85,12 +83,20 @@ class ClusteredWeight:
 
     def values(self) -> Array:
         """Return Ŵ, float32 [outputs, inputs]."""
-        found = looked_up(self.tables, self.codes, self.rows)
-        if self.scales is not None:
-            found *= spread(self.scales, self.block, found.shape[1])
-        found = np.ascontiguousarray(found[:, : self.inputs])
+        found = decoded(self.tables, self.codes, self.rows, self.scales, self.block)
+        found = np.ascontiguousarray(found[:, : self.inputs])  # so that a flat view of it is no copy
         found.reshape(-1)[self.positions] = self.exact
         return found
+
+
+def decoded(tables: Array, codes: Array, rows: int, scales: Array | None, block: int) -> Array:
+    """Return what codes [outputs, codes] stand for, float32 [outputs, codes × vector], without outliers."""
+    found = looked_up(tables, codes, rows)
+    if scales is not None:
+        # Block by block, as scales for each weight would take as much memory again.
+        for place, own in enumerate(scales.T):
+            found[:, place * block : (place + 1) * block] *= own[:, None]
+    return found
 
 
 def looked_up(tables: Array, codes: Array, rows: int) -> Array:

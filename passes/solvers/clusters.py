@@ -40,11 +40,14 @@ def clustered(weight: Array, clustering: Clustering, second_moment: Array | None
     moments = None if second_moment is None else _filled_moments(second_moment, clustering.vector)
     costs = _costs(filled, matrix.shape[1], moments)
     fit, free = _with_outliers(filled, costs, matrix.shape[1], clustering)
-    values = fit.values() if free is None else np.where(free, filled, fit.values())
+    values = filled
     if moments is not None and clustering.compensated and filled.size:
+        start = fit.values() if free is None else np.where(free, filled, fit.values())
         problem = Problem(by_group(filled, moments), moments.reshape(-1, *moments.shape[-2:]), free)
-        fit, values = _improved(problem, fit, values)
-    return _finished(matrix, fit, values, free, unit, clustering, second_moment)
+        fit, values = _improved(problem, fit, start)
+    exact = np.zeros(0, np.float32) if free is None else values[free] * np.float32(unit)
+    del filled, values
+    return _finished(matrix, fit, free, exact, unit, clustering, second_moment)
 
 
 def _unit(matrix: Array) -> float:
@@ -134,19 +137,17 @@ def _error(problem: Problem, values: Array) -> float:
 def _finished(
     matrix: Array,
     fit: Fit,
-    values: Array,
     free: Array | None,
+    exact: Array,
     unit: float,
     clustering: Clustering,
     second_moment: Array | None,
 ) -> ClusteredWeight:
     inputs = matrix.shape[1]
-    positions, exact = np.zeros(0, np.int64), np.zeros(0, np.float32)
-    if free is not None:
-        positions = np.flatnonzero(free[:, :inputs]).astype(np.int64)
-        exact = values[:, :inputs].reshape(-1)[positions] * np.float32(unit)
+    positions = np.zeros(0, np.int64) if free is None else np.flatnonzero(free[:, :inputs]).astype(np.int64)
     tables = fit.tables * np.float32(unit)
     found = ClusteredWeight(
         fit.codes, tables, fit.rows, fit.scales, fit.block, inputs, positions, exact, clustering.bits, 0.0
     )
-    return replace(found, error=output_error(matrix - found.values(), second_moment))
+    values = found.values()
+    return replace(found, error=output_error(np.subtract(matrix, values, out=values), second_moment))

@@ -74,7 +74,8 @@ class Blocks:
             of_blocks = moment.reshape(blocks, each, blocks, each)
             self._mean = np.asarray(np.mean([of_blocks[at, :, at] for at in range(blocks)], axis=0, dtype=np.float64))
             if blocks > 1:
-                self._moment = moment.astype(np.float64 if blocks * each <= _WIDE_INPUTS else np.float32)
+                wide = np.float64 if blocks * each <= _WIDE_INPUTS else np.float32
+                self._moment = moment.astype(wide, copy=False)
         flat = self.weight.reshape(-1, each)
         spectra = [Spectrum(flat, self._mean)]
         if self._moment is not None:

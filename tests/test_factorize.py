@@ -405,3 +405,12 @@ def test_ranks_save_something_and_suit_the_target(sizes: tuple[int, int], multip
     found = allowed_ranks(*sizes, multiple)
     assert found == ranks
     assert all(rank * sum(sizes) < sizes[0] * sizes[1] for rank in found)
+
+
+def test_next_to_no_weights_go_where_that_costs_the_outputs_least() -> None:
+    rng = RNG(11)
+    # What the first layer gives is multiplied by a thousandth, so that nothing of it is seen in the outputs.
+    model = chain(rng, 2)
+    run = run_passes(model, "factorize:params=0.97", data=samples())
+    said = " ".join(note.text for note in run.ctx.notes) if hasattr(run, "ctx") else str(run)
+    assert "0 of 2 layers tried alone" not in said

@@ -91,6 +91,8 @@ def _candidate(
     if not all(selection.allows(use.node) for use in layer.weight.uses()):
         return "their weight is also read by a node that is excluded"
     if layer.node.op_type not in ("MatMul", "Gemm"):
+        if settings.residual is not None:
+            return "they are convolutions, and nothing reads a residual of theirs in codes"
         return factored_convolutions.candidate_of(layer, settings.form, settings.method, ctx)
     if len(layer.dims) != _MATRIX_RANK:
         return "they have a matrix for each of several batches"

@@ -135,7 +135,9 @@ def _ladders(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: C
             levels = _undominated(curve.levels, goal.what)
             whole = _cost(curve.levels[0], goal.what)
             say_curve(ctx, candidate.nodes[0], {1 - _cost(one, goal.what) / whole: one.error for one in levels})
-            level = min(levels, key=lambda one: abs(_cost(one, goal.what) - share * whole))
+            # Next to no weights may go: yet how much each layer matters is known only of one that lost some.
+            smaller = [one for one in levels if one is not curve.levels[0]] or levels
+            level = min(smaller, key=lambda one: abs(_cost(one, goal.what) - share * whole))
             contents = None
             if place in tried and level is not curve.levels[0]:
                 contents = curve.approximate(_place(curve, level))

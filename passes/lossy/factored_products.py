@@ -78,6 +78,8 @@ class Product:
         moment = None if seen is None else steadied(seen.second if bias is None else seen.covariance, seen.rows)
         with threads_for(inputs_of(self.layer)):
             spectrum = Spectrum(matrix, moment if alone else self._shared_moment(ctx))
+            if not spectrum.errors[0]:  # the data say nothing of a layer that gives nothing on them
+                spectrum = Spectrum(matrix)
         ranks = allowed_ranks(len(matrix), matrix.shape[1], ctx.target.width_multiple)
         levels = [Level("whole", (), 0.0, self.parameters, self.macs)]
         levels += [self._level(rank, spectrum) for rank in ranks]

@@ -29,6 +29,8 @@ _GOALS: tuple[What, ...] = ("params", "macs", "energy", "error", "rank")
 # What `energy=1` and the like would come to is the model as it is, which nobody asks for.
 _SHARES = _GOALS[:-1]
 _USUAL = Goal("params", 0.8)
+# With a residual in codes, bytes are counted: codes alone take a seventh, and this leaves room for factors beside them.
+_USUAL_CODED = Goal("params", 0.2)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Factorize(Pass):
     """Write linear layers as two or three smaller ones of low rank, each as deep as it costs the outputs least."""
 
     params: float | None = opt(
-        None, help="share of the weights of layers that can be factored to be left; 0.8 where nothing is asked for"
+        None,
+        help="share of the weights of layers that can be factored to be left, with `residual` of their bytes; 0.8, or "
+        "0.2 with `residual`, where nothing is asked for",
     )
     macs: float | None = opt(None, help="multiplications to be left, as a share of the model's")
     energy: float | None = opt(None, help="share of each layer's output power to keep, by the least rank that does")
@@ -102,7 +106,8 @@ class Factorize(Pass):
         selection = select(model, self.include, self.exclude, where=f"pass `{self.name}`")
         refuse_quantized(model, self.name, f"factorize first, then quantize: `--passes {self.name},quant`")
         method: Method = "svd" if self.method == "svd" or ctx.data is None else "whitened"
-        goal = next((Goal(name, getattr(self, name)) for name in _GOALS if getattr(self, name) is not None), _USUAL)
+        usual = _USUAL if self.residual == "none" else _USUAL_CODED
+        goal = next((Goal(name, getattr(self, name)) for name in _GOALS if getattr(self, name) is not None), usual)
         candidates = find_candidates(model, selection, self._settings(method, goal, ctx), ctx)
         if not candidates:
             ctx.note("found no layer that can be factored: the model is unchanged")
@@ -141,7 +146,9 @@ class Factorize(Pass):
             return
         pairs = zip(candidates, plan.levels, strict=True)
         layers = sum(candidate.layers for candidate, level in pairs if level.form != "whole")
-        text = f"{len(lost)} of {len(candidates)} layers, or stacks of layers, factored: {plan.left:.1%} of "
+        stacks = any(candidate.layers > 1 for candidate in candidates)
+        what = "layers (those that read the same count as one)" if stacks else "layers"
+        text = f"{len(lost)} of {len(candidates)} {what} factored: {plan.left:.1%} of "
         if self.residual == "none":
             parameters, macs = count_parameters(ctx.model), count_macs(ctx.model)
             text += f"their weights left, of the model {parameters / before[0]:.1%} of the parameters"

@@ -398,3 +398,7 @@ def test_zeros_that_codes_cannot_keep_are_said(options: str, said: bool) -> None
     text = "(float[2,21] x, float[21,15] w) => (float[2,15] y) { y = MatMul(x, w) }"
     result = graphopt.optimize(parsed(f" f {text}", w=weight), f"cluster{options}")
     assert ("1 weights lose zeros they had" in notes(result)) == said
+
+
+def test_a_number_of_channels_may_be_written_as_one() -> None:
+    assert Cluster(granularity=8) == Cluster(granularity="8")  # type: ignore[arg-type]

@@ -132,7 +132,8 @@ def test_each_merge_is_the_cheapest_there_is() -> None:
 def test_no_more_is_merged_than_is_to_be_saved() -> None:
     found = pools(6)
     size = found[0].weight.size
-    assert len(list(merges([range(6)], found, 1))) == 1
+    assert len(list(merges([range(6)], found, size / 2))) == 1
+    assert not list(merges([range(6)], found, size / 5)), "that is another model than was asked for"
     assert len(list(merges([range(6)], found, 2 * size))) == 2
     assert not list(merges([range(6)], found, 0))
     assert not list(merges([[0], [1]], found, np.inf)), "one alone has no other"

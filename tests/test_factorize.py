@@ -407,10 +407,6 @@ def test_ranks_save_something_and_suit_the_target(sizes: tuple[int, int], multip
     assert all(rank * sum(sizes) < sizes[0] * sizes[1] for rank in found)
 
 
-def test_next_to_no_weights_go_where_that_costs_the_outputs_least() -> None:
-    rng = RNG(11)
-    # What the first layer gives is multiplied by a thousandth, so that nothing of it is seen in the outputs.
-    model = chain(rng, 2)
-    run = run_passes(model, "factorize:params=0.97", data=samples())
-    said = " ".join(note.text for note in run.ctx.notes) if hasattr(run, "ctx") else str(run)
-    assert "0 of 2 layers tried alone" not in said
+def test_how_much_a_layer_matters_is_tried_where_next_to_no_weights_go() -> None:
+    run = run_passes(chain(RNG(11), 3), "factorize:params=0.97", data=samples())
+    assert not any("0 of 3 layers tried alone" in remark for remark in run.remarks)

@@ -285,6 +285,11 @@ def test_what_an_error_does_to_the_outputs_counts() -> None:
     assert facts(result)["groups"] == [["down2", "down3"]]
 
 
+def test_no_far_smaller_model_is_made_than_was_asked_for() -> None:
+    result = graphopt.optimize(planted(blocks=2), "tie-layers:params=0.99")
+    assert "no two layers could share a weight and leave about 99%" in texts(result)
+
+
 def test_shared_and_nested_weights_stay() -> None:
     model = planted()
     nodes = {node.name: node for node in model.graph}

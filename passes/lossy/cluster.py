@@ -68,6 +68,8 @@ class Cluster(Pass):
 
     def __post_init__(self) -> None:
         """Refuse words that are no granularity."""
+        # Python users write a number as one.
+        object.__setattr__(self, "granularity", str(self.granularity))
         _rows(self.granularity)
 
     @property
@@ -141,7 +143,7 @@ class Cluster(Pass):
         about = "about " if self._allocates(ctx) else ""
         of = f"{self.vector} weights" if self.vector > 1 else "a weight"
         tables = {"tensor": "a table each", "channel": "a table for each channel"}
-        shared = tables.get(self.granularity, f"a table for {self.granularity} channels")
+        shared = tables.get(self.granularity, f"a table for every {self.granularity} channels")
         solver = "k-means" if self.solver == "kmeans" or ctx.data is None else "k-means, errors made up for"
         return f"codes of {about}{self.bits} bits for {of}, {shared} ({solver})"
 

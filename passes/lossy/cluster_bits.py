@@ -61,10 +61,11 @@ def bits_by_error(layers: Sequence[LinearLayer], clustering: Clustering, ctx: Co
     budget = (1 + _ROOM) * float(sum(one[-1] for one in costs))
     found = [bits[level] for level in allocate(curves, Separable(costs), budget).levels]
     more = sum(one > clustering.bits for one in found)
-    ctx.note(
-        f"{more} layers have more bits, up to {max(found)}, where that takes little ({_ROOM:.0%} of all at the most)",
-        bits_of_layers=found,
-    )
+    if more:
+        ctx.note(
+            f"more bits, up to {max(found)}, where that takes little ({_ROOM:.0%} of all at the most): {more} layers",
+            bits_of_layers=found,
+        )
     return found
 
 

@@ -91,10 +91,14 @@ def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Me
     """Return the weights to be stored as codes, each with a layer that reads it, and note what is left."""
     chosen: dict[ir.Value, LinearLayer] = {}
     others: set[ir.Value] = set()
+    small: set[ir.Value] = set()
     excluded = inside = 0
     for node in walk.every_node(model):
         layer = _weight_of(node)
-        if layer is None or not _pays(layer, coding):
+        if layer is None:
+            continue
+        if not _pays(layer, coding):
+            small |= {layer.weight} if selection.allows(node) else set()
             continue
         tensor = walk.constant_tensor(layer.weight)
         if tensor is None or tensor.dtype is not ir.DataType.FLOAT:
@@ -106,6 +110,8 @@ def coded_layers(model: ir.Model, ctx: Context, selection: Selection, coding: Me
         elif layer.weight not in chosen or is_lookup(chosen[layer.weight].node):
             # What multiplies by a weight says better than a lookup which inputs matter.
             chosen[layer.weight] = layer
+    if small:
+        ctx.left(f"weights that would be no smaller as codes: {len(small)}")
     if excluded:
         ctx.left(f"{excluded} weights are also read where it is excluded")
     if inside:

@@ -62,11 +62,10 @@ class Aims(Closing):
 
     Args:
         ctx: Calibration data and the model; neither changed yet.
-        held: What of the ridge that half of the samples need is taken for all of them.
     """
 
-    def __init__(self, ctx: Context, *, held: float = _OF_ALL) -> None:
-        self._ctx, self._targets, self._held = ctx, LayerTargets(ctx), held
+    def __init__(self, ctx: Context) -> None:
+        self._ctx, self._targets = ctx, LayerTargets(ctx)
         self._places = {node: place for place, node in enumerate(ctx.model.graph)}
 
     def of(self, layer: LinearLayer) -> Aim | None:
@@ -78,7 +77,7 @@ class Aims(Closing):
         if target is None:
             return None
         centred, matrix = bias is not None, layer.matrix()
-        ridge = _ridge(matrix, target, self._held, centred=centred)
+        ridge = _ridge(matrix, target, centred=centred)
         target = replace(target, halves=())  # as large as all the rest
         return Aim(*_steadied(matrix, target, ridge, centred=centred), bias, target)
 
@@ -128,7 +127,7 @@ def _held(second: Array, ridge: float) -> Array:
     return ridge * diagonal + _FLOOR * np.where(mean > np.finfo(np.float32).tiny, mean, 1.0)
 
 
-def _ridge(matrix: Array, target: Target, share: float, *, centred: bool) -> float:
+def _ridge(matrix: Array, target: Target, *, centred: bool) -> float:
     """Return the share of H's diagonal with which half of the samples does best on the other half.
 
     Tried with the larger half of the weights kept, and solved for.
@@ -155,7 +154,7 @@ def _ridge(matrix: Array, target: Target, share: float, *, centred: bool) -> flo
             # E|y − Ŵ x̂|² without E|y|², which is the same for all.
             loss += float(np.vdot(found, found @ judge[0])) - 2 * float(np.vdot(found, judge[1]))
         losses.append(loss)
-    return _RIDGES[int(np.argmin(losses))] * share
+    return _RIDGES[int(np.argmin(losses))] * _OF_ALL
 
 
 def _some(matrix: Array, second: Array) -> Array:

@@ -86,7 +86,10 @@ class TieLayers(Pass):
         else:
             groups = similarity.groups(save=(1 - share) * total)
         if not groups:
-            ctx.note("no two layers are alike enough to share a weight: the model is unchanged")
+            why = "are alike enough to share a weight"
+            if share is not None:
+                why = f"could share a weight and leave about {share:.0%}: each saves over four times as much"
+            ctx.note(f"no two layers {why}: the model is unchanged")
             return
         with forecasting(ctx, model, [layer for group in groups for layer in group.layers]):
             solved = tie(groups, selection, ctx)
@@ -104,13 +107,17 @@ def _summarise(groups: Sequence[Group], alike_layers: int, total: int, share: fl
     if share is not None and left > share:
         ctx.note(f"all layers that have a like are tied: {share:.0%} of the weights cannot be reached", reached=False)
     ctx.note(
-        f"{len(losses)} of {alike_layers} layers that have a like share {len(groups)} weights: {left:.1%} of the "
+        f"{len(losses)} of {alike_layers} layers that have a like share {_counted(groups)}: {left:.1%} of the "
         f"weights of linear layers left; of their outputs' power {mean:.1%} is lost, at most {most:.1%} "
         f"(`{walk.label(worst.node)}`); the file is smaller, a run computes as much as before",
         groups=[[walk.label(layer.node) for layer in group.layers] for group in groups],
         predicted_errors=[list(group.errors) for group in groups],
         left=left,
     )
+
+
+def _counted(groups: Sequence[Group]) -> str:
+    return "one weight" if len(groups) == 1 else f"{len(groups)} weights"
 
 
 def tie(groups: Sequence[Group], selection: Selection, ctx: Context) -> int:

@@ -11,6 +11,8 @@ from graphopt.backend import Array
 
 from .objective import DAMPING
 
+# Times what is to be saved that one weight may save: beyond, another model is made than was asked for.
+_MOST_SAVED = 4
 # Of many pools, each is compared with so many whose weights are nearest; the others are looked at when these are gone.
 _NEIGHBOURS = 4
 
@@ -123,9 +125,11 @@ def merges(classes: Sequence[Sequence[int]], pools: Sequence[Pool], save: float)
     Args:
         classes: Places of pools that can be put together with one another.
         pools: All pools, those of a class of one shape.
-        save: How many numbers are to be saved; what is saved beyond does not count.
+        save: How many numbers are to be saved; what is saved beyond does not count, and weights that alone save
+            more than four times as much are left.
     """
-    searches = [_Search({(place,): pools[place] for place in places}) for places in classes]
+    fitting = [places for places in classes if pools[places[0]].weight.size <= _MOST_SAVED * save]
+    searches = [_Search({(place,): pools[place] for place in places}) for places in fitting]
     while save > 0:
         offers = [(cost / min(search.size, save), index, pair) for index, search in enumerate(searches)
                   for pair, cost in search.costs().items()]  # fmt: skip

@@ -16,6 +16,7 @@ import pytest
 import graphopt
 from graphopt import registry, walk
 from graphopt.errors import PassError, UsageError
+from graphopt.passes.lossy.cluster import Cluster
 from graphopt.passes.lossy.weight_codes import WeightCodes, steps_of
 from graphopt.pipeline import Pipeline
 

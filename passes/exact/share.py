@@ -40,7 +40,7 @@ class Share(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Merge what is equal, find what is a view of what is left, and report."""
-        before = ctx.rewriter.edits
+        before, said = ctx.rewriter.edits, len(ctx.notes)
         gone = merge_equal(model, ctx)
         if gone:
             size = sum(tensor.nbytes for tensor in gone)
@@ -54,8 +54,8 @@ class Share(Pass):
             sharing.share(family)
         sharing.report()
         merge_equal(model, ctx)  # shapes and factors of views
-        if ctx.rewriter.edits == before:
-            ctx.note("found no weights that are the same, or views of one: the model is unchanged")
+        if ctx.rewriter.edits == before and len(ctx.notes) == said:
+            ctx.note("found no weights that could share what they store: the model is unchanged")
         _report_layers(model, ctx)
         _report_constant_nodes(model, ctx)
 

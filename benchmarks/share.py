@@ -1,6 +1,6 @@
 """Weight sharing: clusters beside scikit-learn's k-means, the solver by itself, copies found, and memory.
 
-    python benchmarks/share.py [cluster] [solver] [planted] [memory] [--model NAME] [--tool TEXT]
+    python benchmarks/share.py [cluster] [solver] [planted] [tied] [memory] [--model NAME] [--tool TEXT]
     python benchmarks/share.py planted memory --models MODELS
 
 Prints Markdown tables. Models, calibration data and scores come from the assets folder (``GRAPHOPT_SHARED``, by default
@@ -8,9 +8,9 @@ Prints Markdown tables. Models, calibration data and scores come from the assets
 tool works in a process of its own, k-means by `share_peers.py`, whose files hold float32. Sizes are those of files:
 codes, tables, scales and graph. *Load* is the opening of a session, optimizations on.
 
-``solver`` compares objectives, without a model around them. ``planted`` plants copies of weights, equal up to what an
-operator gives back, in every model, and looks for them; ``--models``, a folder of large ones, adds language models
-whose head was untied, and more models to ``memory``.
+``tied`` lets similar layers read one weight. ``solver`` compares objectives, without a model around them. ``planted``
+plants copies of weights, equal up to what an operator gives back, in every model, and looks for them; ``--models``, a
+folder of large ones, adds language models whose head was untied, and more models to ``memory``.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ IMAGES = 256
 BITS = (4, 3, 2)
 BATCHES = (1, 8)
 LOADS = 9
+TIED_SAMPLES = {"gutenberg_lm": 32, "minilm": 64}
+TIED = (graphopt("tie-layers:params=0.9"),)
 # k-means starts somewhere: the best of so many runs, as its users have it.
 STARTS = 10
 CLUSTERS = (
@@ -87,6 +89,19 @@ def load_together(entries: Sequence[Entry]) -> None:
             start = time.thread_time()
             open_session(entry.path, 1)
             entry.times["load"].append((time.thread_time() - start) * 1e3)
+
+
+def tied_table(bench: Bench) -> Iterator[str]:
+    """Yield the scores of models in which layers share weights until a tenth of those of linear layers is gone."""
+    yield from head(
+        "Layers that share a weight", "model", "tool", "score", "lost", "MB", "process", "work", "CPU", "peak"
+    )
+    for name, count in TIED_SAMPLES.items():
+        for case in bench.cases((name,), count):
+            entries = made(bench, case, TIED)
+            score(case.name, bench.scorer, entries, record=False)
+            for entry in entries:
+                yield line(case, entry, scored(entry), lost(entry, entries[0]), size(entry), *cost(entry))
 
 
 def solver_table(bench: Bench) -> Iterator[str]:
@@ -141,6 +156,7 @@ TABLES: Tables = {
     "cluster": cluster_table,
     "solver": solver_table,
     "planted": planted_table,
+    "tied": tied_table,
     "memory": memory_table("cluster:bits=4", "share", "tie-layers:params=0.9"),
 }
 

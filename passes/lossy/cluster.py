@@ -184,7 +184,7 @@ class _Run:
     def solve(self, layers: Mapping[ir.Value, LinearLayer]) -> dict[ir.Value, PackedCodes]:
         """Give each weight the values it will have, in graph order, and return the codes to store them by."""
         with ExitStack() as stack:
-            aims = stack.enter_context(Aims(self.ctx)) if self.ctx.data is not None else None
+            aims = stack.enter_context(Aims(self.ctx, removed=0.0)) if self.ctx.data is not None else None
             found = {}
             for weight, layer in layers.items():
                 with threads_for(inputs_of(layer)):

@@ -184,22 +184,6 @@ def test_a_tied_table_is_stored_once() -> None:
     assert sqnr(run(model, ids=ids)[0], run(result.model, ids=ids)[0]) > 15
 
 
-def test_weights_read_in_branches_are_decoded_outside() -> None:
-    text = """<ir_version: 8, opset_import: ["": 17]>
-    f (float[2, 64] x, bool c, float[64, 64] w) => (float[2, 64] y) {
-      y = If (c) <
-        then_branch = t () => (float[2, 64] p) { k = MatMul(x, w)  p = Relu(k) },
-        else_branch = e () => (float[2, 64] q) { l = MatMul(x, w)  q = Abs(l) }
-      >
-    }"""
-    model = parsed(text, w=RNG.standard_normal((64, 64)))
-    result = graphopt.optimize(model, "cluster", threads=1)
-    x = RNG.standard_normal((2, 64)).astype(np.float32)
-    for c in (True, False):
-        feeds = {"x": x, "c": np.array(c)}
-        assert sqnr(run(model, **feeds)[0], run(result.model, **feeds)[0]) > 15
-
-
 def test_zeros_stay_zero() -> None:
     """Pruned weights: behind `prune`, every zero is still one, in the weight that the runtime decodes."""
     model = parsed(

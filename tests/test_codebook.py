@@ -241,7 +241,8 @@ def test_a_tied_table_is_stored_once() -> None:
     assert sqnr(run(model, ids=ids)[0], run(result.model, ids=ids)[0]) > 15
 
 
-def test_weights_read_in_branches_are_decoded_outside() -> None:
+@pytest.mark.parametrize("spec", ["codebook", "cluster"])
+def test_weights_read_in_branches_are_decoded_outside(spec: str) -> None:
     text = """<ir_version: 8, opset_import: ["": 17]>
     f (float[2, 64] x, bool c, float[64, 64] w) => (float[2, 64] y) {
       y = If (c) <
@@ -250,7 +251,7 @@ def test_weights_read_in_branches_are_decoded_outside() -> None:
       >
     }"""
     model = parsed(text, w=RNG.standard_normal((64, 64)))
-    result = graphopt.optimize(model, "codebook", threads=1)
+    result = graphopt.optimize(model, spec, threads=1)
     x = RNG.standard_normal((2, 64)).astype(np.float32)
     for c in (True, False):
         feeds = {"x": x, "c": np.array(c)}

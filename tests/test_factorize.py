@@ -413,3 +413,13 @@ def test_how_much_a_layer_matters_is_tried_where_next_to_no_weights_go() -> None
     remarks = [note.text for step in result.report.steps for note in step.notes]
     assert any("layers factored" in remark for remark in remarks)
     assert not any("0 of 3 layers tried alone" in remark for remark in remarks)
+
+
+def test_what_is_taken_without_a_look_at_the_clock_is_said() -> None:
+    model, data = product_model(low_rank(RNG(12), WIDTH, WIDTH)), samples()
+    said = {}
+    for backend in ("reference", "onnxruntime"):
+        result = graphopt.optimize(model, "factorize:macs=0.6", data=data, backend=backend)
+        said[backend] = " ".join(note.text for step in result.report.steps for note in step.notes)
+    assert "taken without a look at the clock: 1" in said["reference"]
+    assert "without a look at the clock" not in said["onnxruntime"]

@@ -9,21 +9,11 @@ import onnx_ir as ir
 
 from graphopt import walk
 
-from .sameness import tensor_key
+from .sameness import PLAIN_ATTRIBUTES, tensor_key
 
 # What is stored in fewer elements is no weight.
 _LEAST_ELEMENTS = 64
 _LAYERS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN", "Einsum")
-_PLAIN_ATTRIBUTES = frozenset(
-    {
-        ir.AttributeType.FLOAT,
-        ir.AttributeType.FLOATS,
-        ir.AttributeType.INT,
-        ir.AttributeType.INTS,
-        ir.AttributeType.STRING,
-        ir.AttributeType.STRINGS,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ def _key(node: ir.Node, same: Mapping[ir.Value, ir.Value]) -> Hashable:
     if not walk.is_onnx_op(node, *_LAYERS) or walk.has_references(node):
         return None
     attributes = sorted(node.attributes.items())
-    if any(attribute.type not in _PLAIN_ATTRIBUTES for _, attribute in attributes):
+    if any(attribute.type not in PLAIN_ATTRIBUTES for _, attribute in attributes):
         return None
     said = tuple((name, repr(attribute.value)) for name, attribute in attributes)
     tensors = [walk.constant_tensor(same.get(value, value) if value is not None else None) for value in node.inputs]

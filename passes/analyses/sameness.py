@@ -27,7 +27,7 @@ _COMMUTATIVE = frozenset(
 _COMMUTATIVE_FOR_INTEGERS = frozenset({"Sum", "Max", "Min"})
 # Before opset 7 one operand was broadcast to the other, and said along which axis.
 _FIRST_OPSET_WITH_BROADCASTING = 7
-_PLAIN = frozenset(
+PLAIN_ATTRIBUTES = frozenset(
     {
         ir.AttributeType.FLOAT,
         ir.AttributeType.FLOATS,
@@ -121,7 +121,7 @@ class Keys:
     def _attribute(self, attribute: ir.Attr, opset: int, numbers: Numbers) -> Hashable:
         if attribute.is_ref():
             return "reference", attribute.ref_attr_name
-        if attribute.type in _PLAIN:
+        if attribute.type in PLAIN_ATTRIBUTES:
             return attribute.type.name, repr(attribute.value)
         match attribute.type:
             case ir.AttributeType.TENSOR:
@@ -204,6 +204,6 @@ def _defaults(op_type: str, opset: int) -> Mapping[str, Hashable]:
     for name, attribute in schema.attributes.items():
         if attribute.default_value.name:
             default = ir.serde.deserialize_attribute(attribute.default_value)
-            if default.type in _PLAIN:
+            if default.type in PLAIN_ATTRIBUTES:
                 found[name] = (default.type.name, repr(default.value))
     return found

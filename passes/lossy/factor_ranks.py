@@ -57,6 +57,7 @@ class Plan:
         holds: Whether that is what was asked for; if not, it is the most that can be had.
         unpaid: How many levels were given up as they are no faster by the clock.
         slower: The places of candidates that are slower at their levels, by the clock.
+        untimed: How many candidates are changed whose levels the clock could not time.
     """
 
     levels: Sequence[Level]
@@ -64,6 +65,7 @@ class Plan:
     holds: bool = True
     unpaid: int = 0
     slower: Sequence[int] = ()
+    untimed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,8 @@ def plan_levels(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx
     whole = sum(candidate.parameters for candidate in candidates)
     times = [clock.ratio(candidate, level) for candidate, level in zip(candidates, levels, strict=True)]
     slower = [place for place, ratio in enumerate(times) if ratio is not None and ratio > 1]
-    return Plan(levels, sum(level.parameters for level in levels) / whole, holds, unpaid, slower)
+    untimed = sum(ratio is None for ratio in times)
+    return Plan(levels, sum(level.parameters for level in levels) / whole, holds, unpaid, slower, untimed)
 
 
 def _ladders(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: Context) -> list[_Ladder]:

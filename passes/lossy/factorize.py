@@ -164,6 +164,12 @@ class Factorize(Pass):
             levels=[[level.form, *level.ranks] for level in plan.levels],
             predicted_errors=lost,
         )
+        if plan.untimed and goal.what == "macs":
+            ctx.note(
+                f"taken without a look at the clock: {plan.untimed}; tables are not timed, nor what lies in subgraphs, "
+                "nor anything with a backend whose time says nothing",
+                untimed=plan.untimed,
+            )
         if plan.slower:
             first = walk.label(candidates[plan.slower[0]].nodes[0])
             ctx.note(

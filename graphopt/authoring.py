@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -22,6 +22,7 @@ from graphopt.errors import BackendError
 from graphopt.fragment import fragment
 from graphopt.observation import Observations, Requests, observe
 from graphopt.pattern import Rule
+from graphopt.progress import Display
 from graphopt.ranges import INT8_CODES, Range, RangeMethod, read_range
 from graphopt.rewrite_check import Proposal, Refusal, RewriteCheck
 from graphopt.rewriter import Journal, Rewriter, let_go
@@ -123,6 +124,7 @@ class Context:
         checked: How many rewrites were checked by themselves.
         unchecked: (Rule, reason) to number of rewrites that could not be.
         refused: Rewrites that were not applied because they are wrong.
+        display: Where progress is shown, if it is.
     """
 
     model: ir.Model
@@ -146,6 +148,17 @@ class Context:
     checked: int = 0
     unchecked: Counter[tuple[str, str]] = field(default_factory=Counter)
     refused: list[Refusal] = field(default_factory=list)
+    display: Display | None = None
+
+    def track(self, items: Collection[T], what: str, noun: str = "layers") -> Iterator[T]:
+        """Yield items one by one, and let who waits see how many are done and how long the rest will take.
+
+        Args:
+            items: What a pass works through, each of which may take seconds.
+            what: What is done to them, such as ``rounding``.
+            noun: What they are.
+        """
+        return iter(items) if self.display is None else self.display.track(items, what, noun)
 
     def note(self, text: str, node: ir.Node | None = None, **facts: Any) -> None:
         """Say for the report what was done."""
@@ -252,6 +265,7 @@ class Context:
                 self.calibration,
                 keys=self.analyse(ContentKeys),
                 threads=self.threads,
+                display=self.display,
             )
         finally:
             for remark in self.calibration.take_remarks():

@@ -16,6 +16,7 @@ from graphopt.data import Dataset
 from graphopt.errors import GraphoptError, PassCrash, PassError, in_words
 from graphopt.instruments import Instrument
 from graphopt.pipeline import Step
+from graphopt.progress import Display
 from graphopt.report import PassRecord, StepRecord
 from graphopt.rewrite_check import RewriteCheck
 from graphopt.rewriter import Edit, EditLimitReached, Journal, Rewriter, let_go_of_loose_nodes
@@ -41,6 +42,7 @@ class Setting:
     calibration: CalibrationCache = field(default_factory=CalibrationCache)
     weigh: Callable[[ir.Model], Standing] | None = None
     judge: Judging | None = None
+    display: Display | None = None
 
 
 class PassManager:
@@ -167,6 +169,7 @@ class PassManager:
             guarantee=one.guarantee,
             analyses=self._analyses,
             calibration=self.setting.calibration,
+            display=self.setting.display,
         )
         if self._keeps_reference and self._reference is None and one.guarantee is Guarantee.LOSSY:
             self._reference = model.clone()

@@ -18,6 +18,7 @@ from graphopt.data import Batch, Dataset
 from graphopt.dims import Atom, Dim, Size, evaluate
 from graphopt.errors import DataError, PassError
 from graphopt.fragment import constant_content, fragment, nodes_between, values_read
+from graphopt.progress import Display
 from graphopt.shapes import dims_of
 from graphopt.statistics import Accumulator, Histogram, MovingAverage, Result, Statistic
 
@@ -73,6 +74,7 @@ def observe(
     keys: ContentKeys | None = None,
     threads: int = 0,
     limit: int = OBSERVED_BYTES_LIMIT,
+    display: Display | None = None,
 ) -> Observations:
     """Return statistics of values over samples.
 
@@ -90,6 +92,7 @@ def observe(
         keys: Content keys of the model's values, if they are at hand.
         threads: Threads for the backend; 0 leaves it to the runtime.
         limit: Bytes of values looked at together; a single value may take more.
+        display: Where the samples are counted as they go by.
 
     Raises:
         DataError: A value became NaN or infinite, or has no such axis as a statistic is asked for along; names it.
@@ -98,7 +101,9 @@ def observe(
     found = Observations()
     wanted = _look_up(model, requests, data, cache, keys or ContentKeys(model), found)
     if wanted:
-        _Run(model, wanted, data, backend, threads, limit).run()
+        shown = display or Display(False)
+        with shown.stage(f"observing {len(wanted)} values", len(data)):
+            _Run(model, wanted, data, backend, threads, limit, shown).run()
     for one in wanted:
         for statistic, accumulator, name in one.parts:
             arrays = accumulator.arrays()
@@ -173,13 +178,21 @@ class _Run:
         backend: Runs the model.
         threads: Threads for the backend.
         limit: Bytes of values looked at together.
+        display: Where the samples are counted.
     """
 
     def __init__(
-        self, model: ir.Model, wanted: list[_Wanted], data: Dataset, backend: Backend, threads: int, limit: int
+        self,
+        model: ir.Model,
+        wanted: list[_Wanted],
+        data: Dataset,
+        backend: Backend,
+        threads: int,
+        limit: int,
+        display: Display,
     ) -> None:
         self._model, self._wanted, self._data = model, wanted, data
-        self._backend, self._threads, self._limit = backend, threads, limit
+        self._backend, self._threads, self._limit, self._display = backend, threads, limit, display
 
     def run(self) -> None:
         """Look at everything."""
@@ -212,6 +225,7 @@ class _Run:
                 held = self._given(batch)
                 held.update(piece.results(session.run(piece.feeds(held))))
                 self._look(self._wanted, held, batch)
+                self._display.advance(batch.count)
 
     def _run_in_pieces(self, groups: list[list[_Wanted]]) -> None:
         """Run one sample after the other from piece to piece.
@@ -228,6 +242,7 @@ class _Run:
                 self._look(group, held, batch)
                 for value in [value for value in held if value not in piece.kept]:
                     del held[value]
+            self._display.advance(batch.count)
 
     def _given(self, batch: Batch) -> dict[ir.Value, Array]:
         """Return the values of inputs: fed, or what they are where nothing is fed."""
@@ -255,7 +270,7 @@ class _Run:
 
     def _sizes(self, first: Batch) -> dict[ir.Value, int]:
         """Return how many bytes each value takes on the first sample: inferred, or else asked of the runtime."""
-        sizes = _inferred_bytes([one.value for one in self._wanted], self._given(first))
+        sizes = inferred_bytes([one.value for one in self._wanted], self._given(first))
         unknown = [value for value, size in sizes.items() if size is None]
         if unknown:
             sizes.update(self._measured_bytes(unknown, first))
@@ -290,7 +305,8 @@ def _numbers(array: Any, value: ir.Value) -> Array:
     return array.astype(np.float32)
 
 
-def _inferred_bytes(values: Iterable[ir.Value], given: Mapping[ir.Value, Array]) -> dict[ir.Value, int | None]:
+def inferred_bytes(values: Iterable[ir.Value], given: Mapping[ir.Value, Array]) -> dict[ir.Value, int | None]:
+    """Return how many bytes values take where inputs are as given, None where shapes do not tell."""
     known: dict[str, int] = {}
     for value, array in given.items():
         for size, actual in zip(dims_of(value) or (), array.shape, strict=False):

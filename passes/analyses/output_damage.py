@@ -82,7 +82,7 @@ def error_weights(ctx: Context, changes: Sequence[Change]) -> list[float]:
     ratios = np.full(len(changes), np.nan)
     samples = ctx.data.sample(_SAMPLES, ctx.seed)
     with ctx.judge(ctx.model.clone(), samples) as judge:
-        for index, change in enumerate(changes):
+        for index, change in enumerate(ctx.track(changes, "measuring what each costs")):
             if change.contents is None or not change.predicted > 0:
                 continue
             candidate = ctx.attempt(partial(_put, change.contents))

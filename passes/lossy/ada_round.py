@@ -49,7 +49,7 @@ class AdaRound(Pass):
         left: Counter[str] = Counter()
         total = _Total()
         with SequentialMoments(ctx, compare=False, limit=_ROWS_OF_A_SAMPLE) as moments:
-            for layer in layers:
+            for layer in ctx.track(layers, "rounding"):
                 weight = dequantized_weight(layer)
                 if isinstance(weight, str):
                     left[weight] += 1

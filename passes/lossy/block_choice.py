@@ -85,7 +85,7 @@ def choose_by_influence(
     """
     influences = []
     with ctx.walkthrough() as walkthrough:
-        for block in blocks:
+        for block in ctx.track(blocks, "measuring blocks", "blocks"):
             turned, count = 0.0, 0
             for x, total in walkthrough.batches(block.skip, block.total.outputs[0]):
                 cosines = _cosines(x, total, block.feature_axis)

@@ -81,7 +81,7 @@ class ChannelSweep:
                     continue
                 if self._criterion in ("l1", "l2") or not readers & seen:
                     self._cut(group, self._order_unseen(group))
-            for layer in self._layers:
+            for layer in self._ctx.track(self._layers, "choosing channels"):
                 if layer.node in seen:
                     with threads_for(inputs_of(layer)):
                         self._settle(layer)

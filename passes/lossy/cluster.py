@@ -186,7 +186,7 @@ class _Run:
         with ExitStack() as stack:
             aims = stack.enter_context(Aims(self.ctx, removed=0.0)) if self.ctx.data is not None else None
             found = {}
-            for weight, layer in layers.items():
+            for weight, layer in self.ctx.track(layers.items(), "clustering"):
                 with threads_for(inputs_of(layer)):
                     found[weight] = self._solve(layer, aims)
         return found

@@ -47,7 +47,7 @@ def bits_by_error(layers: Sequence[LinearLayer], clustering: Clustering, ctx: Co
         return [clustering.bits] * len(layers)
     curves, costs = [], []
     with SequentialMoments(ctx, compare=False, limit=ROWS_PER_SAMPLE) as moments:
-        for layer in layers:
+        for layer in ctx.track(layers, "trying bits"):
             matrix, seen = layer.matrix().astype(np.float32, copy=False), moments.of(layer, layer.input.name or "")
             moment = None if seen is None else seen.second if bias_of_layer(layer, ctx) is None else seen.covariance
             looks = bits[:-3:-1]

@@ -43,7 +43,7 @@ class CorrectBias(Pass):
         left: Counter[str] = Counter()
         corrected, largest = 0, 0.0
         with ctx.walkthrough() as now, ctx.walkthrough(ctx.reference) as before:
-            for layer in layers:
+            for layer in ctx.track(layers, "comparing means"):
                 bias = _bias(layer, ctx)
                 if isinstance(bias, str):
                     left[bias] += 1

@@ -132,7 +132,7 @@ def _ladders(candidates: Sequence[Candidate], goal: Goal, method: Method, ctx: C
     found, changes = [], []
     with ExitStack() as stack:
         reads = _reads(method, ctx, stack)
-        for place, candidate in enumerate(candidates):
+        for place, candidate in enumerate(ctx.track(candidates, "looking at every rank")):
             curve = candidate.curve(reads, ctx)
             found.append(curve.levels)
             levels = _undominated(curve.levels, goal.what)

@@ -184,7 +184,7 @@ def _apply(candidates: Sequence[Candidate], levels: Sequence[Level], method: Met
     lost = []
     with ExitStack() as stack:
         aims = stack.enter_context(Aims(ctx)) if method == "whitened" else None
-        for candidate, level in zip(candidates, levels, strict=True):
+        for candidate, level in ctx.track(list(zip(candidates, levels, strict=True)), "factoring"):
             if level.form == "whole":
                 continue
             node = candidate.nodes[0]

@@ -67,7 +67,7 @@ def scale_inputs(matrices: Sequence[StoredMatrix], plan: WeightPlan, ctx: Contex
     groups = _groups(matrices)
     solved: list[tuple[_Group, ScaledWeights]] = []
     with SequentialMoments(ctx, compare=False) as seen:
-        for group in groups:
+        for group in ctx.track(groups, "scaling inputs"):
             layer = group.matrices[0].layer
             moments = seen.of(layer, layer.input.name or "")
             if moments is None:

@@ -197,7 +197,7 @@ class _Run:
         """Prune layers, in graph order."""
         with ExitStack() as stack:
             aims = stack.enter_context(Aims(self.ctx)) if self.method != "magnitude" else None
-            for layer, constraint in zip(layers, self.constraints, strict=True):
+            for layer, constraint in self.ctx.track(list(zip(layers, self.constraints, strict=True)), "pruning"):
                 readers = sum(other.weight is layer.weight for other in every)
                 with threads_for(inputs_of(layer)):
                     self._solve(layer, constraint, aims if readers == 1 else None)

@@ -61,7 +61,7 @@ def shares_by_error(layers: Sequence[LinearLayer], sparsity: float, ctx: Context
     looks = sparsity / 2, sparsity, (1 + sparsity) / 2
     shares = np.arange(0.0, looks[-1], _STEP)
     with SequentialMoments(ctx, compare=False, limit=ROWS_PER_SAMPLE) as moments:
-        for place, layer in enumerate(layers):
+        for place, layer in enumerate(ctx.track(layers, "trying shares")):
             matrix, seen = layer.matrix(), moments.of(layer, layer.input.name or "")
             bias = bias_of_layer(layer, ctx)
             moment = None if seen is None else seen.second if bias is None else seen.covariance

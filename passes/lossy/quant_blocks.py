@@ -54,7 +54,7 @@ def quantize_blocks(model: ir.Model, ctx: Context, selection: Selection, plan: W
     weights = run.choose(selection)
     matrices = [StoredMatrix(weight, all_readers(weight, run.order)[0]) for weight in weights]
     with WeightRounding(ctx, plan.solver, matrices, plan) as rounding:
-        for weight in weights:
+        for weight in ctx.track(weights, "rounding"):
             run.store(weight, rounding)
         run.summarise(rounding)
     return run.left

@@ -63,7 +63,7 @@ def quantize_weights(
         else:
             left.setdefault(layer.weight, (node.op_type, reason))
     before = after = 0
-    for weight, layer in chosen.items():
+    for weight, layer in ctx.track(chosen.items(), "rounding"):
         tensor = weight_tensor(layer)
         before, after = before + tensor.nbytes, after + tensor.size
         lowering.lower(weight, layer)

@@ -146,7 +146,7 @@ def tie(groups: Sequence[Group], selection: Selection, ctx: Context) -> int:
         order = {node: place for place, node in enumerate(ctx.model.graph)}
         first = min(order[node] for node in tied)
         behind = [layer for layer in every if order.get(layer.node, -1) >= first and selection.allows(layer.node)]
-        return sum(_make_up(layer, every, aims, ctx) for layer in behind)
+        return sum(_make_up(layer, every, aims, ctx) for layer in ctx.track(behind, "solving anew"))
 
 
 def _make_up(layer: LinearLayer, every: Sequence[LinearLayer], aims: Aims, ctx: Context) -> bool:

@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_19
 
 from graphopt.backend import Array, Feeds
 from graphopt.errors import BackendError, one_line
+
+# The evaluator has none for models older than this, which most quantized ones are.
+_FIRST_DEQUANTIZE_LINEAR = 19
+
+
+class DequantizeLinear(DequantizeLinear_19):  # type: ignore[misc]  # the name says which operator it evaluates
+    """DequantizeLinear of versions 10 and 13, which computes as that of 19 does."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, scale: Array, zero_point: Array | None = None, **attributes: Any) -> tuple[Array, ...]:
+        """Compute it; attributes of later versions come at their defaults."""
+        result: tuple[Array, ...] = super()._run(x, scale, zero_point, axis=attributes["axis"])
+        return result
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,9 @@ class Reference:
             raise BackendError("backend `reference` has no profiler", hint="use `--backend onnxruntime`")
         try:
             proto = onnx.load(model) if isinstance(model, Path) else ir.to_proto(model)
-            return ReferenceSession(ReferenceEvaluator(proto))
+            opset = next((one.version for one in proto.opset_import if not one.domain), 0)
+            older = [DequantizeLinear] if opset < _FIRST_DEQUANTIZE_LINEAR else []
+            return ReferenceSession(ReferenceEvaluator(proto, new_ops=older))
         except Exception as error:
             raise BackendError(f"the reference evaluator refuses the model: {one_line(error)}") from error
 

@@ -198,3 +198,19 @@ def test_a_runtime_is_worth_timing_unless_it_says_otherwise() -> None:
     assert is_timed(Stranger())
     assert not is_timed(Slow())
     assert not is_timed(Reference())
+
+
+def test_reference_dequantizes_at_every_opset_that_can() -> None:
+    results = []
+    for opset in (13, 18, 19, 21):
+        model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : {opset}]>
+        g (float[2,3] x) => (float[2,3] y) <float[3] s = {{0.1, 0.2, 0.4}}, int8[3] z = {{1, 0, -2}}> {{
+          q = QuantizeLinear <axis = 1> (x, s, z)
+          y = DequantizeLinear <axis = 1> (q, s, z)
+        }}""")
+        with Reference().open(ir.from_proto(model)) as session:
+            results.append(session.run({"x": np.array([[0.26, -1, 3], [0.11, 0.5, -8]], np.float32)})["y"])
+    np.testing.assert_allclose(results[0], [[0.3, -1, 3.2], [0.1, 0.4, -8]], rtol=1e-6)
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)

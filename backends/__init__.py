@@ -4,7 +4,9 @@ from .targets import TARGETS as TARGETS
 
 BACKENDS = {
     "onnxruntime": "graphopt.backends.onnxruntime:OnnxRuntime",
+    "openvino": "graphopt.backends.openvino:OpenVino",
     "reference": "graphopt.backends.reference:Reference",
 }
 
 HOST_TARGET = "graphopt.backends.targets:host_target"
+HOST_REASON = "graphopt.backends.targets:host_reason"

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.backend import Array, Feeds, Kernel
-from graphopt.errors import BackendError, UsageError, one_line
-from graphopt.model_io import serialize
-from graphopt.options import opt
+from graphopt import walk
+from graphopt.backend import Array, Feeds, Kernel, Placement, Trouble
+from graphopt.errors import BackendError, UsageError
+from graphopt.model_io import load, save, serialize
+from graphopt.shapes import infer_shapes
 
-from .onnxruntime_kernels import read_kernels
+from . import onnxruntime_health
+from .onnxruntime_engines import cache_options
+from .onnxruntime_kernels import read_kernels, read_profile
+from .onnxruntime_library import PROVIDERS, load_gpu_libraries, missing, runtime, tensorrt_version
+from .onnxruntime_options import (
+    CudaOptions,
+    GpuOptions,
+    SessionOptions,
+    TensorRtOptions,
+    check_options,
+    check_weak_typing,
+    config_entries,
+    passed_on,
+)
+from .onnxruntime_placement import NO_FALLBACK, RECORD, assignment, check_placement
+from .onnxruntime_profiles import parse_spans, profile_options
+from .onnxruntime_session import OnnxRuntimeSession, in_one_line
 
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-# Types that ONNX Runtime hands out as the bytes they are made of.
-_AS_BYTES = {"tensor(float8e4m3fn)": np.dtype(ml_dtypes.float8_e4m3fn)}
 # The optimized graph is written to be looked at: its weights go to a file that nobody reads.
 _WEIGHTS_APART = {
     "session.optimized_model_external_initializers_file_name": "weights",
@@ -36,163 +45,188 @@ _WEIGHTS_APART = {
 # Keeps ONNX Runtime from making operators on codes of operators between DQ and Q.
 _DISABLE_FUSIONS = "session.disable_quant_qdq"
 _OPERATORS_ON_CODES = ("MatMulIntegerToFloat", "QLinearMatMul")
+_DISABLE_OPTIMIZERS = "optimization.disable_specified_optimizers"
+# It quantizes biases to int32 before the model is divided, and TensorRT dequantizes no int32.
+_BIAS_QUANTIZATION = "WeightBiasQuantization"
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: warnings about the model are not the user's business
+_QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 @dataclass(frozen=True)
-class OnnxRuntime:
+class OnnxRuntime(TensorRtOptions, CudaOptions, GpuOptions, SessionOptions):
     """ONNX Runtime; ``provider`` says on what."""
-
-    provider: Literal["cpu", "cuda", "tensorrt"] = opt("cpu", help="execution provider")
-    config: tuple[str, ...] = opt((), help="session configuration entries, KEY=VALUE")
 
     name: ClassVar[str] = "onnxruntime"
     help: ClassVar[str] = "ONNX Runtime (CPU, CUDA and TensorRT providers)"
 
     def __post_init__(self) -> None:
-        """Refuse a configuration entry that is none."""
-        for entry in self.config:
-            if not all(entry.partition("=")):
-                raise UsageError(f"backend `onnxruntime`: `{entry}` is no configuration entry", hint="KEY=VALUE")
+        """Refuse options that do not go together, and entries that are none."""
+        config_entries(self.config)
+        check_options(self)
+        parse_spans(self.dims)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it can run a model as it stands: TensorRT builds an engine of its own, which takes minutes."""
+        return self.provider != "tensorrt"
 
     def missing(self) -> BackendError | None:
         """Return the error that says why this provider cannot run here and what to install, or None if it can."""
-        extra = "cpu" if self.provider == "cpu" else "gpu"
-        runtime = _runtime()
-        if runtime is None:
-            return BackendError("ONNX Runtime is not installed", hint=f"install `graphopt[{extra}]`")
-        wanted = _PROVIDERS[self.provider]
-        if wanted in runtime.get_available_providers():
-            return None
-        hint = (
-            "`--backend onnxruntime` runs it on this CPU for checks; "
-            f"on a machine with an NVIDIA GPU, uninstall `onnxruntime` and install `graphopt[{extra}]`"
-        )
-        return BackendError(
-            f"backend `{self.describe()}` cannot run here: this ONNX Runtime has no {wanted}", hint=hint
-        )
+        return missing(self.provider, self.device_id, self.describe())
 
     def describe(self) -> str:
         """Return the name tables show."""
-        return f"onnxruntime {self.provider}"
+        return f"onnxruntime {self.provider}" + (f":{self.device_id}" if self.device_id else "")
+
+    def version(self) -> str | None:
+        """Return the packages that are installed, with their versions, or None."""
+        return onnxruntime_health.installed_version()
+
+    def variants(self) -> Sequence[OnnxRuntime]:
+        """Return it for every provider graphopt knows."""
+        return [OnnxRuntime(provider=provider) for provider in PROVIDERS]
+
+    def troubles(self) -> Sequence[Trouble]:
+        """Return what is wrong with the installation; see `graphopt.backend.Diagnosable.troubles`."""
+        return onnxruntime_health.troubles()
 
     def open(
         self, model: ir.Model | Path, *, threads: int = 0, optimize: bool = True, profile: Path | None = None
     ) -> OnnxRuntimeSession:
         """Open a model; see `graphopt.backend.Backend.open`."""
-        return self._open(model, _session_options(threads, optimize, profile) if _runtime() is not None else None)
+        self._check_runs_here()
+        options = _session_options(threads, optimize, profile)
+        if optimize or self.provider == "cpu":
+            return self._open(model, options)
+        # What is compared bit by bit must not hang on which kernel happened to be the fastest.
+        options.use_deterministic_compute = True
+        steady = self.provider == "cuda" and self.cudnn_conv_algo_search is None
+        chosen = replace(self, cudnn_conv_algo_search="DEFAULT") if steady else self
+        return chosen._open(model, options)
 
     def kernels(self, model: ir.Model, feeds: Feeds, *, threads: int = 0, runs: int = 5) -> list[Kernel]:
         """Return what ONNX Runtime makes of a model; see `graphopt.backend.Inspectable.kernels`."""
+        self._check_runs_here()
         with tempfile.TemporaryDirectory(prefix="graphopt_kernels_") as folder:
             optimized = Path(folder, "optimized.onnx")
-            options = None
-            if _runtime() is not None:
-                options = _session_options(threads, True, Path(folder, "profile"))
+            options = _session_options(threads, True, Path(folder, "profile"))
+            # A graph with engines in it cannot be written: there the profile alone tells what ran.
+            if self.provider != "tensorrt":
                 options.optimized_model_filepath = str(optimized)
-                for key, value in _WEIGHTS_APART.items():
-                    options.add_session_config_entry(key, value)
+                _add_entries(options, _WEIGHTS_APART)
             with self._open(model, options) as session:
                 for _ in range(runs + 1):
                     session.run(feeds)
                 profile = session.end_profiling()
-            return read_kernels(optimized, profile, runs)
+            return read_kernels(optimized, profile, runs) if optimized.exists() else read_profile(profile, runs)
 
-    def _open(self, model: ir.Model | Path, options: Any) -> OnnxRuntimeSession:
+    def _check_runs_here(self) -> None:
         why = self.missing()
         if why is not None:
             raise why
-        for entry in self.config:
-            key, _, value = entry.partition("=")
-            options.add_session_config_entry(key, value)
-        try:
-            if isinstance(model, Path):
-                return self._session(str(model), options, {})
-            proto, weights = serialize(model)
-            # ONNX Runtime drops what nothing reads before it takes weights, and then refuses to be given these.
-            weights = {name: tensor for name, tensor in weights.items() if _is_read(model.graph.initializers[name])}
-            # The session reads the weights where they are mapped; they must outlive its creation.
-            arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in weights.items()}
-            _attach(options, arrays, weights)
-            return self._session(proto, options, arrays)
-        except Exception as error:
-            if _is_runtime_error(error):
-                raise BackendError(f"{self.describe()} refuses the model: {one_line(error)}") from error
-            raise
+        check_weak_typing(self, tensorrt_version() if self.provider == "tensorrt" else None)
 
-    def _session(self, model: str | bytes, options: Any, weights: dict[str, Array]) -> OnnxRuntimeSession:
-        wanted = _PROVIDERS[self.provider]
+    def _open(self, model: ir.Model | Path, options: Any) -> OnnxRuntimeSession:
+        _add_entries(options, self._entries())
+        if self.provider != "cpu":
+            load_gpu_libraries()
+        with contextlib.ExitStack() as held, in_one_line(f"{self.describe()} refuses the model"):
+            given, own = self._readied(model, held)
+            if isinstance(given, Path):
+                session = self._session(str(given), options, own)
+            else:
+                proto, weights = serialize(given)
+                # ONNX Runtime drops what nothing reads before it takes weights, and then refuses to be given these.
+                weights = {name: tensor for name, tensor in weights.items() if _is_read(given.graph.initializers[name])}
+                # The session reads the weights where they are mapped; they must outlive its creation.
+                arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in weights.items()}
+                held.callback(arrays.clear)
+                _attach(options, arrays, weights)
+                session = self._session(proto, options, own)
+            # The model as given knows its own names; a file is only looked into if that must be known.
+            placed = functools.partial(
+                assignment,
+                session,
+                PROVIDERS[self.provider],
+                lambda: load(model) if isinstance(model, Path) else model,
+            )
+            self._check_stays(session, placed)
+            device = ("cpu" if self.provider == "cpu" else "cuda", self.device_id)
+            return OnnxRuntimeSession(session, device=device, placed=placed, held=held.pop_all())
+
+    def _entries(self) -> dict[str, str]:
+        """Return the session's configuration: the user's entries, and what the provider needs."""
+        entries = dict(config_entries(self.config))
+        if self.provider == "tensorrt":
+            disabled = entries.get(_DISABLE_OPTIMIZERS, "").split(";")
+            entries[_DISABLE_OPTIMIZERS] = ";".join(filter(None, dict.fromkeys([*disabled, _BIAS_QUANTIZATION])))
+        # Where ONNX Runtime cannot tell where nodes went, it is asked to refuse any on the CPU.
+        if self.provider != "cpu" and not self.allow_cpu and not self.cpu_ops and not _tells_placement():
+            entries.setdefault(NO_FALLBACK, "1")
+        return {RECORD: "1", **entries}
+
+    def _readied(self, model: ir.Model | Path, held: contextlib.ExitStack) -> tuple[ir.Model | Path, dict[str, str]]:
+        """Return what is opened, and the options of the provider that depend on the model."""
+        if self.provider != "tensorrt":
+            return model, {}
+        inferred = load(model) if isinstance(model, Path) else model.clone()
+        # TensorRT takes over only what has shapes, and the divider of the model asks for all of them.
+        infer_shapes(inferred)
+        self._check_calibration(inferred)
+        own = profile_options(inferred, self.dims)
+        own |= cache_options(inferred, self.trt_engine_cache_path, passed_on(self) | own)
+        # From a file, as its documentation has it; engines of dynamic shapes are built from it when they first run.
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="graphopt_tensorrt_")))
+        save(inferred, folder / "model.onnx")
+        return folder / "model.onnx", own
+
+    def _check_calibration(self, model: ir.Model) -> None:
+        if self.trt_int8_calibration_table_name is None:
+            return
+        if any(node.op_type in _QUANTIZED for node in walk.every_node(model)):
+            raise UsageError(
+                "a calibration table is no use to a model that is quantized already: TensorRT refuses to have both",
+                hint="leave `trt_int8_calibration_table_name` out, or give the float model",
+            )
+
+    def _providers(self, own: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
+        wanted = PROVIDERS[self.provider]
+        chosen = [(wanted, passed_on(self) | own)]
+        if self.provider == "tensorrt":
+            # What TensorRT leaves is still the GPU's.
+            chosen.append((PROVIDERS["cuda"], passed_on(OnnxRuntime(provider="cuda", device_id=self.device_id))))
+        return chosen
+
+    def _session(self, model: str | bytes, options: Any, own: dict[str, str]) -> Any:
+        wanted, providers = PROVIDERS[self.provider], self._providers(own)
         try:
-            session = _runtime().InferenceSession(model, options, providers=[wanted])
+            session = runtime().InferenceSession(model, options, providers=providers)
         except Exception as error:
             if not _fused_floats(error) or any(entry.startswith(_DISABLE_FUSIONS) for entry in self.config):
                 raise
             options.add_session_config_entry(_DISABLE_FUSIONS, "1")
-            session = _runtime().InferenceSession(model, options, providers=[wanted])
-        # A provider whose libraries fail to load is replaced by the CPU with no more than a line in the log.
+            session = runtime().InferenceSession(model, options, providers=providers)
+        # A provider whose libraries fail to load is replaced by the next with no more than a line in the log.
         if wanted not in session.get_providers():
+            libraries = "TensorRT, CUDA and cuDNN" if self.provider == "tensorrt" else "CUDA and cuDNN"
             raise BackendError(
-                f"backend `{self.describe()}` did not start: ONNX Runtime fell back to the CPU",
-                hint="check the driver, CUDA and cuDNN that this ONNX Runtime was built for",
+                f"backend `{self.describe()}` did not start: ONNX Runtime fell back to {session.get_providers()[0]}",
+                hint=f"install the {libraries} that this ONNX Runtime was built for; what it printed names the file",
             )
-        return OnnxRuntimeSession(session, weights)
+        return session
 
-
-class OnnxRuntimeSession:
-    """An open inference session."""
-
-    def __init__(self, session: Any, weights: dict[str, Array]) -> None:
-        self._session = session
-        self._weights = weights
-        # Inputs with a default (initializers) are listed apart by ONNX Runtime and need no feed.
-        self.input_names: Sequence[str] = [value.name for value in session.get_inputs()]
-        self.output_names: Sequence[str] = [value.name for value in session.get_outputs()]
-        self._views = {value.name: _AS_BYTES[value.type] for value in session.get_outputs() if value.type in _AS_BYTES}
-
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Run the model once; see `graphopt.backend.Session.run`."""
-        try:
-            values = self._session.run(None, dict(feeds))
-        except Exception as error:
-            if _is_runtime_error(error):
-                raise BackendError(f"onnxruntime fails on the model: {one_line(error)}") from error
-            raise
-        outputs = dict(zip(self.output_names, values, strict=True))
-        return outputs | {name: outputs[name].view(dtype) for name, dtype in self._views.items()}
-
-    def end_profiling(self) -> Path:
-        """Finish the operator profile asked for at opening and return its file."""
-        return Path(self._session.end_profiling())
-
-    def close(self) -> None:
-        """Free the session."""
-        self._session = None
-        self._weights = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@functools.cache
-def _runtime() -> Any:
-    """Return the module, or None where it is not installed."""
-    try:
-        return importlib.import_module("onnxruntime")
-    except ImportError:
-        return None
+    def _check_stays(self, session: Any, placed: functools.partial[Placement | None]) -> None:
+        if self.provider != "cpu" and not self.allow_cpu:
+            check_placement(placed(), self.cpu_ops, self.describe())
 
 
 def _session_options(threads: int, optimize: bool, profile: Path | None) -> Any:
-    runtime = _runtime()
-    options = runtime.SessionOptions()
+    options = runtime().SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     options.intra_op_num_threads = threads
     # Otherwise the threads of one session go on spinning after its run, and slow down what runs next to it.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    level = runtime.GraphOptimizationLevel
+    level = runtime().GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if profile is not None:
         options.enable_profiling = True
@@ -200,12 +234,21 @@ def _session_options(threads: int, optimize: bool, profile: Path | None) -> Any:
     return options
 
 
+def _add_entries(options: Any, entries: dict[str, str]) -> None:
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+
+
 def _attach(options: Any, arrays: dict[str, Array], weights: dict[str, ir.TensorProtocol]) -> None:
     if not arrays:
         return
-    make = _runtime().OrtValue.ortvalue_from_numpy_with_onnx_type
+    make = runtime().OrtValue.ortvalue_from_numpy_with_onnx_type
     values = [make(array, int(weights[name].dtype)) for name, array in arrays.items()]
     options.add_external_initializers(list(arrays), values)
+
+
+def _tells_placement() -> bool:
+    return hasattr(runtime().InferenceSession, "get_provider_graph_assignment_info")
 
 
 def _fused_floats(error: Exception) -> bool:
@@ -216,7 +259,3 @@ def _fused_floats(error: Exception) -> bool:
 
 def _is_read(value: ir.Value) -> bool:
     return bool(value.uses()) or value.is_graph_output()
-
-
-def _is_runtime_error(error: Exception) -> bool:
-    return type(error).__module__.startswith("onnxruntime") or isinstance(error, (RuntimeError, ValueError))

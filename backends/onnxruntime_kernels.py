@@ -31,11 +31,29 @@ def read_kernels(optimized: Path, profile: Path, runs: int) -> list[Kernel]:
     """
     nodes = list(_nodes(onnx.load(optimized, load_external_data=False).graph))
     alike = Counter((node.name, node.op_type) for node in nodes)
+    events = _events(profile)
+    return [_kernel(node, events[node.name, node.op_type], alike[node.name, node.op_type], runs) for node in nodes]
+
+
+def read_profile(profile: Path, runs: int) -> list[Kernel]:
+    """Return the kernels a profile tells of, without what they read and make: parts that no graph is written of.
+
+    Args:
+        profile: ONNX Runtime's profile of all runs.
+        runs: How many of them count, after one that does not.
+    """
+    return [
+        Kernel(op, name, (), (), _dtypes(events[0]), _time(events, runs), _provider(events))
+        for (name, op), events in _events(profile).items()
+    ]
+
+
+def _events(profile: Path) -> defaultdict[_Key, list[dict[str, Any]]]:
     events: defaultdict[_Key, list[dict[str, Any]]] = defaultdict(list)
     for event in json.loads(profile.read_text()):
         if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
             events[event["name"].removesuffix(_SUFFIX), event["args"]["op_name"]].append(event)
-    return [_kernel(node, events[node.name, node.op_type], alike[node.name, node.op_type], runs) for node in nodes]
+    return events
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -55,7 +73,12 @@ def _kernel(node: onnx.NodeProto, events: list[dict[str, Any]], alike: int, runs
         outputs=tuple(node.output),
         reads=_dtypes(events[0]) if events else (),
         milliseconds=_time(events, runs) / alike,
+        provider=_provider(events),
     )
+
+
+def _provider(events: list[dict[str, Any]]) -> str:
+    return str(events[0]["args"].get("provider", "")) if events else ""
 
 
 def _dtypes(event: dict[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from graphopt.errors import BackendError, one_line
 _FIRST_DEQUANTIZE_LINEAR = 19
 
 
-class DequantizeLinear(DequantizeLinear_19):  # type: ignore[misc]  # the name says which operator it evaluates
+class DequantizeLinear(DequantizeLinear_19):  # the name says which operator it evaluates
     """DequantizeLinear of versions 10 and 13, which computes as that of 19 does."""
 
     op_domain = ""

@@ -269,9 +269,8 @@ TARGETS = {
         ),
         Target(
             name="openvino",
-            help="OpenVINO on Intel CPUs: U8S8; run here by ONNX Runtime, as graphopt has no backend for it",
-            backend="onnxruntime",
-            provider="cpu",
+            help="OpenVINO on x86 CPUs: U8S8",
+            backend="openvino",
             # The files of ort-cpu-x86 run there as they are.
             static=_u8s8(reduce_range=False),
             weight_only=WeightOnlyScheme(form="DequantizeLinear", bits=(4, 8), blocks=(32, 64, 128, 256)),
@@ -300,13 +299,30 @@ TARGETS = {
 }
 
 _VNNI_FLAGS = {"avx512_vnni", "avx_vnni"}
+# Features of CPUs that kernels of runtimes are chosen by.
+_KERNEL_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
 
 def host_target() -> str:
     """Return the name of the target of this machine's CPU; without a list of its features, the careful one."""
-    if platform.machine().lower() in ("arm64", "aarch64"):
+    if _is_arm():
         return "ort-cpu-arm"
     return "ort-cpu-x86" if _VNNI_FLAGS & _cpu_flags() else "ort-cpu-x86-avx2"
+
+
+def host_reason() -> str:
+    """Return in a few words why that target is this machine's."""
+    flags = _cpu_flags()
+    known = ", ".join(flag for flag in _KERNEL_FLAGS if flag in flags) or "none that kernels ask for"
+    if _is_arm():
+        return f"an ARM CPU (features: {known})"
+    if not flags:
+        return "an x86 CPU whose features cannot be read, so the careful one"
+    return f"an x86 CPU {'with' if _VNNI_FLAGS & flags else 'without'} VNNI (features: {known})"
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("arm64", "aarch64")
 
 
 def _cpu_flags() -> set[str]:
@@ -314,4 +330,6 @@ def _cpu_flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    # ARM calls them so.
+    named = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return set(next(named, "").split())

@@ -12,43 +12,54 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.authoring import Context, Guarantee, Need, Pass, RewritePass
+    from graphopt.bench_results import Bench
+    from graphopt.benchmark import bench
     from graphopt.bisection import Bisection, bisect
-    from graphopt.driver import Result, optimize
+    from graphopt.driver import optimize
     from graphopt.errors import GraphoptError, PassError, VerificationError
+    from graphopt.layer_comparison import LayerComparison, LayerError, compare_layers
     from graphopt.layer_sensitivity import Sensitivity, sensitivity
+    from graphopt.model_comparison import compare
     from graphopt.model_io import load, save
+    from graphopt.optimization import Result
     from graphopt.options import opt
     from graphopt.pattern import Miss, Rule
     from graphopt.pipeline import Pipeline
     from graphopt.registry import Preset
     from graphopt.rerun import Replay, replay
-    from graphopt.side_by_side import bench, compare
     from graphopt.summary import summarize
     from graphopt.target import Target
 
 _HOMES = {
     "graphopt.authoring": ("Context", "Guarantee", "Need", "Pass", "RewritePass"),
+    "graphopt.bench_results": ("Bench",),
+    "graphopt.benchmark": ("bench",),
     "graphopt.bisection": ("Bisection", "bisect"),
-    "graphopt.driver": ("Result", "optimize"),
+    "graphopt.driver": ("optimize",),
     "graphopt.errors": ("GraphoptError", "PassError", "VerificationError"),
+    "graphopt.layer_comparison": ("LayerComparison", "LayerError", "compare_layers"),
     "graphopt.layer_sensitivity": ("Sensitivity", "sensitivity"),
     "graphopt.model_io": ("load", "save"),
+    "graphopt.optimization": ("Result",),
     "graphopt.options": ("opt",),
     "graphopt.pattern": ("Miss", "Rule"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.registry": ("Preset",),
     "graphopt.rerun": ("Replay", "replay"),
-    "graphopt.side_by_side": ("bench", "compare"),
+    "graphopt.model_comparison": ("compare",),
     "graphopt.summary": ("summarize",),
     "graphopt.target": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Bench",
     "Bisection",
     "Context",
     "GraphoptError",
     "Guarantee",
+    "LayerComparison",
+    "LayerError",
     "Miss",
     "Need",
     "Pass",
@@ -65,6 +76,7 @@ __all__ = [
     "bench",
     "bisect",
     "compare",
+    "compare_layers",
     "ir",
     "load",
     "opt",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +49,8 @@ class Session(Protocol):
 class Backend(Protocol):
     """A runtime. Implementations are frozen dataclasses whose fields are their options.
 
-    One whose time says nothing of any other runtime has `timed = False`, which `is_timed` asks for.
+    One whose time says nothing of any other runtime has `timed = False`, which `is_timed` asks for. One that cannot
+    compute a model operator by operator as it stands has `plain = False`, which `is_plain` asks for.
     """
 
     name: ClassVar[str]
@@ -81,6 +83,43 @@ def is_timed(backend: Backend) -> bool:
     return bool(getattr(backend, "timed", True))
 
 
+def is_plain(backend: Backend) -> bool:
+    """Return whether a runtime can leave its own optimizations off entirely: so unless it says otherwise.
+
+    Where it cannot, two models of which one is an exact rewrite of the other need not give equal bits.
+    """
+    return bool(getattr(backend, "plain", True))
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something about an installation that will go wrong, or already does.
+
+    Attributes:
+        what: One line: what it is.
+        fix: One line: what to do about it.
+        fatal: Whether results cannot be relied on, or nothing runs.
+    """
+
+    what: str
+    fix: str
+    fatal: bool
+
+
+@runtime_checkable
+class Diagnosable(Protocol):
+    """A backend that knows its own installation."""
+
+    def version(self) -> str | None:
+        """Return the package and version that would run, such as ``onnxruntime 1.32.0``, or None where there is none."""
+
+    def variants(self) -> Sequence[Backend]:
+        """Return this backend once for each thing it may run on, whether or not that is here."""
+
+    def troubles(self) -> Sequence[Trouble]:
+        """Return what is wrong with the installation; nothing where it is merely not installed."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A node of a model as a runtime has rewritten it for itself.
@@ -92,6 +131,7 @@ class Kernel:
         outputs: Names of what it makes.
         reads: Dtypes of its inputs, such as ``uint8``; empty where it did not run.
         milliseconds: Time it takes in a run; 0 where it did not run.
+        provider: What ran it, as the runtime calls it; empty where it has but one place, or it did not run.
     """
 
     op: str
@@ -100,6 +140,7 @@ class Kernel:
     outputs: tuple[str, ...]
     reads: tuple[str, ...]
     milliseconds: float
+    provider: str = ""
 
 
 @runtime_checkable
@@ -118,3 +159,77 @@ class Inspectable(Protocol):
         Raises:
             BackendError: The runtime is missing, or refuses the model or the feeds.
         """
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A session that can keep a feed, and what comes out of it, in the memory it computes in."""
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Return what runs the model once on a feed already in place; it returns when the outputs are there.
+
+        What is timed is the model then, without copies from and to this process. The feed may be changed or freed
+        afterwards; the call is valid until the session is closed.
+
+        Raises:
+            BackendError: The runtime refuses the feeds; raised by the call, too, where it fails on them.
+        """
+
+
+@dataclass(frozen=True)
+class PlacedNode:
+    """A node as a runtime divided the model.
+
+    Attributes:
+        name: Its name as the runtime knows it: the model's own, or that of a node it made; may be empty.
+        op: Its operator, as ``domain::op`` outside the ONNX domain.
+        provider: What runs it, as the runtime calls it.
+        on_purpose: Whether it is there because it pays there, as arithmetic on shapes does beside a GPU.
+    """
+
+    name: str
+    op: str
+    provider: str
+    on_purpose: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which part of a runtime runs which node.
+
+    Attributes:
+        wanted: What the user asked for, as the runtime calls it.
+        nodes: Every node, those of nested graphs included, in no order to rely on.
+    """
+
+    wanted: str
+    nodes: tuple[PlacedNode, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many nodes each provider runs, most first."""
+        return dict(Counter(node.provider for node in self.nodes).most_common())
+
+    @property
+    def elsewhere(self) -> tuple[PlacedNode, ...]:
+        """What is not where it was wanted, and not on purpose."""
+        return tuple(n for n in self.nodes if n.provider != self.wanted and not n.on_purpose)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values: the counts, and what is elsewhere by provider and operator."""
+        ops: dict[str, Counter[str]] = {}
+        for node in self.elsewhere:
+            ops.setdefault(node.provider, Counter())[node.op] += 1
+        return {
+            "wanted": self.wanted,
+            "nodes": self.counts,
+            "elsewhere": {provider: dict(counted.most_common()) for provider, counted in ops.items()},
+        }
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """A session that can tell which part of its runtime took which node."""
+
+    def placement(self) -> Placement | None:
+        """Return how the runtime divided the model, or None where this version of it cannot tell."""

@@ -6,7 +6,6 @@ import contextlib
 import enum
 import gc
 import json
-import math
 import os
 import signal
 import sys
@@ -18,12 +17,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt import explain_command, fault_commands, inspect_command, sensitivity_command
+from graphopt import (
+    bench_command,
+    compare_command,
+    explain_command,
+    fault_commands,
+    inspect_command,
+    sensitivity_command,
+)
 from graphopt.cli_options import (
     BackendOption,
     BudgetOption,
     CalibrationCacheOption,
     DataOption,
+    EmitTestOption,
     EvaluationOption,
     JsonOption,
     LabelsOption,
@@ -39,7 +46,6 @@ from graphopt.cli_options import (
     open_pipeline,
 )
 from graphopt.errors import (
-    EXIT_CHECK_FAILED,
     EXIT_FAULT,
     EXIT_USAGE,
     GraphoptError,
@@ -124,7 +130,9 @@ def optimize(
     target: TargetOption = None,
     backend: BackendOption = None,
     verify: Annotated[VerifyMode, typer.Option(help="When to check the model.")] = VerifyMode.each,
-    report: Annotated[Path | None, typer.Option(help="Write the report here, as .json.", metavar="FILE")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report here, as .html, .md or .json.", metavar="FILE")
+    ] = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
     keep_failed: Annotated[
@@ -144,6 +152,7 @@ def optimize(
     ] = None,
     no_reproducers: Annotated[bool, typer.Option("--no-reproducers", help="Failures leave nothing.")] = False,
     calibration_cache: CalibrationCacheOption = None,
+    emit_test: EmitTestOption = None,
     verbose: VerboseOption = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -152,7 +161,6 @@ def optimize(
     from graphopt.specialise import parse_dims, parse_shapes
 
     out = output if output is not None else model.with_name(f"{model.stem}.opt.onnx")
-    _check_report(report, model, out)
     try:
         result = run(
             model,
@@ -175,17 +183,18 @@ def optimize(
             stop_after_edits=stop_after_edits,
             reproducers=None if no_reproducers else reproducers or (out.parent if out.parent.is_dir() else None),
             calibration_cache=calibration_cache,
-            detailed=report is not None,
+            emit_test=emit_test,
+            report=report,
             progress=not quiet,
         )
     except VerificationError as error:
         if error.report is not None:
-            _show_report(error.report, report, quiet, verbose)
+            _show_report(error.report, quiet, verbose)
             _say_written(error.output, report, quiet)
         raise
-    _show_report(result.report, report, quiet, verbose)
+    _show_report(result.report, quiet, verbose)
     _say_refused(result.report)
-    _say_written(result.output, report, quiet)
+    _say_written(result.output, report, quiet, emit_test)
 
 
 def _say_refused(report: Report) -> None:
@@ -196,120 +205,26 @@ def _say_refused(report: Report) -> None:
         typer.echo(f"warning: {what} refused for changing the outputs, and left out; `--strict` stops there", err=True)
 
 
-def _say_written(output: Path | None, report: Path | None, quiet: bool) -> None:
+def _say_written(output: Path | None, report: Path | None, quiet: bool, test: Path | None = None) -> None:
     if quiet:
         return
-    model = f"wrote {output}" if output is not None else "no model written"
-    typer.echo(model + (f"   report: {report}" if report is not None else ""))
+    said = [f"wrote {output}" if output is not None else "no model written"]
+    said += [f"{what}: {file}" for what, file in (("report", report), ("test", test)) if file is not None]
+    typer.echo("   ".join(said))
 
 
-def _check_report(report: Path | None, model: Path, output: Path) -> None:
-    """Refuse a report that cannot be written, before any work."""
-    if report is None:
-        return
-    if report.suffix != ".json":
-        raise UsageError(f"report `{report}` is of unknown kind", hint="name it `.json`")
-    from graphopt.output_files import is_same_file
-
-    if any(is_same_file(report, file) for file in (model, output)):
-        raise UsageError(f"cannot write report `{report}`: it is the model", hint="name another file")
-    if not report.parent.is_dir():
-        raise UsageError(f"the folder of report `{report}` does not exist", hint=f"create `{report.parent}` first")
-    if not os.access(report.parent, os.W_OK) or (report.exists() and not os.access(report, os.W_OK)):
-        raise UsageError(f"cannot write report `{report}`: no permission", hint="choose another place")
-    if report.exists() and not report.is_file():
-        raise UsageError(f"cannot write report `{report}`: it is no regular file", hint="name a file")
-
-
-def _show_report(report: Report, file: Path | None, quiet: bool, verbose: bool) -> None:
-    """Print the tables and write the report file."""
-    from graphopt import tables
-    from graphopt.staged_files import write_text
+def _show_report(report: Report, quiet: bool, verbose: bool) -> None:
+    """Print the tables."""
+    from graphopt import doctor_command, tables
 
     if not quiet:
         tables.print_report(report, verbose=verbose)
-    if file is not None:
-        try:
-            write_text(file, report.to_json())
-        except OSError as error:
-            raise UsageError(f"cannot write report `{file}`: {error.strerror}", hint="choose another place") from error
 
 
-@app.command(short_help="Compare the outputs of two models.")
-def compare(
-    a: Annotated[Path, typer.Argument(help="Reference model.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Model to compare with it.", show_default=False)],
-    data: DataOption = None,
-    labels: LabelsOption = None,
-    metric: MetricOption = None,
-    tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest absolute error allowed [default: rounding of the dtype].")
-    ] = None,
-    backend: BackendOption = None,
-    seed: SeedOption = 0,
-    threads: ThreadsOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare the outputs of two models, matched by name; exit with 1 where they differ beyond the tolerance."""
-    from graphopt import tables
-    from graphopt.side_by_side import compare as run
-
-    if tolerance is not None and math.isnan(tolerance):
-        raise UsageError("option `--tolerance` cannot be `nan`", hint="a number, 0 or more")
-    result = run(
-        a, b, data=data, labels=labels, metric=metric, backend=backend, seed=seed, threads=threads, progress=not as_json
-    )
-    if as_json:
-        _print_json(
-            {
-                "within": result.within(tolerance),
-                "samples": result.samples,
-                "outputs": {name: error.as_dict() for name, error in result.outputs.items()},
-                "metrics": result.metrics,
-            }
-        )
-    else:
-        tables.print_comparison(result, tolerance)
-    if not result.within(tolerance):
-        raise typer.Exit(EXIT_CHECK_FAILED)
-
-
-@app.command(short_help="Time models side by side.")
-def bench(
-    models: Annotated[list[Path], typer.Argument(help="Models with the same inputs.", show_default=False)],
-    data: DataOption = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Samples per run [default: 1, or the model's fixed batch size].")
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, max=86400, help="Time to spend in all.")] = 5.0,
-    backend: BackendOption = None,
-    seed: SeedOption = 0,
-    threads: ThreadsOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Time models side by side, their runs interleaved."""
-    from graphopt import tables
-    from graphopt.choices import find_backend, find_target
-    from graphopt.side_by_side import bench as run
-
-    times = run(
-        models,
-        data=data,
-        batch=batch,
-        backend=backend,
-        threads=threads,
-        seconds=seconds,
-        seed=seed,
-        progress=not as_json,
-    )
-    if as_json:
-        _print_json([{"model": str(m), **tables.as_values(t)} for m, t in zip(models, times, strict=True)])
-    else:
-        runtime = find_backend(backend, find_target(None)).describe()
-        tables.print_latencies([str(model) for model in models], times, runtime, threads)
-
-
+app.command(name="compare", short_help="Compare two models: their outputs, or what is inside.")(compare_command.compare)
+app.command(name="bench", short_help="Time models side by side.")(bench_command.bench)
 app.command(name="bisect", short_help="Find the one edit that breaks a model.")(fault_commands.bisect)
+app.command(name="doctor", short_help="Look at this machine and what is installed on it.")(doctor_command.doctor)
 app.command(name="inspect", short_help="Show what a model is made of, or which channels go together.")(
     inspect_command.inspect
 )
@@ -330,7 +245,7 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """List passes, presets, backends, targets and metrics with their options, or the rules of passes."""
-    from graphopt import tables
+    from graphopt import doctor_command, tables
 
     if kind is ListKind.rules:
         from graphopt.rulebook import rulebook
@@ -341,8 +256,14 @@ def list_(
         else:
             tables.print_rules(entries, verbose=verbose)
         return
+    if kind is ListKind.backends and as_json and passes is None and not verbose:
+        from graphopt.backend_survey import survey_backends
+
+        _print_json([one.as_dict() for one in survey_backends()])
+        return
     if passes is not None or verbose or as_json:
-        raise UsageError("only rules are listed by pass, with `-v` or as JSON", hint="`graphopt list rules [SPEC]`")
+        hint = "`graphopt list rules [SPEC]`, or `graphopt list backends --json`"
+        raise UsageError("only rules are listed by pass or with `-v`, and rules and backends as JSON", hint=hint)
     for one in [kind] if kind is not None else [kind for kind in ListKind if kind is not ListKind.rules]:
         tables.print_list(one.value)
 

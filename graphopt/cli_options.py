@@ -53,6 +53,10 @@ CalibrationCacheOption = Annotated[
         "--calibration-cache", help="Keep what is observed on calibration samples here, for later runs.", metavar="DIR"
     ),
 ]
+EmitTestOption = Annotated[
+    Path | None,
+    typer.Option("--emit-test", help="Write a pytest file here that holds OUT to what was measured.", metavar="FILE"),
+]
 PassesOption = Annotated[
     str | None,
     typer.Option("--passes", help="Pipeline, such as prune:sparsity=0.5,quant; see `graphopt list`.", metavar="SPEC"),

@@ -84,6 +84,7 @@ class Explanation:
         milliseconds: Of a run of the whole model, or None.
         conversions: Q and DQ left when it runs, or None.
         conversion_milliseconds: Their share of the time, or None.
+        parts: Kernels and milliseconds of each part of the runtime that ran some: its execution providers.
         in_functions: Operators in bodies of functions, which were not looked at.
     """
 
@@ -96,6 +97,7 @@ class Explanation:
     milliseconds: float | None
     conversions: int | None
     conversion_milliseconds: float | None
+    parts: Mapping[str, tuple[int, float]]
     in_functions: int
 
     @property
@@ -109,7 +111,8 @@ class Explanation:
         values = asdict(self) | {"findings": [asdict(one) | {"agrees": one.agrees} for one in self.findings]}
         ops = [{"op": op, "kernel": kernel, "count": count} for op, kernel, count in self.quantizable]
         right, judged = self.agreement or (None, None)
-        return values | {"quantizable": ops, "agreement": {"as_predicted": right, "of": judged}}
+        parts = {name: {"kernels": count, "milliseconds": time} for name, (count, time) in self.parts.items()}
+        return values | {"quantizable": ops, "parts": parts, "agreement": {"as_predicted": right, "of": judged}}
 
 
 def explain(
@@ -163,6 +166,7 @@ def explain(
         milliseconds=proof.milliseconds if proof else None,
         conversions=proof.conversions if proof else None,
         conversion_milliseconds=proof.conversion_milliseconds if proof else None,
+        parts=proof.parts if proof else {},
         in_functions=sum(len(function) for function in inferred.functions.values()),
     )
 
@@ -183,7 +187,7 @@ def _prove(
 ) -> tuple[Proof | None, str | None, str]:
     """Return the proof and what gave it, or why there is none."""
     host = find_target(None)
-    if backend is None and target.fusions != host.fusions:
+    if backend is None and _is_another_cpu(target, host):
         return None, None, f"what `{target.name}` stands for cannot run here: this machine is `{host.name}`"
     runtime = find_backend(backend, target, must_run=False)
     missing = runtime.missing()
@@ -197,6 +201,12 @@ def _prove(
         return prove(model.clone(), runtime, feeds, threads=threads, runs=runs), runtime.describe(), ""
     except BackendError as error:
         return None, None, error.message
+
+
+def _is_another_cpu(target: Target, host: Target) -> bool:
+    """Return whether the target's runtime is this machine's own, but what it stands for is not."""
+    same_runtime = (target.backend, target.provider) == (host.backend, host.provider)
+    return same_runtime and target.fusions != host.fusions
 
 
 def _finding(prediction: Prediction, ran: Ran | None) -> Finding:

@@ -22,8 +22,11 @@ _CONVERSIONS = (
     "com.microsoft::DequantizeLinear",
 )
 # What runtimes put between kernels of different layouts.
-_LAYOUTS = frozenset({"Reshape", "Transpose", "Cast", "com.microsoft.nchwc::ReorderOutput", *_CONVERSIONS})
+_LAYOUTS = frozenset(
+    {"Reshape", "Transpose", "Cast", "com.microsoft.nchwc::ReorderOutput", "openvino::Reorder", *_CONVERSIONS}
+)
 _CODES = frozenset({"uint8", "int8", "uint16", "int16", "uint4", "int4", "uint2", "int2"})
+_PRODUCTS_OF_FLOATS = frozenset({"openvino::FullyConnected", "openvino::MatMul"})
 _INTEGER_KERNELS = re.compile(
     r"(com\.microsoft(\.nhwc)?::)?(QLinear\w+|QGemm|QAttention|QEmbedLayerNormalization|DynamicQuantize(MatMul|LSTM)"
     r"|MatMulInteger(ToFloat|16)?|ConvInteger)"
@@ -54,12 +57,14 @@ class Proof:
         milliseconds: Of all kernels in a run.
         conversions: How many Q and DQ are left.
         conversion_milliseconds: Their share of the time.
+        parts: Kernels and milliseconds of each part of the runtime that says it ran some, by its name.
     """
 
     ran: Mapping[int, Ran]
     milliseconds: float
     conversions: int
     conversion_milliseconds: float
+    parts: Mapping[str, tuple[int, float]]
 
 
 def numbered(model: ir.Model) -> list[ir.Node]:
@@ -81,6 +86,42 @@ def prove(model: ir.Model, backend: Inspectable, feeds: Feeds, *, threads: int, 
         BackendError: The runtime refuses the model or fails.
     """
     nodes = numbered(model)
+    kernels, standing = kernels_by_node(model, backend, feeds, threads=threads, runs=runs)
+    left = [kernel for kernel in kernels if kernel.op in _CONVERSIONS]
+    return Proof(
+        ran={number: _verdict(nodes[number], standing.get(number, ())) for number in range(len(nodes))},
+        milliseconds=sum(kernel.milliseconds for kernel in kernels),
+        conversions=len(left),
+        conversion_milliseconds=sum(kernel.milliseconds for kernel in left),
+        parts=_parts(kernels),
+    )
+
+
+def _parts(kernels: Iterable[Kernel]) -> dict[str, tuple[int, float]]:
+    parts: dict[str, tuple[int, float]] = {}
+    for kernel in kernels:
+        if kernel.provider:
+            count, milliseconds = parts.get(kernel.provider, (0, 0.0))
+            parts[kernel.provider] = count + 1, milliseconds + kernel.milliseconds
+    return parts
+
+
+def kernels_by_node(
+    model: ir.Model, backend: Inspectable, feeds: Feeds, *, threads: int, runs: int
+) -> tuple[list[Kernel], dict[int, list[Kernel]]]:
+    """Run a model and return all kernels of it, and those of each node that has any, by its number.
+
+    Args:
+        model: The model as loaded; its nodes and inner values are renamed.
+        backend: What runs it.
+        feeds: What it runs on.
+        threads: Threads inside an operator; 0 leaves it to the runtime.
+        runs: Runs to average over.
+
+    Raises:
+        BackendError: The runtime refuses the model or fails.
+    """
+    nodes = numbered(model)
     outputs = {id(value) for value in model.graph.outputs}
     for number, node in enumerate(nodes):
         node.name = _NAME.format(number, node.op_type)
@@ -88,14 +129,7 @@ def prove(model: ir.Model, backend: Inspectable, feeds: Feeds, *, threads: int, 
             if value.name and id(value) not in outputs:
                 value.name = _NAME.format(number, index)
     kernels = backend.kernels(model, feeds, threads=threads, runs=runs)
-    standing = _standing_for(nodes, kernels)
-    left = [kernel for kernel in kernels if kernel.op in _CONVERSIONS]
-    return Proof(
-        ran={number: _verdict(nodes[number], standing.get(number, ())) for number in range(len(nodes))},
-        milliseconds=sum(kernel.milliseconds for kernel in kernels),
-        conversions=len(left),
-        conversion_milliseconds=sum(kernel.milliseconds for kernel in left),
-    )
+    return kernels, _standing_for(nodes, kernels)
 
 
 def _standing_for(nodes: Sequence[ir.Node], kernels: Sequence[Kernel]) -> dict[int, list[Kernel]]:
@@ -165,13 +199,17 @@ def _verdict(node: ir.Node, kernels: Sequence[Kernel]) -> Ran:
         own = [kernel for kernel in kernels if kernel.op not in _CONVERSIONS]
     if not own:
         return Ran(None, "", 0.0)
-    best = max(own, key=lambda kernel: (_state(kernel) == "integers", kernel.milliseconds))
-    return Ran(_state(best), best.op.rpartition("::")[2], best.milliseconds)
+    best = max(own, key=lambda kernel: (state_of(kernel) == "integers", kernel.milliseconds))
+    return Ran(state_of(best), best.op.rpartition("::")[2], best.milliseconds)
 
 
-def _state(kernel: Kernel) -> State:
+def state_of(kernel: Kernel) -> State:
+    """Return what a kernel computes on: codes, floats, or codes of weights and floats."""
     name = kernel.op.rpartition("::")[2]
     if name in WEIGHT_KERNELS:
         return "weights"
-    on_codes = bool(kernel.reads) and kernel.reads[0] in _CODES
-    return "integers" if on_codes or _INTEGER_KERNELS.fullmatch(kernel.op) else "float"
+    first, second, *_ = (*kernel.reads, "", "")
+    if first in _CODES or _INTEGER_KERNELS.fullmatch(kernel.op):
+        return "integers"
+    # A product of floats with codes decodes them as it reads them.
+    return "weights" if second in _CODES and kernel.op in _PRODUCTS_OF_FLOATS else "float"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
@@ -20,7 +22,13 @@ _INDEX_CARRIERS = ("Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatt
 
 
 def generated_feeds(
-    model: ir.Model, seed: int, *, sets: int = DEFAULT_SETS, batch: int = DEFAULT_BATCH, scale: int = 1
+    model: ir.Model,
+    seed: int,
+    *,
+    sets: int = DEFAULT_SETS,
+    batch: int = DEFAULT_BATCH,
+    scale: int = 1,
+    named_sizes: Mapping[str, int] | None = None,
 ) -> list[dict[str, Array]]:
     """Return made-up feeds; dimensions of the same name get the same size.
 
@@ -33,13 +41,14 @@ def generated_feeds(
         sets: How many feeds.
         batch: Size of a dynamic first dimension.
         scale: Factor on all other dynamic dimensions.
+        named_sizes: Sizes of dimensions by name, where they are known.
 
     Raises:
         DataError: An input is no tensor, or its rank is unknown.
     """
     rng = np.random.default_rng(seed)
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    sizes: dict[str, int] = {}
+    sizes = dict(named_sizes or {})
     shapes = {value.name or "": _shape(value, sizes, batch, scale) for value in inputs}
     return [{value.name or "": _values(value, shapes[value.name or ""], rng) for value in inputs} for _ in range(sets)]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +13,13 @@ from graphopt.authoring import Guarantee, Pass
 from graphopt.comparison import NEW_NAN
 from graphopt.errors import BackendError, OverBudget, VerificationError
 from graphopt.evaluation import Judge, Outputs, compare_outputs
+from graphopt.machine import peak_rss_mb, reset_peak_rss
 from graphopt.metrics import Budget, Metric
 from graphopt.pipeline import Step
 from graphopt.progress import Display
 from graphopt.report import Check, StepRecord
 from graphopt.shapes import contradiction
 from graphopt.verify import Signature, fingerprint, problems_of, verify
-
-_MB = 1e6
 
 
 class Instrument:
@@ -51,30 +48,12 @@ class Timing(Instrument):
     """Records seconds and peak resident memory of each step."""
 
     def step_started(self, step: Step, model: ir.Model) -> None:
-        _reset_peak_rss()
+        reset_peak_rss()
         self._start = time.perf_counter()
 
     def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
         record.seconds = time.perf_counter() - self._start
         record.peak_rss_mb = peak_rss_mb()
-
-
-def _reset_peak_rss() -> None:
-    """Let Linux count the peak anew; elsewhere the peak since the start is all there is."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def peak_rss_mb() -> float:
-    """Return the peak resident memory in MB since it was last reset."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 / _MB for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / _MB if sys.platform == "darwin" else peak * 1024 / _MB  # bytes there, KiB elsewhere
 
 
 class VerifyStructure(Instrument):
@@ -237,9 +216,13 @@ class ShowProgress(Instrument):
         self._display = display
         self._shown = contextlib.ExitStack()
 
+    def run_started(self, model: ir.Model, steps: Sequence[Step]) -> None:
+        self._steps, self._begun = len(steps), 0
+
     def step_started(self, step: Step, model: ir.Model) -> None:
+        self._begun += 1
         self._shown.close()
-        self._shown.enter_context(self._display.stage(step.spec))
+        self._shown.enter_context(self._display.stage(f"{self._begun}/{self._steps} {step.spec}"))
 
     def run_finished(self) -> None:
         self._shown.close()

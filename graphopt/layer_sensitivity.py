@@ -14,7 +14,7 @@ from graphopt.authoring import Attempt, Context, Guarantee, Note, Pass
 from graphopt.backend import Array
 from graphopt.candidates import CandidateJudge
 from graphopt.choices import ModelLike
-from graphopt.driver import Run
+from graphopt.optimization import Run
 from graphopt.errors import BackendError, UsageError
 from graphopt.layers import Layer, layers_of, name_nodes
 from graphopt.metrics import Metric

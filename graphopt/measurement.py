@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from graphopt import latency, summary, walk
-from graphopt.backend import Array, Backend
+from graphopt.backend import Array, Backend, Placing
 from graphopt.model_io import GZIP_LIMIT, gzip_bytes, saved_bytes
 from graphopt.report import Side
 
@@ -36,10 +38,26 @@ def measure_side(model: ir.Model, files: Sequence[Path], *, content: bool, work:
     )
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """What a runtime made of a file.
+
+    Attributes:
+        latency: Run times.
+        placement: Which part of the runtime took how many nodes, as `graphopt.backend.Placement.as_dict` says it, or
+            None where it does not tell.
+    """
+
+    latency: latency.Latency
+    placement: dict[str, Any] | None
+
+
 def time_side_by_side(
     backend: Backend, files: Sequence[Path], feed: dict[str, Array], threads: int
-) -> Sequence[latency.Latency]:
+) -> Sequence[Deployed]:
     """Time models as deployed, their runs interleaved."""
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(backend.open(file, threads=threads)) for file in files]
-        return latency.measure(sessions, [feed] * len(files), seconds=LATENCY_SECONDS)
+        times = latency.measure(sessions, [feed] * len(files), seconds=LATENCY_SECONDS)
+        placed = [session.placement() if isinstance(session, Placing) else None for session in sessions]
+    return [Deployed(one, at.as_dict() if at is not None else None) for one, at in zip(times, placed, strict=True)]

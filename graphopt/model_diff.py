@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,23 +22,35 @@ def changed_lines(before: ir.Model, after: ir.Model) -> tuple[list[str], list[st
     constants, others = _constants(before), _constants(after)
     for name in dict.fromkeys([*constants, *others]):
         a, b = constants.get(name), others.get(name)
-        if a is None or b is None or not _same(a, b):
+        if a is None or b is None or not same_content(a, b):
             removed += [f"{name} = {show_tensor(a)}"] if a is not None else []
             added += [f"{name} = {show_tensor(b)}"] if b is not None else []
     return removed, added
+
+
+def model_lines(model: ir.Model) -> Iterator[str]:
+    """Yield a whole model as text: its inputs and outputs, nodes and constants, large ones by a checksum."""
+    for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
+        for value in values:
+            yield f"{kind} {value.name} {value.dtype} {value.shape}"
+    yield from _node_lines(model)
+    for name, tensor in _constants(model).items():
+        whole = tensor.size <= _SHOWN_ELEMENTS
+        yield f"{name} = {show_tensor(tensor)}" + ("" if whole else f" crc32 {zlib.crc32(tensor.tobytes()):08x}")
 
 
 def _node_lines(model: ir.Model) -> Iterator[str]:
     for node in walk.every_node(model):
         inputs = ", ".join(value.name or "?" if value is not None else '""' for value in node.inputs)
         outputs = ", ".join(value.name or '""' for value in node.outputs)
-        attributes = ", ".join(f"{name}={_show_attribute(attr)}" for name, attr in sorted(node.attributes.items()))
+        attributes = ", ".join(f"{name}={show_attribute(attr)}" for name, attr in sorted(node.attributes.items()))
         options = f" <{attributes}>" if attributes else ""
         operator = node.op_type if node.domain in walk.ONNX_DOMAINS else f"{node.domain}::{node.op_type}"
         yield f"[{node.name or ''}] {outputs} = {operator}{options} ({inputs})"
 
 
-def _show_attribute(attribute: ir.Attr) -> str:
+def show_attribute(attribute: ir.Attr) -> str:
+    """Return what an attribute holds, a long one shortened, a graph not at all."""
     if attribute.is_ref():
         return f"@{attribute.ref_attr_name}"
     if attribute.type == ir.AttributeType.TENSOR:
@@ -62,8 +75,11 @@ def _constants(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     return {v.name or "": v.const_value for v in walk.initializers(model) if v.const_value is not None}
 
 
-def _same(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
-    """Return whether two tensors hold the same; states of one run share what no edit has touched."""
+def same_content(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
+    """Return whether two tensors hold the same; states of one run share what no edit has touched.
+
+    Tensors of more than 16 MiB are compared by identity alone.
+    """
     if a is b:
         return True
     if a.dtype != b.dtype or walk.dims(a) != walk.dims(b) or a.nbytes > _COMPARED_BYTES:

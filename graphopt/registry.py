@@ -145,3 +145,12 @@ def host_target() -> str:
         if hasattr(plugin.module, "HOST_TARGET"):
             return str(resolve(plugin.module.HOST_TARGET)())
     raise UsageError("no plug-in knows this machine", hint="name a target with `--target`")
+
+
+def host_reason() -> str:
+    """Return in a few words why that target is this machine's, or nothing where the plug-in does not say."""
+    for plugin in _plugins():
+        if hasattr(plugin.module, "HOST_TARGET"):
+            why = getattr(plugin.module, "HOST_REASON", None)
+            return str(resolve(why)()) if why is not None else ""
+    return ""

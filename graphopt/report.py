@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -99,6 +100,7 @@ class Side:
         macs: Multiply-accumulates of one run, dynamic dimensions counted as 1, or None where nothing was measured.
         latency_ms: Median of one run at batch 1, or None where it was not measured.
         metrics: Task metrics on the scored samples.
+        placement: Which part of the runtime took how many nodes when it was timed, or None where it does not tell.
     """
 
     nodes: int
@@ -109,6 +111,7 @@ class Side:
     macs: int | None
     latency_ms: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    placement: dict[str, Any] | None = None
 
 
 @dataclass
@@ -165,9 +168,9 @@ class Report:
             "failure": self.failure,
         }
 
-    def to_json(self) -> str:
-        """Return the report as JSON text; infinities and NaN, which JSON lacks, become null."""
-        return json.dumps(finite(self.as_dict()), indent=2) + "\n"
+    def to_json(self, findings: Mapping[str, Any] | None = None) -> str:
+        """Return the report, and what was found besides, as JSON text; infinities and NaN become null."""
+        return json.dumps(finite({**self.as_dict(), "findings": findings}), indent=2) + "\n"
 
 
 def finite(value: Any) -> Any:

@@ -44,13 +44,15 @@ class Request:
     stop_after_edits: int | None = None
     reproducers: Path | None = None
     calibration_cache: Path | None = None
+    emit_test: Path | None = None
+    report: Path | None = None
     detailed: bool = False
     progress: bool = False
 
     @property
     def runs_nothing(self) -> bool:
         """Whether no model needs to be run for what was asked."""
-        asked = (self.data, self.evaluation, self.metric)
+        asked = (self.data, self.evaluation, self.metric, self.emit_test)
         return self.verify in QUIET and not self.budget and all(one is None for one in asked)
 
     @property
@@ -63,6 +65,8 @@ class Request:
             "stop_after_edits",
             "reproducers",
             "calibration_cache",
+            "emit_test",
+            "report",
             "detailed",
             "progress",
         )

@@ -17,6 +17,7 @@ from graphopt.errors import BackendError, GraphoptError, UsageError
 from graphopt.evaluation import compare_outputs
 from graphopt.model_io import load
 from graphopt.pipeline import Pipeline
+from graphopt.plain_runs import with_plain_runs
 from graphopt.reproducer import AFTER, BEFORE, FACTS, INPUTS, ORIGINAL, RECIPE, content_hash
 
 
@@ -53,7 +54,7 @@ def replay(folder: str | Path) -> Replay:
 def _rewrite(folder: Path, facts: dict[str, Any]) -> Replay:
     """Run the pass over what its rule matched, and compare on the inputs that told the two apart."""
     options = facts["options"]
-    backend = find_backend(options.get("backend"), find_target(options.get("target")))
+    backend = with_plain_runs(find_backend(options.get("backend"), find_target(options.get("target"))))
     before = load(folder / BEFORE)
     feed = _feed(folder / INPUTS, before)
     try:

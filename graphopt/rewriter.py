@@ -51,11 +51,13 @@ class Journal:
 
     Attributes:
         limit: The most edits to make; entering one more raises `EditLimitReached`.
+        watcher: Told of each edit once the model is whole again.
     """
 
     edits: list[Edit] = field(default_factory=list)
     changes: int = 0
     limit: int | None = None
+    watcher: Callable[[Edit], None] | None = None
 
     @property
     def is_full(self) -> bool:
@@ -441,7 +443,10 @@ class Rewriter:
 
     def _write(self, rule: str, origins: provenance.Origins, nodes: tuple[str, ...]) -> None:
         self.edits += 1
-        self.journal.edits.append(Edit(len(self.journal.edits) + 1, self.pass_name, rule, origins, nodes))
+        edit = Edit(len(self.journal.edits) + 1, self.pass_name, rule, origins, nodes)
+        self.journal.edits.append(edit)
+        if self.journal.watcher is not None:
+            self.journal.watcher(edit)
 
 
 def _take_out(node: ir.Node) -> None:

@@ -63,7 +63,12 @@ class StagedFiles:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file whole or not at all; see `write_bytes`."""
+    write_bytes(target, text.encode())
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all.
 
     Raises:
         OSError: It cannot be written; what was there before is untouched.
@@ -71,7 +76,7 @@ def write_text(target: Path, text: str) -> None:
     staged = StagedFiles()
     try:
         with staged.open(target) as file:
-            file.write(text.encode())
+            file.write(content)
         staged.publish()
     finally:
         staged.discard()

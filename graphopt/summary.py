@@ -82,8 +82,8 @@ def summarize(model: ir.Model) -> ModelSummary:
         nonzero=sum(count_nonzero(tensor) for tensor in parameters),
         bytes_by_dtype=dict(bytes_by_dtype.most_common()),
         macs=sum(count or 0 for count in macs.values()),
-        inputs=[_port(value) for value in model.graph.inputs if not value.is_initializer()],
-        outputs=[_port(value) for value in model.graph.outputs],
+        inputs=[describe_port(value) for value in model.graph.inputs if not value.is_initializer()],
+        outputs=[describe_port(value) for value in model.graph.outputs],
         opsets=dict(model.opset_imports),
         ir_version=int(model.ir_version),
         functions=len(model.functions),
@@ -131,7 +131,8 @@ def _op_name(node: ir.Node) -> str:
     return node.op_type if node.domain in walk.ONNX_DOMAINS else f"{node.domain}::{node.op_type}"
 
 
-def _port(value: ir.Value) -> tuple[str, str, str]:
+def describe_port(value: ir.Value) -> tuple[str, str, str]:
+    """Return the name, dtype and shape of an input or output, as text."""
     shape = "?" if value.shape is None else "[" + ", ".join(map(_dim, value.shape)) + "]"
     dtype = str(value.dtype).lower() if isinstance(value.type, ir.TensorType) else str(value.type)
     return value.name or "", dtype, shape

@@ -13,23 +13,29 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt import options, registry
+from graphopt.backend_survey import survey_backends
 from graphopt.choices import known_metrics
 from graphopt.comparison import Comparison
 from graphopt.explanation import Explanation, Finding
-from graphopt.latency import Latency
 from graphopt.layer_sensitivity import LayerSensitivity, Sensitivity
 from graphopt.listing import Listing
 from graphopt.metrics import show_number
-from graphopt.report import NOT_RUN, Report, Side, StepRecord, show_bytes, show_change, show_check, show_count
+from graphopt.report import Report, show_bytes, show_count
+from graphopt.report_rows import (
+    STEP_COLUMNS,
+    counted,
+    doubts,
+    refusals,
+    side_rows,
+    specialised_lines,
+    step_cells,
+    summaries,
+)
 from graphopt.rulebook import Entry
 from graphopt.summary import ModelSummary
 
 # Where stdout is no terminal nothing may wrap: a script reads lines.
 _WIDTH_OF_PIPE = 10_000
-# Ratios of sizes are shown to two digits; what is 1.00 then is the same.
-_ROUNDING = 0.005
-# Run times of one and the same model differ by as much on a machine that others use, too.
-_LATENCY_NOISE = 0.05
 
 
 def _print(content: Table | str = "", style: str | None = None) -> None:
@@ -40,10 +46,6 @@ def _print(content: Table | str = "", style: str | None = None) -> None:
     with console.capture() as captured:
         console.print(content, style=style, soft_wrap=isinstance(content, str))
     sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _table(*headers: str, right: Sequence[str] = ()) -> Table:
@@ -60,135 +62,31 @@ def as_values(record: Any) -> dict[str, Any]:
 
 def print_report(report: Report, *, verbose: bool = False) -> None:
     """Print the steps of a run, what it measured, and the remarks of its passes."""
-    table = _table("step", "pass", "edits", "nodes", "size", "time", "check", right=("edits",))
+    table = _table("step", *STEP_COLUMNS, right=("edits",))
     total = len(report.steps)
     for index, step in enumerate(report.steps, 1):
-        table.add_row(f"{index}/{total}", *_step_cells(step, report))
-    for line in _specialised(report):
-        _print(line)
+        table.add_row(f"{index}/{total}", *step_cells(step, report))
+    for line in specialised_lines(report):
+        _print(f" {line}")
     _print(table)
     for step in report.steps:
-        for note in step.notes if verbose else _summaries(step):
+        for note in step.notes if verbose else summaries(step):
             where = f" [{note.node}]" if note.node else ""
             _print(f" {note.pass_name}{where}: {note.text}", style="dim")
-    for line in (*_refusals(report), *_doubts(report)):
-        _print(line)
+    for line in (*refusals(report), *doubts(report)):
+        _print(f" {line}")
     if report.stopped_after_edits is not None:
-        _print(f" stopped after {_counted(report.stopped_after_edits, 'edit')}, as asked")
+        _print(f" stopped after {counted(report.stopped_after_edits, 'edit')}, as asked")
     if report.after is not None:
         _print()
-        _print(_sides(report, report.before, report.after))
+        _print(_sides(report))
 
 
-def _specialised(report: Report) -> list[str]:
-    """Return how inputs and outputs changed because sizes were fixed."""
-    changed = report.specialised or {}
-    sides = [("input", changed.get("inputs", {})), ("output", changed.get("outputs", {}))]
-    return [
-        f" {kind} `{name}`: {_shape(one['before'])} → {_shape(one['after'])}, as asked"
-        for kind, ports in sides
-        for name, one in ports.items()
-    ]
-
-
-def _shape(dims: Sequence[int | str | None] | None) -> str:
-    return "?" if dims is None else "×".join("?" if dim is None else str(dim) for dim in dims) or "scalar"
-
-
-def _refusals(report: Report) -> list[str]:
-    """Return what was refused because it is wrong, and where to see that."""
-    refused = [refusal for step in report.steps for refusal in step.refused]
-    shown = {str(one): f"; see `{one.reproducer}`" if one.reproducer is not None else "" for one in refused}
-    return [f" REFUSED: {text}{where}" for text, where in shown.items()]
-
-
-def _doubts(report: Report) -> list[str]:
-    """Return why steps failed, or could not be checked; a reason that several share only once."""
-    doubts: dict[str, list[str]] = {}
-    for step in report.steps:
-        if not step.check.ok and step.check.why != NOT_RUN:
-            why = f"{'FAILED' if step.check.ok is False else 'not checked'}: {step.check.why}"
-            doubts.setdefault(why, []).append(step.name)
-    if report.deployed is not None and not report.deployed.ok:
-        doubts[f"{'FAILED' if report.deployed.ok is False else 'not checked'}: {report.deployed.why}"] = ["as deployed"]
-    return [f" {', '.join(dict.fromkeys(names))}: {why}" for why, names in doubts.items()]
-
-
-def _summaries(step: StepRecord) -> list[Any]:
-    """Return the remarks about a step as a whole; the ones about single nodes wait for ``-v``."""
-    return [note for note in step.notes if note.node is None and not note.left]
-
-
-def _step_cells(step: StepRecord, report: Report) -> tuple[str, ...]:
-    nodes = str(step.nodes_after)
-    if step.nodes_after != step.nodes_before:
-        nodes = f"{step.nodes_before}→{step.nodes_after}"
-    return (
-        step.spec,
-        str(step.edits),
-        nodes,
-        show_bytes(step.bytes_after),
-        f"{step.seconds:.1f} s",
-        show_check(step.check, report.metric_types, report.before.metrics),
-    )
-
-
-def _sides(report: Report, before: Side, after: Side) -> Table:
+def _sides(report: Report) -> Table:
     table = _table("", "before", "after", " ", "  ", right=("before", "after"))
-    change = _ratio(before.bytes, after.bytes, "smaller", "larger")
-    table.add_row("size", show_bytes(before.bytes), show_bytes(after.bytes), change, "")
-    if before.bytes_gzip is not None and after.bytes_gzip is not None:
-        change = _ratio(before.bytes_gzip, after.bytes_gzip, "smaller", "larger")
-        table.add_row("size, gzip", show_bytes(before.bytes_gzip), show_bytes(after.bytes_gzip), change, "")
-    if before.latency_ms is not None and after.latency_ms is not None:
-        change = _faster(before.latency_ms, after.latency_ms, report.latency_ratio)
-        times = f"{before.latency_ms:.3g} ms", f"{after.latency_ms:.3g} ms"
-        place = f"{report.backend}, {_threads(report.threads)}, batch {report.latency_batch}"
-        table.add_row("latency", *times, change, place)
-    elif report.scored == NOT_RUN:
-        table.add_row("latency", NOT_RUN, NOT_RUN, "", "")
-    table.add_row("nodes", str(before.nodes), str(after.nodes), "", "")
-    table.add_row("parameters", show_count(before.parameters), show_count(after.parameters), "", "")
-    if before.nonzero is not None and after.nonzero is not None:
-        table.add_row("nonzero", _share(before), _share(after), "", "")
-    scored = report.scored
-    for name, value in after.metrics.items():
-        metric = report.metric_types.get(name)
-        shown = metric.show if metric is not None else show_number
-        old = before.metrics.get(name)
-        if old is None:
-            table.add_row(name, "–", shown(value), "", ", ".join(filter(None, ("against the original", scored))))
-        else:
-            table.add_row(name, shown(old), shown(value), show_change(metric, old, value), scored)
-        scored = ""  # the same for all of them
+    for row in side_rows(report):
+        table.add_row(row.name, row.before, row.after, row.change, row.place)
     return table
-
-
-def _threads(count: int) -> str:
-    return _counted(count, "thread") if count else "default threads"
-
-
-def _faster(before: float, after: float, paired: float | None) -> str:
-    """Return how much faster, in words, by the ratio of medians or the median of ratios, whichever claims less."""
-    ratios = [before / after, 1 / paired if paired else before / after]
-    if min(ratios) < 1 < max(ratios):
-        return "the same"
-    return _ratio(min(ratios, key=lambda ratio: abs(ratio - 1)), 1.0, "faster", "slower", noise=_LATENCY_NOISE)
-
-
-def _share(side: Side) -> str:
-    return f"{(side.nonzero or 0) / side.parameters:.1%}" if side.parameters else "–"
-
-
-def _ratio(before: float, after: float, better: str, worse: str, *, noise: float = _ROUNDING) -> str:
-    """Return before/after in words; what cannot be told from noise is called the same."""
-    if not before or not after:
-        return ""
-    ratio = before / after
-    if abs(ratio - 1) < noise:
-        return "the same"
-    factor, word = (ratio, better) if ratio > 1 else (1 / ratio, worse)
-    return f"{factor:.{1 if factor >= 1.1 else 2}f}× {word}"
 
 
 def print_summary(name: str, summary: ModelSummary, size: int) -> None:
@@ -198,13 +96,13 @@ def print_summary(name: str, summary: ModelSummary, size: int) -> None:
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in summary.opsets.items())
     facts.add_row("opset", f"{opsets} (IR {summary.ir_version})")
     facts.add_row("size", show_bytes(size))
-    functions = f", {_counted(summary.functions, 'function')}" if summary.functions else ""
+    functions = f", {counted(summary.functions, 'function')}" if summary.functions else ""
     facts.add_row("nodes", f"{summary.nodes}{functions}")
     facts.add_row(
         "parameters", f"{show_count(summary.parameters)}, {summary.nonzero:,} of {summary.parameters:,} nonzero"
     )
     least = "at least " if summary.unknown_cost else ""
-    unknown = f", {_counted(len(summary.unknown_cost), 'node')} of unknown cost" if summary.unknown_cost else ""
+    unknown = f", {counted(len(summary.unknown_cost), 'node')} of unknown cost" if summary.unknown_cost else ""
     facts.add_row("MACs", f"{least}{show_count(summary.macs)} per run (dynamic dimensions as 1){unknown}")
     for kind, ports in (("input", summary.inputs), ("output", summary.outputs)):
         for port, dtype, shape in ports:
@@ -248,18 +146,7 @@ def print_comparison(comparison: Comparison, tolerance: float | None) -> None:
         _print(f" {name}: {show(b)}" if a is None else f" {name}: {show(a)} → {show(b)}")
     allowed = "rounding" if tolerance is None else f"|Δ| up to {tolerance:g}"
     source = f"of `{comparison.source}`" if comparison.source is not None else "made up"
-    _print(f" {_counted(comparison.samples, 'sample')} {source}; tolerance: {allowed}", style="dim")
-
-
-def print_latencies(names: Sequence[str], latencies: Sequence[Latency], backend: str, threads: int) -> None:
-    """Print run times side by side."""
-    numbers = ("median", "runs", "batch", "ratio")
-    table = _table("model", "median", "p10–p90", "runs", "batch", "ratio", right=numbers)
-    for name, one in zip(names, latencies, strict=True):
-        spread = f"{one.low:.3g}–{one.high:.3g} ms"
-        table.add_row(name, f"{one.median:.3g} ms", spread, str(one.runs), str(one.batch), f"{one.ratio:.2f}")
-    _print(table)
-    _print(f" {backend}, {_threads(threads)}, runs interleaved, ratio to the first", style="dim")
+    _print(f" {counted(comparison.samples, 'sample')} {source}; tolerance: {allowed}", style="dim")
 
 
 def print_sensitivity(result: Sensitivity, *, verbose: bool = False) -> None:
@@ -285,14 +172,14 @@ def print_sensitivity(result: Sensitivity, *, verbose: bool = False) -> None:
     elif result.rows:
         _print(" no rank correlation: the pass predicts no errors, or of fewer than two layers")
     if result.left:
-        _print(f" left alone: {_counted(len(result.left), 'layer')}" + ("" if verbose else ", `-v` says why"))
+        _print(f" left alone: {counted(len(result.left), 'layer')}" + ("" if verbose else ", `-v` says why"))
     for name, why in result.left if verbose else ():
         _print(f" {name}: {why}", style="dim")
     for row in result.rows if verbose else ():
         if row.curve:
             points = ", ".join(f"{share:.0%} {error:.2g}" for share, error in row.curve.items())
             _print(f" {row.name}: noise in its outputs by what goes of it: {points}", style="dim")
-    _print(f" {_counted(result.samples, 'sample')} of `{result.source}`, one layer changed at a time", style="dim")
+    _print(f" {counted(result.samples, 'sample')} of `{result.source}`, one layer changed at a time", style="dim")
 
 
 def _is_against(result: Sensitivity, name: str) -> bool:
@@ -321,15 +208,18 @@ def print_explanation(found: Explanation, *, verbose: bool = False) -> None:
     if verbose or not found.quantizable:
         _print_findings(found, verbose)
     for remark, count in Counter(one.remark for one in found.findings if one.remark).items():
-        _print(f" {_counted(count, 'operator')}: {remark}")
+        _print(f" {counted(count, 'operator')}: {remark}")
     if found.conversions and found.milliseconds:
         share = (found.conversion_milliseconds or 0) / found.milliseconds
         _print(
             f" QuantizeLinear and DequantizeLinear: {found.conversions} left, "
             f"{found.conversion_milliseconds:.3g} ms of {found.milliseconds:.3g} ms ({share:.0%})"
         )
+    if len(found.parts) > 1 or (found.parts and verbose):
+        parts = (f"{name} {counted(count, 'kernel')}, {time:.3g} ms" for name, (count, time) in found.parts.items())
+        _print(f" ran on: {'; '.join(parts)}")
     if found.in_functions:
-        _print(f" not looked at: {_counted(found.in_functions, 'operator')} in functions")
+        _print(f" not looked at: {counted(found.in_functions, 'operator')} in functions")
 
 
 def _proof(found: Explanation) -> str:
@@ -430,11 +320,12 @@ def _list_presets() -> list[tuple[str, str]]:
 
 def _list_backends() -> list[tuple[str, str]]:
     rows = []
-    for name in sorted(registry.table("BACKENDS")):
-        cls = registry.find("BACKENDS", name)
-        why = cls().missing()
-        rows.append((name, f"{cls.help}" + (f" — not here: {why.message}; {why.hint}" if why is not None else "")))
-        rows += _options_of(cls)
+    for one in survey_backends():
+        rows.append((one.name, one.help + (f" ({one.version})" if one.version is not None else "")))
+        for place in one.places:
+            rows.append((f"  {place.text}", "runs here" if place.runs else f"not here: {place.why}; {place.hint}"))
+        rows += [("  TROUBLE", f"{trouble.what}; {trouble.fix}") for trouble in one.troubles]
+        rows += _options_of(registry.find("BACKENDS", one.name))
     return rows
 
 

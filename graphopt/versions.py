@@ -6,7 +6,7 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-_PACKAGES = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu")
+_PACKAGES = ("numpy", "onnx", "onnx_ir", "protobuf", "onnxruntime", "onnxruntime-gpu", "openvino")
 
 
 def installed_version() -> str:

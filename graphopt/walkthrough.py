@@ -53,11 +53,14 @@ class Walkthrough(Closing):
         data: The samples.
         backend: Runs the pieces.
         threads: Threads for the backend; 0 leaves it to the runtime.
+        optimize: Whether the runtime's own graph optimizations are on.
     """
 
-    def __init__(self, model: ir.Model, data: Dataset, backend: Backend, *, threads: int = 0) -> None:
+    def __init__(
+        self, model: ir.Model, data: Dataset, backend: Backend, *, threads: int = 0, optimize: bool = True
+    ) -> None:
         self.model = model
-        self._backend, self._threads = backend, threads
+        self._backend, self._threads, self._optimize = backend, threads, optimize
         self._store = _Store()
         self._done: set[ir.Node] = set()
         self._batches: list[Batch] = []
@@ -136,7 +139,7 @@ class Walkthrough(Closing):
         outputs = [value for value in made if value in wanted or self._is_read_later(value)]
         outputs = [value for value in outputs if value not in self._store]
         piece, inputs = self._piece(nodes, outputs)
-        with self._backend.open(piece, threads=self._threads) as session:
+        with self._backend.open(piece, threads=self._threads, optimize=self._optimize) as session:
             for index in range(len(self._batches)):
                 feeds = {f"in{place}": self._store.get(value, index) for place, value in enumerate(inputs)}
                 results = session.run(feeds)

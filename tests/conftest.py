@@ -1,4 +1,4 @@
-"""What all tests share: options, the folder of shared assets, and how hypothesis searches."""
+"""What all tests share: the folder of shared assets, and how hypothesis searches."""
 
 from __future__ import annotations
 
@@ -20,16 +20,6 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("fixed"), derandomize=False, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write what golden tests get instead of comparing it")
-
-
-@pytest.fixture
-def update_golden(request: pytest.FixtureRequest) -> bool:
-    """Whether golden files are to be written anew."""
-    return bool(request.config.getoption("--update-golden"))
 
 
 @pytest.fixture(autouse=True)

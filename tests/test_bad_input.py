@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphopt import driver, output_files, staged_files
+from graphopt import optimization, output_files, staged_files
 from graphopt.errors import EXIT_FAULT
 from graphopt.passes.lossy.prune import Prune
 
@@ -511,7 +511,7 @@ def test_a_pass_that_ends_early(
 
 
 def test_a_fault_of_graphopt_is_owned_up_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "measure_side", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(optimization, "measure_side", lambda *_, **__: 1 / 0)
     outcome = refused(folder, _optimize(folder), EXIT_FAULT)
     assert "graphopt failed: ZeroDivisionError" in outcome.error
     assert "report it" in outcome.hint

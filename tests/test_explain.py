@@ -349,16 +349,14 @@ def test_codes_around_a_float_operator_may_serve_others(around: str, fix: str) -
     assert finding(found, "Tanh").fix.startswith(fix)
 
 
-@pytest.mark.parametrize(("target", "kernel"), [("tensorrt", "int8 Conv"), ("openvino", "int8 Conv")])
-def test_other_runtimes_are_predicted_and_not_proven(target: str, kernel: str) -> None:
+def test_other_runtimes_are_predicted_and_not_proven() -> None:
     b = Builder()
-    dtype: Any = np.int8 if target == "tensorrt" else np.uint8
-    made = b.op("Conv", [b.qdq(b.input(IMAGE), dtype), b.weight((16, 16, 3, 3), 0), b.const(np.ones(16, np.float32))])
-    found = explained(b.result(made), target=target)
+    made = b.op("Conv", [b.qdq(b.input(IMAGE), np.int8), b.weight((16, 16, 3, 3), 0), b.const(np.ones(16, np.float32))])
+    found = explained(b.result(made), target="tensorrt")
     assert found.proven_by is None
-    assert target in found.unproven
+    assert "tensorrt" in found.unproven
     assert found.agreement is None
-    assert (finding(found, "Conv").state, finding(found, "Conv").kernel) == ("integers", kernel)
+    assert (finding(found, "Conv").state, finding(found, "Conv").kernel) == ("integers", "int8 Conv")
 
 
 @pytest.mark.parametrize(

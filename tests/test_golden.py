@@ -1,7 +1,7 @@
 """What each exact pass makes of small graphs, as ONNX text: cases where a rule fires, and where it must not.
 
 A case is a file `golden/<pass>/<case>.txt`: one sentence, the rules that fire or hold back, the model before, the model
-after, and what the pass said. `pytest tests/test_golden.py --update-golden` writes the last two anew; the rest is
+after, and what the pass said. `pytest tests/test_golden.py --graphopt-update` writes the last two anew; the rest is
 written by hand.
 """
 
@@ -21,6 +21,7 @@ from graphopt.authoring import Guarantee, RewritePass
 from graphopt.choices import find_target
 from graphopt.comparison import Comparison
 from graphopt.generated import generated_feeds
+from graphopt.golden_files import Golden
 
 from .pass_runs import TARGET, PassRun, loaded, outputs_of, run_passes
 
@@ -41,8 +42,6 @@ class Case:
         options: Options of the pass, as text.
         not_run: Why the two models are not run, or None.
         before: Model text.
-        after: Model text expected.
-        remarks: What the pass is expected to say.
     """
 
     path: Path
@@ -52,8 +51,6 @@ class Case:
     options: str
     not_run: str | None
     before: str
-    after: str
-    remarks: str
 
     @property
     def spec(self) -> str:
@@ -76,8 +73,6 @@ def read_case(path: Path) -> Case:
         options=headers.get("options", ""),
         not_run=headers.get("not run"),
         before=sections["before"],
-        after=sections.get("after", ""),
-        remarks=sections.get("remarks", ""),
     )
 
 
@@ -106,17 +101,13 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.path.parent.name}/{case.path.stem}")
-def test_pass_makes_of_a_graph_what_the_golden_file_says(case: Case, update_golden: bool) -> None:
+def test_pass_makes_of_a_graph_what_the_golden_file_says(case: Case, golden: Golden) -> None:
     before = onnx.parser.parse_model(case.before)
     onnx.checker.check_model(before)
     run = run_passes(loaded(before), case.spec)
     after, remarks = text_of(run.model), "".join(f"{text}\n" for text in run.remarks)
-    if update_golden:
-        sections = f"=== before\n{case.before.strip()}\n\n=== after\n{after}"
-        case.path.write_text(f"{case.about}{sections}" + (f"\n=== remarks\n{remarks}" if remarks else ""), "utf-8")
-    else:
-        assert after.strip() == case.after.strip()
-        assert remarks.strip() == case.remarks.strip()
+    sections = f"=== before\n{case.before.strip()}\n\n=== after\n{after}"
+    golden(f"{case.about}{sections}" + (f"\n=== remarks\n{remarks}" if remarks else ""), file=case.path)
     assert {edit.rule for edit in run.edits} == case.fires
     if not case.fires:
         assert after == text_of(loaded(before))

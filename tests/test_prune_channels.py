@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import driver, latency, registry, shapes, summary
+from graphopt import latency, optimization, registry, shapes, summary
 from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.passes import PruneChannels
 from graphopt.passes.analyses.channel_groups import channel_groups
@@ -90,8 +90,8 @@ branches (float[N, 3, 8, 8] x) => (float[N, 4, 8, 8] y)
 def fine_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the small networks here one channel at a time, as blocks of 16 are small beside real ones."""
     if "kernels_like" not in request.node.name:
-        find = driver.find_target
-        monkeypatch.setattr(driver, "find_target", lambda name: replace(find(name), width_multiple=1))
+        find = optimization.find_target
+        monkeypatch.setattr(optimization, "find_target", lambda name: replace(find(name), width_multiple=1))
 
 
 def parsed(text: str) -> ir.Model:

@@ -9,6 +9,7 @@ import pytest
 
 from graphopt import passes, registry
 from graphopt.authoring import Guarantee, RewritePass
+from graphopt.golden_files import Golden
 from graphopt.rulebook import Entry, as_markdown, entries_of, rulebook
 
 from .command_line import run
@@ -42,13 +43,10 @@ def test_one_name_is_one_rule(name: str) -> None:
     assert [rule for rule, texts in said.items() if len(texts) > 1] == []
 
 
-def test_document_is_in_step(update_golden: bool) -> None:
-    """`pytest tests/test_rules_doc.py --update-golden` writes it anew."""
+def test_document_is_in_step(golden: Golden) -> None:
+    """`pytest tests/test_rules_doc.py --graphopt-update` writes it anew."""
     classes = [registry.find("PASSES", name) for name in OURS]
-    text = as_markdown(classes, [entry for name in OURS for entry in entries(name)])
-    if update_golden:
-        DOCUMENT.write_text(text, "utf-8")
-    assert DOCUMENT.read_text("utf-8") == text
+    golden(as_markdown(classes, [entry for name in OURS for entry in entries(name)]), file=DOCUMENT)
 
 
 def test_rules_are_listed_by_pass() -> None:

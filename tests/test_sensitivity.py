@@ -20,7 +20,7 @@ from graphopt import candidates, registry, walk
 from graphopt.authoring import Context, Guarantee, Pass
 from graphopt.candidates import CandidateJudge, Tally
 from graphopt.data import Batch, open_data
-from graphopt.driver import Run
+from graphopt.optimization import Run
 from graphopt.errors import UsageError
 from graphopt.layer_sensitivity import OTHERS, sensitivity, spearman
 from graphopt.layers import layers_of, name_nodes

@@ -1,0 +1,181 @@
+"""What `bench` found, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from graphopt.bench_results import Bench, Profiled, Row
+from graphopt.kernel_profile import KernelTime, OpTime
+from graphopt.latency import Latency
+from graphopt.listing import Listing, Sheet
+from graphopt.roofline import Peaks, Roof
+
+SLOWEST_SHOWN = 10
+# Names of more nodes than this say no more.
+_NODES_SHOWN = 3
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One column of the table of times: what is in it, and whether that is numbers."""
+
+    name: str
+    cell: Callable[[Row], str]
+    number: bool = True
+
+
+def listing_of(found: Bench, *, verbose: bool = False) -> Listing:
+    """Return what people read.
+
+    Args:
+        found: What was found.
+        verbose: Whether all kernels are listed, not the slowest alone.
+    """
+    sheets = [_times(found.rows)]
+    for one in found.profiles:
+        sheets += [_by_op(one), _slowest(one, verbose)]
+    roofs = [f"{one.model} on {one.backend}: {_in_words(one.roof)}" for one in found.profiles if one.roof is not None]
+    peaks = {one.roof.peaks.backend: one.roof.peaks for one in found.profiles if one.roof is not None}
+    failures = dict.fromkeys(f"{row.model} on {row.backend}: {row.failure}" for row in found.rows if row.failure)
+    remarks = [*failures, *map(_peaks, peaks.values()), *roofs, _conditions(found)]
+    return Listing(sheets, found.as_dict(), [*remarks, *(f"warning: {one}" for one in found.warnings)])
+
+
+def _times(rows: Sequence[Row]) -> Sheet:
+    columns = [_Column("model", lambda row: row.model, number=False)]
+    if len({row.backend for row in rows}) > 1:
+        columns.append(_Column("backend", lambda row: row.backend, number=False))
+    columns.append(_Column("batch", lambda row: str(row.batch)))
+    columns += [_size(name) for name in rows[0].sizes]
+    columns += [_timed("median", lambda one: f"{one.median:.3g} ms"), _timed("95 %", _median_within)]
+    columns.append(_timed("p10–p90", lambda one: f"{one.low:.3g}–{one.high:.3g} ms"))
+    columns += [
+        _timed("runs", lambda one: str(one.runs)),
+        _timed("samples/s", lambda one: _short(one.samples_per_second)),
+    ]
+    if len({(row.model, row.backend) for row in rows}) > 1 or _repeats(rows):
+        columns += [_timed("ratio", lambda one: f"{one.ratio:.2f}"), _Column("verdict", _verdict, number=False)]
+    if any(row.cold for row in rows):
+        columns += [_cold("start", "start"), _cold("load", "load"), _cold("first run", "first")]
+        columns.append(_Column("memory", lambda row: f"{row.cold.peak_mb:.3g} MB" if row.cold is not None else _NONE))
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    return Sheet([column.name for column in columns], cells, [column.name for column in columns if column.number])
+
+
+def _repeats(rows: Sequence[Row]) -> bool:
+    """Return whether a file was given more than once, as one does to see the noise."""
+    return len({(row.model, row.backend, row.batch, *row.sizes.items()) for row in rows}) < len(rows)
+
+
+def _size(name: str) -> _Column:
+    return _Column(name, lambda row: str(row.sizes[name]))
+
+
+def _timed(name: str, show: Callable[[Latency], str]) -> _Column:
+    return _Column(name, lambda row: show(row.latency) if row.latency is not None else _NONE)
+
+
+def _cold(name: str, field: str) -> _Column:
+    return _Column(name, lambda row: f"{getattr(row.cold, field):.3g} ms" if row.cold is not None else _NONE)
+
+
+def _median_within(one: Latency) -> str:
+    low, high = one.median_within
+    return f"{low:.3g}–{high:.3g}"
+
+
+def _verdict(row: Row) -> str:
+    one = row.latency
+    if one is None:
+        return "does not run"
+    low, high = one.ratio_within
+    if low == high == 1:
+        return ""  # the first: everything is compared with it
+    if one.verdict in ("faster", "slower"):
+        factor = 1 / one.ratio if one.verdict == "faster" else one.ratio
+        ends = sorted((1 / low, 1 / high)) if one.verdict == "faster" else [low, high]
+        return f"{factor:.2f}× {one.verdict} ({ends[0]:.2f}–{ends[1]:.2f})"
+    return f"{one.verdict} ({low:.2f}–{high:.2f})"
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _by_op(one: Profiled) -> Sheet:
+    columns = [f"{one.model} on {one.backend}", "kernels", "time", "share", "GFLOP/s"]
+    rows = [_op_cells(row, one.profile.milliseconds) for row in one.profile.by_op]
+    rows.append(["all", str(len(one.profile.kernels)), f"{one.profile.milliseconds:.3g} ms", "", ""])
+    return Sheet(columns, rows, columns[1:])
+
+
+def _op_cells(row: OpTime, whole: float) -> list[str]:
+    rate = row.operations / row.milliseconds / 1e6 if row.operations and row.milliseconds else None
+    share = row.milliseconds / whole if whole else 0.0
+    return [row.op, str(row.count), f"{row.milliseconds:.3g} ms", f"{share:.1%}", _rate(rate)]
+
+
+def _slowest(one: Profiled, verbose: bool) -> Sheet:
+    kernels = one.profile.kernels if verbose else one.profile.kernels[:SLOWEST_SHOWN]
+    head = "kernel" if verbose else f"slowest of {len(one.profile.kernels)}"
+    columns = [head, "nodes", "time", "share", "GFLOP/s", "GB/s"]
+    numbers = columns[2:]
+    if one.roof is not None:
+        columns, numbers = [*columns, "of the roof", "bound by"], [*numbers, "of the roof"]
+    rows = [_kernel_cells(kernel, one) for kernel in kernels]
+    return Sheet(columns, rows, numbers)
+
+
+def _kernel_cells(kernel: KernelTime, one: Profiled) -> list[str]:
+    flops, moved = kernel.operations_per_second, kernel.bytes_per_second
+    share = kernel.milliseconds / one.profile.milliseconds if one.profile.milliseconds else 0.0
+    cells = [kernel.op, _nodes(kernel), f"{kernel.milliseconds:.3g} ms", f"{share:.1%}"]
+    cells += [_rate(flops / 1e9 if flops else None), _rate(moved / 1e9 if moved else None)]
+    if one.roof is None:
+        return cells
+    bound = one.roof.peaks.least(kernel, one.profile.bytes)
+    if bound is None or not bound[0]:
+        return [*cells, _NONE, ""]
+    return [*cells, f"{bound[0] / kernel.milliseconds:.0%}", bound[1]]
+
+
+def _nodes(kernel: KernelTime) -> str:
+    shown = ", ".join(kernel.nodes[:_NODES_SHOWN]) or "the runtime's own"
+    more = len(kernel.nodes) - _NODES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _rate(number: float | None) -> str:
+    return _NONE if number is None else f"{number:.3g}"
+
+
+def _peaks(peaks: Peaks) -> str:
+    integers = peaks.integer_operations
+    parts = [f"float32 {peaks.float_operations / 1e9:.3g} GFLOP/s"]
+    parts.append(f"int8 {integers / 1e9:.3g} GOP/s" if integers is not None else "no int8")
+    parts.append(f"memory {peaks.memory / 1e9:.3g} GB/s, caches {peaks.caches / 1e9:.3g} GB/s")
+    return f"peaks of {peaks.backend}, measured: {', '.join(parts)}"
+
+
+def _in_words(roof: Roof) -> str:
+    bounds = ", ".join(f"{share:.0%} {name}" for name, share in sorted(roof.bound_by.items(), key=lambda one: -one[1]))
+    text = f"{roof.share:.0%} of the roof: {roof.taken:.3g} ms, at the peaks {roof.least:.3g} ms (bound by: {bounds})"
+    return f"{text}; {roof.unknown:.3g} ms more of kernels whose work is not known" if roof.unknown else text
+
+
+def _conditions(found: Bench) -> str:
+    threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
+    where = ""
+    if found.cores:
+        where = f" on core{'s' if len(found.cores) > 1 else ''} {', '.join(map(str, found.cores))}"
+    backends = ", ".join(dict.fromkeys(row.backend for row in found.rows))
+    more = ["runs interleaved"]
+    if len(found.rows) > 1:
+        more.append("ratio to the first of each size" if _several_sizes(found) else "ratio to the first")
+    return f"{backends}, {threads}{where} of {found.cpu}, {found.inputs}, {', '.join(more)}"
+
+
+def _several_sizes(found: Bench) -> bool:
+    return len({(row.batch, *row.sizes.items()) for row in found.rows}) > 1

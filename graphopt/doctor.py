@@ -1,0 +1,204 @@
+"""`doctor`: whether this machine and what is installed on it can do the work, and what stands in the way."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from graphopt import machine, registry
+from graphopt.backend_survey import Surveyed, survey_backends
+from graphopt.errors import GraphoptError, in_words
+from graphopt.package_skews import package_skews
+from graphopt.report import show_bytes
+from graphopt.versions import all_versions
+
+Verdict = Literal["fact", "ok", "warning", "error"]
+
+# Without these nothing works; each is imported to see that it can be.
+_PILLARS = ("numpy", "google.protobuf", "onnx", "onnx_ir", "ml_dtypes", "onnxscript")
+# Weights are read where they lie, but sessions of a runtime copy them, before and after at once.
+_LITTLE_MEMORY = 2_000_000_000
+# A model of the size of most, staged beside its destination, with what a runtime keeps in its temporary files.
+_LITTLE_DISK = 1_000_000_000
+_MEMORY = Path("/proc/meminfo")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# Variables that change what runtimes do, and so what is measured.
+_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ORT_DISABLE_ALL_OPTIMIZATION", "OV_THREADING")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        verdict: ``fact``: nothing to judge; ``ok``; ``warning``: it works, and may surprise; ``error``: it does not.
+        subject: What was looked at.
+        text: What was found.
+        hint: What to do about it, or nothing.
+    """
+
+    verdict: Verdict
+    subject: str
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was looked at.
+
+    Attributes:
+        findings: In the order people read them.
+        backends: The backends, whether or not they run here.
+    """
+
+    findings: tuple[Finding, ...]
+    backends: tuple[Surveyed, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is in the way."""
+        return all(finding.verdict != "error" for finding in self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        findings = [asdict(finding) for finding in self.findings]
+        return {"ok": self.ok, "findings": findings, "backends": [one.as_dict() for one in self.backends]}
+
+
+def examine() -> Diagnosis:
+    """Look at the machine and at what is installed on it; nothing is changed."""
+    try:
+        backends: Sequence[Surveyed] = survey_backends()
+        plugins: list[Finding] = []
+    except GraphoptError as error:
+        backends, plugins = (), [Finding("error", "plug-ins", error.message, error.hint or "")]
+    findings = (
+        *_versions(),
+        *_imports(),
+        *_skews(),
+        *plugins,
+        *_processor(),
+        *_target(),
+        *_memory(),
+        *_disk(),
+        *_variables(),
+        *_of_backends(backends),
+    )
+    return Diagnosis(findings, tuple(backends))
+
+
+def _versions() -> Iterator[Finding]:
+    for name, text in all_versions().items():
+        yield Finding("fact", name, text)
+
+
+def _imports() -> Iterator[Finding]:
+    """Yield what cannot be imported: packages built for another version of what they stand on fail here."""
+    for name in _PILLARS:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # protobuf, for one, raises TypeErrors of its own
+            package = name.removeprefix("google.")
+            yield Finding(
+                "error", package, f"cannot be imported: {in_words(error)}", f"`pip install --upgrade {package} onnx`"
+            )
+
+
+def _skews() -> Iterator[Finding]:
+    found = list(package_skews())
+    for what, fix in found:
+        yield Finding("error", "packages", what, fix)
+    if not found:
+        yield Finding("ok", "packages", "what graphopt and its runtimes ask of other packages is met")
+
+
+def _processor() -> Iterator[Finding]:
+    allowed, physical = len(machine.allowed_cores()), len(machine.physical_cores())
+    cores = f"{physical} {'core' if physical == 1 else 'cores'}"
+    cores += f" of two threads, {allowed} in all" if allowed > physical else ""
+    yield Finding("fact", "processor", f"{machine.cpu_name()}, {cores}")
+    quota = _cpu_quota()
+    if quota is not None and quota < allowed:
+        yield Finding(
+            "warning",
+            "processor",
+            f"this container may use {quota:g} of the {allowed} cores it sees; runtimes start a thread for each",
+            f"`--threads {max(1, int(quota))}`",
+        )
+
+
+def _cpu_quota() -> float | None:
+    """Return how many cores' time the control group of this process is given, or None where there is no limit."""
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+
+
+def _target() -> Iterator[Finding]:
+    try:
+        name, why = registry.host_target(), registry.host_reason()
+    except GraphoptError as error:
+        yield Finding("error", "target", error.message, error.hint or "")
+        return
+    yield Finding("fact", "target", f"{name}: {why}" if why else name)
+
+
+def _memory() -> Iterator[Finding]:
+    try:
+        rows = (line.split() for line in _MEMORY.read_text().splitlines())
+        sizes = {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) > 1}
+        total, free = sizes["MemTotal"], sizes["MemAvailable"]
+    except (OSError, ValueError, KeyError):
+        return
+    text = f"{show_bytes(free)} of {show_bytes(total)} free"
+    if free < _LITTLE_MEMORY:
+        yield Finding("warning", "memory", text, "close other programs: large models need about three times their size")
+    else:
+        yield Finding("ok", "memory", text)
+
+
+def _disk() -> Iterator[Finding]:
+    temporary = Path(tempfile.gettempdir())
+    for subject, folder in (("temporary files", temporary), ("this folder", Path.cwd())):
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            yield Finding("error", subject, f"`{folder}`: {error.strerror}", "name another with TMPDIR")
+            continue
+        text = f"`{folder}`, {show_bytes(free)} free"
+        if not os.access(folder, os.W_OK):
+            verdict: Verdict = "error" if folder == temporary else "warning"
+            yield Finding(verdict, subject, f"`{folder}` cannot be written to", "name another, or ask for permission")
+        elif free < _LITTLE_DISK:
+            yield Finding("warning", subject, text, "make room: a result is written beside its destination first")
+        else:
+            yield Finding("ok", subject, text)
+
+
+def _variables() -> Iterator[Finding]:
+    for name in _VARIABLES:
+        if name in os.environ:
+            yield Finding("fact", name, f"{os.environ[name]} (runtimes read it; `--threads` says how many for sure)")
+
+
+def _of_backends(backends: Sequence[Surveyed]) -> Iterator[Finding]:
+    for one in backends:
+        version = f" ({one.version})" if one.version is not None else ""
+        for place in one.places:
+            if place.runs:
+                yield Finding("ok", place.text, f"runs here{version}")
+            else:
+                yield Finding("fact", place.text, f"not here: {place.why}", place.hint)
+        for trouble in one.troubles:
+            yield Finding("error" if trouble.fatal else "warning", one.name, trouble.what, trouble.fix)
+    if not any(place.runs for one in backends for place in one.places):
+        yield Finding("error", "backends", "no runtime can run a model here", "`pip install 'graphopt[cpu]'`")

@@ -1,0 +1,104 @@
+"""Which edits of a lossy run cost most: what is lost between states of the run, looked into where most is."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphopt.rewriter import Edit
+
+# The search ends once the edits found make up this share of what is lost,
+ENOUGH = 0.9
+# or where no stretch that is left makes up this much,
+NEGLIGIBLE = 0.02
+# or after this many states.
+MOST_STATES = 96
+# An edit that makes up this share of what is lost is to blame by itself.
+DOMINANT = 0.5
+
+
+@dataclass(frozen=True)
+class EditCost:
+    """What one edit costs behind those before it.
+
+    Attributes:
+        edit: The edit.
+        cost: What is lost by it.
+        share: The share of all that is lost.
+    """
+
+    edit: Edit
+    cost: float
+    share: float
+
+
+@dataclass(frozen=True)
+class EditCosts:
+    """What is lost, and by which edits.
+
+    Attributes:
+        what: What was measured, for people.
+        total: What is lost by all edits together.
+        costs: The costliest edits, the worst first; not all of them.
+    """
+
+    what: str
+    total: float
+    costs: tuple[EditCost, ...]
+
+    @property
+    def found(self) -> float:
+        """The share of what is lost that the edits listed make up."""
+        return sum(one.share for one in self.costs)
+
+    @property
+    def dominant(self) -> Edit | None:
+        """The edit that is to blame by itself, or None where the damage is spread."""
+        return self.costs[0].edit if self.costs and self.costs[0].share >= DOMINANT else None
+
+    def describe(self) -> str:
+        """Return one line that says how the damage is spread."""
+        if not self.costs:
+            return f"{self.what} is lost in many edits, none of which costs {NEGLIGIBLE:.0%} of it"
+        worst = self.costs[0].share
+        if self.dominant is not None:
+            return f"one edit costs {worst:.0%} of the {self.what} that is lost"
+        return f"the damage is spread: no edit costs more than {worst:.0%} of the {self.what} that is lost"
+
+
+def costly_edits(edits: list[Edit], loss: Callable[[int], float], what: str) -> EditCosts:
+    """Return the edits that cost most.
+
+    What is lost after half of the edits tells how much each half costs; the stretch that costs most is halved next. An
+    edit's cost hangs on those before it, and two that make up for each other are not seen where both lie in a stretch.
+
+    Args:
+        edits: The edits of a run.
+        loss: What is lost after a number of edits, compared with the original.
+        what: What that is, for people.
+    """
+    lost = {0: 0.0, len(edits): loss(len(edits))}
+    total = lost[len(edits)]
+    stretches = [(-total, 0, len(edits))]
+    found: list[EditCost] = []
+    while stretches and total > 0 and len(lost) < MOST_STATES:
+        negative, low, high = heapq.heappop(stretches)
+        share = -negative / total
+        if share < NEGLIGIBLE or sum(one.share for one in found) >= ENOUGH:
+            break
+        if high - low == 1:
+            found.append(EditCost(edits[low], -negative, share))
+            continue
+        middle = (low + high) // 2
+        lost[middle] = loss(middle)
+        for start, end in ((low, middle), (middle, high)):
+            heapq.heappush(stretches, (-(lost[end] - lost[start]), start, end))
+    found.sort(key=lambda one: one.cost, reverse=True)
+    return EditCosts(what, total, tuple(found))
+
+
+def is_measurable(loss: float) -> bool:
+    """Return whether edits can be compared by what is lost."""
+    return math.isfinite(loss) and loss > 0

@@ -1,0 +1,263 @@
+"""Which node of a model has become which node of another: paired by origin, graph by graph.
+
+A pair is one node before and one node after; it is `kept` or `changed`. What has no partner before is `added`, what has
+none after is `removed`, though its origins may live on in other nodes: `Pairs.became` and `Pairs.made_from` say where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import onnx_ir as ir
+
+from graphopt import provenance, walk
+from graphopt.model_diff import same_content, show_attribute
+
+AnyGraph = ir.Graph | ir.Function
+_Item = TypeVar("_Item")
+
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+# How well an after-node fits a node before it that shares an origin, best first.
+_SAME_VALUE_SAME_OPERATOR, _SAME_OPERATOR, _SAME_VALUE, _RELATED = range(4)
+
+
+@dataclass(frozen=True)
+class GraphPair:
+    """A graph before and after; None where there is none.
+
+    Attributes:
+        title: What it is called: an attribute of the node that holds it, the name of a function, "" of the main graph.
+        before: The graph before.
+        after: The graph after.
+        holder_before: The node that holds it before, if it is nested.
+        holder_after: The node that holds it after, if it is nested.
+        parent: Which of `Pairs.graphs` the holders are in; None of the main graph and of functions.
+    """
+
+    title: str
+    before: AnyGraph | None
+    after: AnyGraph | None
+    holder_before: ir.Node | None = None
+    holder_after: ir.Node | None = None
+    parent: int | None = None
+
+
+@dataclass
+class Pairs:
+    """Nodes before and after, paired.
+
+    Attributes:
+        before: The partner before of a node after.
+        after: The partner after of a node before.
+        graphs: The main graph, functions and nested graphs, each behind the one it is nested in.
+        changes: Of each pair of nodes that is not kept, what differs, as short texts.
+        became: Of each node before, the nodes after that have an origin of it.
+        made_from: Of each node after, the nodes before whose origins it has.
+    """
+
+    before: dict[ir.Node, ir.Node] = field(default_factory=dict)
+    after: dict[ir.Node, ir.Node] = field(default_factory=dict)
+    graphs: list[GraphPair] = field(default_factory=list)
+    changes: dict[ir.Node, list[str]] = field(default_factory=dict)
+    became: dict[ir.Node, list[ir.Node]] = field(default_factory=dict)
+    made_from: dict[ir.Node, list[ir.Node]] = field(default_factory=dict)
+
+    def status(self, node: ir.Node, *, is_after: bool) -> str:
+        """Return `kept`, `changed`, `removed` or `added`."""
+        partner = (self.before if is_after else self.after).get(node)
+        if partner is None:
+            return "added" if is_after else "removed"
+        return "changed" if self.changes.get(node if is_after else partner) else "kept"
+
+
+def pair_models(before: ir.Model, after: ir.Model) -> Pairs:
+    """Pair the nodes of two models by origin; of models from two files, by the names of nodes and values.
+
+    Nodes without an origin get one, in their metadata in memory; nothing else of the models is changed.
+    """
+    provenance.stamp(before)
+    provenance.stamp(after)
+    pairs = Pairs()
+    _relate(before, after, pairs)
+    waiting = [GraphPair("", before.graph, after.graph)]
+    functions = _by_key(dict(before.functions), dict(after.functions))
+    waiting += [GraphPair(f"{key[0]}::{key[1]}", old, new) for key, old, new in functions]
+    while waiting:
+        pair = waiting.pop(0)
+        pairs.graphs.append(pair)
+        if pair.before is not None and pair.after is not None:
+            _pair_nodes(pair.before, pair.after, pairs)
+        waiting += _nested_pairs(len(pairs.graphs) - 1, pair, pairs)
+    for new_node, old_node in pairs.before.items():
+        pairs.changes[new_node] = list(_differences(old_node, new_node, pairs))
+    _report_inner_changes(pairs)
+    return pairs
+
+
+def _relate(before: ir.Model, after: ir.Model, pairs: Pairs) -> None:
+    by_origin: dict[str, list[ir.Node]] = {}
+    for node in walk.every_node(before):
+        pairs.became[node] = []
+        for origin in sorted(provenance.origins(node)):
+            by_origin.setdefault(origin, []).append(node)
+    for node in walk.every_node(after):
+        sources = [old for origin in sorted(provenance.origins(node)) for old in by_origin.get(origin, ())]
+        pairs.made_from[node] = list(dict.fromkeys(sources))
+        for source in pairs.made_from[node]:
+            pairs.became[source].append(node)
+
+
+def _by_key(old: Mapping[Any, _Item], new: Mapping[Any, _Item]) -> list[tuple[Any, _Item | None, _Item | None]]:
+    return [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
+
+
+def _pair_nodes(old: AnyGraph, new: AnyGraph, pairs: Pairs) -> None:
+    """Pair the nodes of two graphs, each at most once, the best fit first."""
+    inside = set(old)
+    by_value = {value.name: node for node in old for value in node.outputs if value.name}
+    fits: list[list[tuple[ir.Node, ir.Node]]] = [[], [], [], []]
+    for node in new:
+        related = [source for source in pairs.made_from[node] if source in inside]
+        named = next((by_value[value.name] for value in node.outputs if value.name in by_value), None)
+        for source in dict.fromkeys([*([named] if named is not None else []), *reversed(related)]):
+            fits[_fit(source, node, same_value=source is named)].append((source, node))
+    for source, node in (pair for rank in fits for pair in rank):
+        if source not in pairs.after and node not in pairs.before:
+            pairs.after[source], pairs.before[node] = node, source
+
+
+def _fit(source: ir.Node, node: ir.Node, *, same_value: bool) -> int:
+    same_operator = source.op_identifier() == node.op_identifier()
+    if same_value:
+        return _SAME_VALUE_SAME_OPERATOR if same_operator else _SAME_VALUE
+    return _SAME_OPERATOR if same_operator else _RELATED
+
+
+def nested_graphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """Yield the graphs a node holds and what they are called: the attribute, numbered where it holds several."""
+    for name, attribute in node.attributes.items():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield name, attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from ((f"{name}[{index}]", graph) for index, graph in enumerate(attribute.as_graphs()))
+
+
+def _nested_pairs(index: int, pair: GraphPair, pairs: Pairs) -> Iterator[GraphPair]:
+    """Yield the nested graphs of a pair of graphs, those of paired nodes together."""
+    for node in pair.before or ():
+        partner = pairs.after.get(node)
+        own: dict[str, AnyGraph] = dict(nested_graphs(node))
+        others: dict[str, AnyGraph] = dict(nested_graphs(partner)) if partner is not None else {}
+        for name, old, new in _by_key(own, others):
+            yield GraphPair(name, old, new, node, partner, index)
+    for node in pair.after or ():
+        if node not in pairs.before:
+            yield from (GraphPair(name, None, graph, None, node, index) for name, graph in nested_graphs(node))
+
+
+def _differences(old: ir.Node, new: ir.Node, pairs: Pairs) -> Iterator[str]:
+    """Yield what differs between two nodes of a pair."""
+    if old.op_identifier() != new.op_identifier():
+        yield f"operator: {old.op_type} → {new.op_type}"
+    yield from _attribute_differences(old, new)
+    if len(old.inputs) != len(new.inputs):
+        yield f"inputs: {len(old.inputs)} → {len(new.inputs)}"
+    for index, (was, now) in enumerate(zip(old.inputs, new.inputs, strict=False)):
+        yield from _input_differences(index, was, now, pairs)
+    if len(old.outputs) != len(new.outputs):
+        yield f"outputs: {len(old.outputs)} → {len(new.outputs)}"
+    for index, (made, makes) in enumerate(zip(old.outputs, new.outputs, strict=False)):
+        if made.dtype is not None and makes.dtype is not None and made.dtype != makes.dtype:
+            yield f"output {index}: {made.dtype} → {makes.dtype}"
+
+
+def _attribute_differences(old: ir.Node, new: ir.Node) -> Iterator[str]:
+    for name in dict.fromkeys([*old.attributes, *new.attributes]):
+        was, now = old.attributes.get(name), new.attributes.get(name)
+        if was is None or now is None:
+            yield f"{name}: {_text(was)} → {_text(now)}"
+        elif was.type in _GRAPHS or now.type in _GRAPHS or _same_attribute(was, now):
+            continue
+        else:
+            yield f"{name}: {_text(was)} → {_text(now)}"
+
+
+def _text(attribute: ir.Attr | None) -> str:
+    return "(not set)" if attribute is None else show_attribute(attribute)
+
+
+def _same_attribute(was: ir.Attr, now: ir.Attr) -> bool:
+    if was.type != now.type or was.is_ref() != now.is_ref():
+        return False
+    if was.is_ref():
+        return was.ref_attr_name == now.ref_attr_name
+    if was.type == ir.AttributeType.TENSOR:
+        return same_content(was.as_tensor(), now.as_tensor())
+    return bool(was.value == now.value)
+
+
+def _input_differences(index: int, was: ir.Value | None, now: ir.Value | None, pairs: Pairs) -> Iterator[str]:
+    if was is None or now is None:
+        if was is not now:
+            yield f"input {index}: {'(none)' if was is None else was.name} → {'(none)' if now is None else now.name}"
+        return
+    old_tensor, new_tensor = walk.constant_tensor(was), walk.constant_tensor(now)
+    if old_tensor is not None and new_tensor is not None:
+        if not same_content(old_tensor, new_tensor):
+            yield f"input {index}: {_kind(old_tensor)} → {_kind(new_tensor)}{_only_numbers(old_tensor, new_tensor)}"
+        return
+    if was.name == now.name and (old_tensor is None) == (new_tensor is None):
+        return
+    producer, other = was.producer(), now.producer()
+    if (
+        producer is not None
+        and other is not None
+        and pairs.before.get(other) is producer
+        and was.index() == now.index()
+    ):
+        return
+    yield f"input {index}: {_source(was)} → {_source(now)}"
+
+
+def _kind(tensor: ir.TensorProtocol) -> str:
+    return f"{str(tensor.dtype).lower()}[{'×'.join(map(str, walk.dims(tensor)))}]"
+
+
+def _only_numbers(old: ir.TensorProtocol, new: ir.TensorProtocol) -> str:
+    return ", other numbers" if old.dtype == new.dtype and walk.dims(old) == walk.dims(new) else ""
+
+
+def _source(value: ir.Value) -> str:
+    producer = value.producer()
+    if walk.constant_tensor(value) is not None:
+        return f"constant {value.name}"
+    return f"{value.name} of {producer.op_type}" if producer is not None else f"{value.name}"
+
+
+def _report_inner_changes(pairs: Pairs) -> None:
+    """Call a node changed whose nested graphs are, from the innermost outwards."""
+    for pair in reversed(pairs.graphs):
+        if pair.holder_before is not None and pair.holder_after is not None:
+            count = count_changed(pair, pairs)
+            if count:
+                pairs.changes[pair.holder_after].append(f"{pair.title}: {count} nodes differ")
+
+
+def count_changed(pair: GraphPair, pairs: Pairs) -> int:
+    """Return how many nodes of a pair of graphs are not kept; those of graphs nested in them count in their holder."""
+    gone = sum(node not in pairs.after for node in pair.before or ())
+    return gone + sum(pairs.status(node, is_after=True) != "kept" for node in pair.after or ())
+
+
+def is_shown(node: ir.Node) -> bool:
+    """Return whether a viewer draws a node: a constant is shown with what reads it."""
+    return not (walk.is_onnx_op(node, "Constant") and walk.constant_tensor(node.outputs[0]) is not None)
+
+
+def shown_nodes(graph: AnyGraph | None) -> Sequence[ir.Node]:
+    """Return the nodes of a graph that a viewer draws."""
+    return [node for node in graph or () if is_shown(node)]

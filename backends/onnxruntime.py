@@ -13,14 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import walk
 from graphopt.backend import Array, Feeds, Kernel, Placement, Trouble
-from graphopt.errors import BackendError, UsageError
-from graphopt.model_io import load, save, serialize
-from graphopt.shapes import infer_shapes
+from graphopt.errors import BackendError
+from graphopt.model_io import load, serialize
 
 from . import onnxruntime_health
-from .onnxruntime_engines import cache_options
 from .onnxruntime_kernels import read_kernels, read_profile
 from .onnxruntime_library import PROVIDERS, load_gpu_libraries, missing, runtime, tensorrt_version
 from .onnxruntime_options import (
@@ -34,8 +31,9 @@ from .onnxruntime_options import (
     passed_on,
 )
 from .onnxruntime_placement import NO_FALLBACK, RECORD, assignment, check_placement
-from .onnxruntime_profiles import parse_spans, profile_options
+from .onnxruntime_profiles import parse_spans
 from .onnxruntime_session import OnnxRuntimeSession, in_one_line
+from .onnxruntime_tensorrt import TensorRtModel
 
 # The optimized graph is written to be looked at: its weights go to a file that nobody reads.
 _WEIGHTS_APART = {
@@ -49,7 +47,6 @@ _DISABLE_OPTIMIZERS = "optimization.disable_specified_optimizers"
 # It quantizes biases to int32 before the model is divided, and TensorRT dequantizes no int32.
 _BIAS_QUANTIZATION = "WeightBiasQuantization"
 _FATAL_ONLY = 4  # ONNX Runtime's log severity: warnings about the model are not the user's business
-_QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 @dataclass(frozen=True)
@@ -131,18 +128,7 @@ class OnnxRuntime(TensorRtOptions, CudaOptions, GpuOptions, SessionOptions):
         if self.provider != "cpu":
             load_gpu_libraries()
         with contextlib.ExitStack() as held, in_one_line(f"{self.describe()} refuses the model"):
-            given, own = self._readied(model, held)
-            if isinstance(given, Path):
-                session = self._session(str(given), options, own)
-            else:
-                proto, weights = serialize(given)
-                # ONNX Runtime drops what nothing reads before it takes weights, and then refuses to be given these.
-                weights = {name: tensor for name, tensor in weights.items() if _is_read(given.graph.initializers[name])}
-                # The session reads the weights where they are mapped; they must outlive its creation.
-                arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in weights.items()}
-                held.callback(arrays.clear)
-                _attach(options, arrays, weights)
-                session = self._session(proto, options, own)
+            session = self._started(model, options, held)
             # The model as given knows its own names; a file is only looked into if that must be known.
             placed = functools.partial(
                 assignment,
@@ -154,6 +140,29 @@ class OnnxRuntime(TensorRtOptions, CudaOptions, GpuOptions, SessionOptions):
             device = ("cpu" if self.provider == "cpu" else "cuda", self.device_id)
             return OnnxRuntimeSession(session, device=device, placed=placed, held=held.pop_all())
 
+    def _started(self, model: ir.Model | Path, options: Any, held: contextlib.ExitStack) -> Any:
+        """Return ONNX Runtime's session; what must live as long as it is held."""
+        if self.provider == "tensorrt":
+            return self._started_on_tensorrt(TensorRtModel(model, self, held), options)
+        if isinstance(model, Path):
+            return self._session(str(model), options, {})
+        proto, weights = serialize(model)
+        # ONNX Runtime drops what nothing reads before it takes weights, and then refuses to be given these.
+        weights = {name: tensor for name, tensor in weights.items() if _is_read(model.graph.initializers[name])}
+        # The session reads the weights where they are mapped; they must outlive its creation.
+        arrays = {name: np.asarray(tensor.numpy(), order="C") for name, tensor in weights.items()}
+        held.callback(arrays.clear)
+        _attach(options, arrays, weights)
+        return self._session(proto, options, {})
+
+    def _started_on_tensorrt(self, readied: TensorRtModel, options: Any) -> Any:
+        try:
+            return self._session(str(readied.file), options, readied.options)
+        except Exception as error:
+            if not readied.learn(error):
+                raise
+        return self._session(str(readied.file), options, readied.options)
+
     def _entries(self) -> dict[str, str]:
         """Return the session's configuration: the user's entries, and what the provider needs."""
         entries = dict(config_entries(self.config))
@@ -164,30 +173,6 @@ class OnnxRuntime(TensorRtOptions, CudaOptions, GpuOptions, SessionOptions):
         if self.provider != "cpu" and not self.allow_cpu and not self.cpu_ops and not _tells_placement():
             entries.setdefault(NO_FALLBACK, "1")
         return {RECORD: "1", **entries}
-
-    def _readied(self, model: ir.Model | Path, held: contextlib.ExitStack) -> tuple[ir.Model | Path, dict[str, str]]:
-        """Return what is opened, and the options of the provider that depend on the model."""
-        if self.provider != "tensorrt":
-            return model, {}
-        inferred = load(model) if isinstance(model, Path) else model.clone()
-        # TensorRT takes over only what has shapes, and the divider of the model asks for all of them.
-        infer_shapes(inferred)
-        self._check_calibration(inferred)
-        own = profile_options(inferred, self.dims)
-        own |= cache_options(inferred, self.trt_engine_cache_path, passed_on(self) | own)
-        # From a file, as its documentation has it; engines of dynamic shapes are built from it when they first run.
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="graphopt_tensorrt_")))
-        save(inferred, folder / "model.onnx")
-        return folder / "model.onnx", own
-
-    def _check_calibration(self, model: ir.Model) -> None:
-        if self.trt_int8_calibration_table_name is None:
-            return
-        if any(node.op_type in _QUANTIZED for node in walk.every_node(model)):
-            raise UsageError(
-                "a calibration table is no use to a model that is quantized already: TensorRT refuses to have both",
-                hint="leave `trt_int8_calibration_table_name` out, or give the float model",
-            )
 
     def _providers(self, own: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
         wanted = PROVIDERS[self.provider]

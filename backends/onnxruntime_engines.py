@@ -12,7 +12,6 @@ import onnx_ir as ir
 from graphopt.content_keys import tensor_digest
 from graphopt.errors import UsageError
 from graphopt.model_io import serialize
-from graphopt.versions import all_versions
 
 from .onnxruntime_library import gpus, runtime, tensorrt_version
 
@@ -28,8 +27,8 @@ _NOT_PART_OF_AN_ENGINE = frozenset(
 def cache_options(model: ir.Model, root: str | None, options: Mapping[str, str]) -> dict[str, str]:
     """Return the options that say where engines and timings of a model are kept; the folders are made.
 
-    Engines lie under a key of the model's content, the options, the versions of graphopt, ONNX Runtime and TensorRT,
-    the driver and the GPU. Timings are of kernels, not of models: their key has only what is about the machine.
+    Engines lie under a key of the model's content, the options, the versions of ONNX Runtime and TensorRT, the driver
+    and the GPU. Timings are of kernels, not of models: their key has only what is about the machine.
 
     Args:
         model: The model as ONNX Runtime is given it.
@@ -57,11 +56,9 @@ def cache_options(model: ir.Model, root: str | None, options: Mapping[str, str])
 
 def _machine(device: int) -> list[str]:
     """Return what an engine depends on beside its model."""
-    versions = {**all_versions(), "onnxruntime": runtime().__version__}
-    numbers = tensorrt_version()
     found = gpus() or ()
     gpu = found[device].describe() if device < len(found) else "unknown GPU"
-    return [*(f"{name} {text}" for name, text in sorted(versions.items())), f"tensorrt {numbers}", gpu]
+    return [f"onnxruntime {runtime().__version__}", f"tensorrt {tensorrt_version()}", gpu]
 
 
 def _content(model: ir.Model) -> list[str]:

@@ -11,12 +11,12 @@ import io
 import re
 import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import BackendError
 
+from .onnxruntime_health import installed_packages
 from .onnxruntime_options import Provider
 
 PROVIDERS: dict[Provider, str] = {
@@ -24,8 +24,6 @@ PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-# Which one is imported where both are installed is a matter of chance.
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 # CUdevice_attribute of the driver: COMPUTE_CAPABILITY_MAJOR and COMPUTE_CAPABILITY_MINOR.
 _CAPABILITY = (75, 76)
@@ -165,14 +163,14 @@ def missing(provider: Provider, device: int, name: str) -> BackendError | None:
 
 
 def _other_build(provider: Provider, extra: str, name: str) -> BackendError:
-    installed = [package for package in _PACKAGES if _is_installed(package)]
+    installed = list(installed_packages())
     why = f"backend `{name}` cannot run here: this ONNX Runtime has no {PROVIDERS[provider]}"
-    if provider == "cpu" or len(installed) == len(_PACKAGES):
-        why += "; `onnxruntime` and `onnxruntime-gpu` are both installed, over one another"
+    if len(installed) > 1:
+        why += f"; {' and '.join(f'`{package}`' for package in installed)} are all installed, over one another"
     return BackendError(
         why,
         hint="`--backend onnxruntime` checks the model on this CPU; on a machine with an NVIDIA GPU, "
-        f"`pip uninstall -y {' '.join(installed or _PACKAGES[:1])}`, then `pip install 'graphopt[{extra}]'`",
+        f"`pip uninstall -y {' '.join(installed) or 'onnxruntime'}`, then `pip install 'graphopt[{extra}]'`",
     )
 
 
@@ -205,11 +203,3 @@ def _how_to_install(libraries: list[str]) -> str:
     if len(versions) < len(libraries):
         wanted.append("'onnxruntime-gpu[cuda,cudnn]'")
     return f"`pip install {' '.join(wanted)}`"
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True

@@ -74,7 +74,7 @@ class TensorRtOptions:
     trt_min_subgraph_size: int | None = opt(None, low=1, help="tensorrt: fewest nodes it takes over")
     trt_max_partition_iterations: int | None = opt(None, low=1, help="tensorrt: tries at dividing the model")
     trt_sparsity_enable: bool | None = opt(None, help="tensorrt: use kernels for weights pruned 2:4")
-    trt_layer_norm_fp32_fallback: bool | None = opt(None, help="tensorrt: Pow and means of layer norms in float32")
+    trt_layer_norm_fp32_fallback: bool | None = opt(None, help="tensorrt 10 and older: keep layer norms in float32")
     trt_op_types_to_exclude: tuple[str, ...] | None = opt(None, help="tensorrt: operators left to CUDA, joined by `+`")
     trt_fp16_enable: bool | None = opt(
         None, help="tensorrt 10 and older: it may choose float16, whatever the model says"
@@ -101,8 +101,15 @@ _OWNERS: tuple[tuple[type, frozenset[Provider]], ...] = (
 )
 # Ours: they say what to do with the others, or where.
 _NOT_PASSED_ON = ("allow_cpu", "cpu_ops", "provider_options", "dims", "trt_engine_cache_path")
-_WEAK_TYPING = ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "trt_int8_calibration_table_name")
+_WEAK_TYPING = (
+    "trt_fp16_enable",
+    "trt_bf16_enable",
+    "trt_int8_enable",
+    "trt_int8_calibration_table_name",
+    "trt_layer_norm_fp32_fallback",
+)
 _STRONGLY_TYPED = 11  # the first TensorRT that knows no other networks
+_CUDA_GRAPHS = ("enable_cuda_graph", "trt_cuda_graph_enable")
 _NEEDS = {
     "trt_int8_use_native_calibration_table": "trt_int8_calibration_table_name",
     "trt_int8_calibration_table_name": "trt_int8_enable",
@@ -136,6 +143,12 @@ def check_options(backend: Any) -> None:
         key, _, value = entry.partition("=")
         if not key or not value:
             raise UsageError(f"{_WHERE}: `{entry}` is no provider option", hint="KEY=VALUE")
+        if key in _CUDA_GRAPHS:
+            raise UsageError(
+                f"{_WHERE}: `{key}` cannot be: a graph that was captured reads and writes where its first run did, "
+                "and every run here has memory of its own",
+                hint="leave it out",
+            )
         if key in _typed():
             raise UsageError(f"{_WHERE}: `{key}` is an option of its own", hint=f"write `{key}={value}`")
 

@@ -111,11 +111,12 @@ def _is_on_shapes(node: ir.Node) -> bool:
 
 
 def _may_be_shape(value: ir.Value) -> bool:
-    """Return whether a value can be a shape, or a part of one: a few whole numbers in a row."""
-    if value.dtype not in _OF_SHAPES or value.shape is None or len(value.shape) > 1:
+    """Return whether a value can be a shape, or a part of one: a few numbers in a row, whole where it is not seen."""
+    if value.shape is None or len(value.shape) > 1:
         return False
     shape = static_shape(value)
-    return shape is None or math.prod(shape) <= _MOST_OF_A_SHAPE
+    # Sizes are floats on the way to the factors of a Resize.
+    return value.dtype in _OF_SHAPES if shape is None else math.prod(shape) <= _MOST_OF_A_SHAPE
 
 
 def _op(domain: str, op_type: str) -> str:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from graphopt import walk
 from graphopt.backend import Feeds
 from graphopt.errors import UsageError, did_you_mean
+from graphopt.shapes import infer_shapes, static_shape
+from graphopt.specialise import specialise
 
 _HINT = "write `dims=batch=1..8..32+sequence=16..512`: MIN..OPT..MAX, MIN..MAX, or one size"
 _SIZES = re.compile(r"(\d+)(?:\.\.(\d+))?(?:\.\.(\d+))?")
 _ENDS = ("min", "opt", "max")
+_OPTION = "trt_profile_{}_shapes"
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,41 @@ def profile_options(model: ir.Model, texts: Sequence[str]) -> dict[str, str]:
             f"`dims` leaves out dynamic dimensions of inputs ({listed})",
             hint="TensorRT wants all of them or none; " + _HINT,
         )
-    return {f"trt_profile_{end}_shapes": _shapes(dynamic, spans, end) for end in _ENDS}
+    return {_OPTION.format(end): _text(_shapes(dynamic, spans, end)) for end in _ENDS}
+
+
+def inner_profiles(model: ir.Model, texts: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Return the options of `profile_options` with the shapes of other values besides: where a part of a model begins.
+
+    Args:
+        model: The model.
+        texts: Sizes by name of dimension, of all dynamic inputs.
+        names: Names of values.
+
+    Raises:
+        UsageError: The shape of one is not known even where those of all inputs are.
+    """
+    spans, dynamic, found = parse_spans(texts), _dynamic_inputs(model), {}
+    for end in _ENDS:
+        given = _shapes(dynamic, spans, end)
+        sized = model.clone()
+        specialise(sized, {}, given)
+        infer_shapes(sized)
+        found[_OPTION.format(end)] = _text(given | {name: _inner_shape(sized, name) for name in names})
+    return found
+
+
+def _inner_shape(model: ir.Model, name: str) -> tuple[int, ...]:
+    for graph in walk.graphs_within(model.graph):
+        for node in graph:
+            for value in node.outputs:
+                shape = static_shape(value) if value.name == name else None
+                if shape is not None:
+                    return shape
+    raise UsageError(
+        f"`dims`: a part of the model for TensorRT begins at `{name}`, whose shape does not follow from the inputs'",
+        hint="leave `dims` out: TensorRT then takes the shapes it is run on",
+    )
 
 
 def spans_of(model: ir.Model, feeds: Iterable[Feeds]) -> tuple[str, ...]:
@@ -141,9 +179,15 @@ def _left_out(dynamic: Mapping[str, tuple[int | str, ...]], spans: Mapping[str, 
     return {name: dims for name, dims in left.items() if dims}
 
 
-def _shapes(dynamic: Mapping[str, tuple[int | str, ...]], spans: Mapping[str, Span], end: str) -> str:
+def _shapes(
+    dynamic: Mapping[str, tuple[int | str, ...]], spans: Mapping[str, Span], end: str
+) -> dict[str, tuple[int, ...]]:
     sizes = {name: span.at(end) for name, span in spans.items()}
-    return ",".join(f"{name}:{'x'.join(str(_size(dim, sizes)) for dim in dims)}" for name, dims in dynamic.items())
+    return {name: tuple(_size(dim, sizes) for dim in dims) for name, dims in dynamic.items()}
+
+
+def _text(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _size(dim: int | str, sizes: Mapping[str, int]) -> int:

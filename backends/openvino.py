@@ -55,6 +55,7 @@ class OpenVino:
         0, low=0, help="inputs of a product with compressed weights quantized on the fly by one scale; 0 for none"
     )
     hint: Literal["latency", "throughput"] = opt("latency", help="what OpenVINO arranges its threads for")
+    pin: bool = opt(False, help="keep threads on cores: faster on a machine of one's own, many times slower on others")
     cache: str | None = opt(None, help="folder that keeps compiled models for later runs")
     config: tuple[str, ...] = opt((), help="further properties, KEY=VALUE")
 
@@ -168,6 +169,7 @@ class OpenVino:
             found["INFERENCE_PRECISION_HINT"] = self.precision
         if self.device == "cpu":
             found["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = self.activation_group
+            found["ENABLE_CPU_PINNING"] = self.pin
             found |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
         found |= {"CACHE_DIR": self.cache} if self.cache is not None else {}
         return found | {entry.partition("=")[0]: entry.partition("=")[2] for entry in self.config}

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ BACKENDS = ("onnxruntime", "openvino", "reference")
 LARGEST_FOR_REFERENCE = 1 << 20
 CALIBRATION_SAMPLES = 16
 SECONDS_PER_MODEL = 1800
+NAMES_SHOWN, TEXT_SHOWN = 6, 160
 GOOD, REFUSED, NOT_THERE, DIFFERS, CRASHED = "good", "refused", "not run there", "differs", "crashed"
 KINDS = (GOOD, REFUSED, NOT_THERE, DIFFERS, CRASHED)
 
@@ -204,12 +206,20 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
         cells = (*key, *(str(counts[kind]) for kind in KINDS), f"{max(errors):.2g}" if errors else "–")
         yield "| " + " | ".join(cells) + " |"
     yield ""
-    alike: dict[tuple[str, str, str, str], list[str]] = collections.defaultdict(list)
+    alike: dict[tuple[str, str, str], list[Outcome]] = collections.defaultdict(list)
     for one in outcomes:
         if one.kind != GOOD:
-            alike[one.kind, one.passes, one.backend, one.text].append(one.model)
-    for (kind, passes, backend, text), models in sorted(alike.items()):
-        yield f"* {kind}, `{passes}`, {backend}: {', '.join(models)}: {text}"
+            alike[one.kind, one.backend, without_paths(one.text)].append(one)
+    for (kind, backend, text), found in sorted(alike.items()):
+        names = list(dict.fromkeys(one.model for one in found))
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        passes = ", ".join(dict.fromkeys(one.passes for one in found))
+        yield f"* {kind}, {backend}, {passes}: {', '.join(names[:NAMES_SHOWN])}{more}: {text}"
+
+
+def without_paths(text: str) -> str:
+    """Return the beginning of what was said, without the folders of this machine."""
+    return re.sub(r"(/[^\s/:]+)+/", "", text)[:TEXT_SHOWN]
 
 
 def main() -> None:

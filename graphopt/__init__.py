@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from graphopt.pattern import Miss, Rule
     from graphopt.pipeline import Pipeline
     from graphopt.registry import Preset
+    from graphopt.reduction import Reduction, reduce
     from graphopt.rerun import Replay, replay
     from graphopt.summary import summarize
     from graphopt.target import Target
@@ -45,6 +46,7 @@ _HOMES = {
     "graphopt.pattern": ("Miss", "Rule"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.registry": ("Preset",),
+    "graphopt.reduction": ("Reduction", "reduce"),
     "graphopt.rerun": ("Replay", "replay"),
     "graphopt.model_comparison": ("compare",),
     "graphopt.summary": ("summarize",),
@@ -66,6 +68,7 @@ __all__ = [
     "PassError",
     "Pipeline",
     "Preset",
+    "Reduction",
     "Replay",
     "Result",
     "RewritePass",
@@ -81,6 +84,7 @@ __all__ = [
     "load",
     "opt",
     "optimize",
+    "reduce",
     "replay",
     "save",
     "sensitivity",

@@ -77,14 +77,16 @@ def option_of(backend: Backend) -> str:
 
 
 def _surveyed(name: str) -> Surveyed:
-    backend = registry.backend(name)
+    help = ""
     try:
+        backend = registry.backend(name)
+        help = backend.help
         places = tuple(_place(one) for one in _variants(backend))
         troubles: Sequence[Trouble] = backend.troubles() if isinstance(backend, Diagnosable) else ()
         version = backend.version() if isinstance(backend, Diagnosable) else None
-    except Exception as error:  # whatever a stranger's backend does when it is asked, the others are still shown
+    except Exception as error:  # whatever a stranger's backend does, the others are still shown
         places, troubles, version = (Place(name, name, in_words(error), "repair its package"),), (), None
-    return Surveyed(name, backend.help, version, places, tuple(troubles))
+    return Surveyed(name, help, version, places, tuple(troubles))
 
 
 def _variants(backend: Backend) -> Sequence[Backend]:
@@ -95,4 +97,7 @@ def _place(backend: Backend) -> Place:
     why = backend.missing()
     if why is None:
         return Place(backend.describe(), option_of(backend))
-    return Place(backend.describe(), option_of(backend), why.message, why.hint or "")
+    name = backend.describe()
+    return Place(
+        name, option_of(backend), why.message.removeprefix(f"backend `{name}` cannot run here: "), why.hint or ""
+    )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from graphopt import latency
+from graphopt.backend import Placement
 from graphopt.cold_start import ColdStart
 from graphopt.kernel_profile import Profile
 from graphopt.latency import Latency
@@ -64,6 +65,19 @@ class Profiled:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Which parts of a backend took the nodes of a model, where the backend has several and can tell."""
+
+    model: str
+    backend: str
+    placement: Placement
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"model": self.model, "backend": self.backend, **self.placement.as_dict()}
+
+
+@dataclass(frozen=True)
 class Bench:
     """What was timed, and how.
 
@@ -76,6 +90,7 @@ class Bench:
         inputs: What the models ran on.
         taken: Which share of these cores other processes took meanwhile; None where the system does not tell.
         warnings: Why the figures may not be believed, or say less than they seem to.
+        placements: Where nodes ran, of each model on each backend that tells.
     """
 
     rows: tuple[Row, ...]
@@ -86,6 +101,7 @@ class Bench:
     inputs: str
     taken: float | None
     warnings: tuple[str, ...]
+    placements: tuple[Placed, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -94,9 +110,10 @@ class Bench:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON values; times in milliseconds."""
-        rows, profiles = [row.as_dict() for row in self.rows], [one.as_dict() for one in self.profiles]
-        rest = {name: getattr(self, name) for name in ("threads", "cores", "cpu", "inputs", "taken", "warnings")}
-        return rest | {"rows": rows, "profiles": profiles}
+        found = {name: getattr(self, name) for name in ("threads", "cores", "cpu", "inputs", "taken", "warnings")}
+        for name in ("rows", "profiles", "placements"):
+            found[name] = [one.as_dict() for one in getattr(self, name)]
+        return found
 
 
 def doubts_of(rows: Sequence[Row], taken: float | None) -> list[str]:

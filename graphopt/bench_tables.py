@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from graphopt.bench_results import Bench, Profiled, Row
+from graphopt.bench_results import Bench, Placed, Profiled, Row
 from graphopt.kernel_profile import KernelTime, OpTime
 from graphopt.latency import Latency
 from graphopt.listing import Listing, Sheet
@@ -31,7 +31,8 @@ def listing_of(found: Bench, *, verbose: bool = False) -> Listing:
 
     Args:
         found: What was found.
-        verbose: Whether all kernels are listed, not the slowest alone.
+        verbose: Whether all kernels are listed, not the slowest alone, and where nodes ran although they all ran
+            where they were wanted.
     """
     sheets = [_times(found.rows)]
     for one in found.profiles:
@@ -39,7 +40,8 @@ def listing_of(found: Bench, *, verbose: bool = False) -> Listing:
     roofs = [f"{one.model} on {one.backend}: {_in_words(one.roof)}" for one in found.profiles if one.roof is not None]
     peaks = {one.roof.peaks.backend: one.roof.peaks for one in found.profiles if one.roof is not None}
     failures = dict.fromkeys(f"{row.model} on {row.backend}: {row.failure}" for row in found.rows if row.failure)
-    remarks = [*failures, *map(_peaks, peaks.values()), *roofs, _conditions(found)]
+    placed = [_where(one) for one in found.placements if verbose or one.placement.elsewhere]
+    remarks = [*failures, *placed, *map(_peaks, peaks.values()), *roofs, _conditions(found)]
     return Listing(sheets, found.as_dict(), [*remarks, *(f"warning: {one}" for one in found.warnings)])
 
 
@@ -122,6 +124,8 @@ def _slowest(one: Profiled, verbose: bool) -> Sheet:
     head = "kernel" if verbose else f"slowest of {len(one.profile.kernels)}"
     columns = [head, "nodes", "time", "share", "GFLOP/s", "GB/s"]
     numbers = columns[2:]
+    if _providers(one) > 1:
+        columns.append("run by")
     if one.roof is not None:
         columns, numbers = [*columns, "of the roof", "bound by"], [*numbers, "of the roof"]
     rows = [_kernel_cells(kernel, one) for kernel in kernels]
@@ -133,12 +137,18 @@ def _kernel_cells(kernel: KernelTime, one: Profiled) -> list[str]:
     share = kernel.milliseconds / one.profile.milliseconds if one.profile.milliseconds else 0.0
     cells = [kernel.op, _nodes(kernel), f"{kernel.milliseconds:.3g} ms", f"{share:.1%}"]
     cells += [_rate(flops / 1e9 if flops else None), _rate(moved / 1e9 if moved else None)]
+    if _providers(one) > 1:
+        cells.append(kernel.provider)
     if one.roof is None:
         return cells
     bound = one.roof.peaks.least(kernel, one.profile.bytes)
     if bound is None or not bound[0]:
         return [*cells, _NONE, ""]
     return [*cells, f"{bound[0] / kernel.milliseconds:.0%}", bound[1]]
+
+
+def _providers(one: Profiled) -> int:
+    return len({kernel.provider for kernel in one.profile.kernels})
 
 
 def _nodes(kernel: KernelTime) -> str:
@@ -163,6 +173,13 @@ def _in_words(roof: Roof) -> str:
     bounds = ", ".join(f"{share:.0%} {name}" for name, share in sorted(roof.bound_by.items(), key=lambda one: -one[1]))
     text = f"{roof.share:.0%} of the roof: {roof.taken:.3g} ms, at the peaks {roof.least:.3g} ms (bound by: {bounds})"
     return f"{text}; {roof.unknown:.3g} ms more of kernels whose work is not known" if roof.unknown else text
+
+
+def _where(one: Placed) -> str:
+    counts = ", ".join(f"{count} by {provider}" for provider, count in one.placement.counts.items())
+    elsewhere = ", ".join(dict.fromkeys(f"{node.op} by {node.provider}" for node in one.placement.elsewhere))
+    text = f"{one.model} on {one.backend}: nodes run {counts}"
+    return f"{text}; not where they were wanted: {elsewhere}" if elsewhere else text
 
 
 def _conditions(found: Bench) -> str:

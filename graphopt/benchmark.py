@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt import latency, machine, options
-from graphopt.backend import Array, Backend, Inspectable, Session, is_timed
+from graphopt.backend import Array, Backend, Inspectable, Placing, Session, is_timed
 from graphopt.bench_points import Point, points_of
-from graphopt.bench_results import Bench, Profiled, Row, doubts_of
+from graphopt.bench_results import Bench, Placed, Profiled, Row, doubts_of
 from graphopt.choices import find_backend, find_target, open_model
 from graphopt.cold_start import ColdStart, measure_cold_start
 from graphopt.comparison import require_same_names
@@ -26,6 +25,13 @@ from graphopt.progress import Display
 from graphopt.roofline import Peaks, measure_peaks, roof_of
 
 SECONDS = 2.0
+# Two runtimes that take turns run by run wait for each other's threads and find the caches cold, which neither does where
+# it is deployed.
+_BURST = 0.1
+_LEAST_ROUNDS = 6
+# Where threads and memory of a session come to lie is luck that lasts as long as the session. Opening it six times makes
+# that visible; it may take as long again as the runs.
+_OPENING_SHARE = 1.0
 
 
 @dataclass
@@ -41,9 +47,6 @@ class _Contender:
     failure: str = ""
     error: BackendError | None = None
 
-    def fail(self, error: BackendError) -> None:
-        self.failure, self.error, self.session = error.message, error, None
-
 
 @dataclass
 class _Run:
@@ -53,8 +56,40 @@ class _Run:
     threads: int
     seconds: float
     display: Display
+    opening: float = 0.0
     taken: list[float | None] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    placements: list[Placed] = field(default_factory=list)
+
+    @property
+    def openings(self) -> int:
+        """How often to open everything at each point: as often as intervals need, or once where that takes long."""
+        affordable = self.opening * latency.LEAST_PARTS <= self.seconds * _OPENING_SHARE
+        return latency.LEAST_PARTS if affordable else 1
+
+    def open(self) -> None:
+        """Open the sessions of all contenders but those that failed."""
+        for one in self.contenders:
+            if one.failure or one.session is not None:
+                continue
+            try:
+                one.session = one.backend.open(one.file, threads=self.threads)
+            except BackendError as error:
+                one.failure, one.error = error.message, error
+
+    def close(self) -> None:
+        """Close all sessions."""
+        for one in self.contenders:
+            if one.session is not None:
+                one.session.close()
+                one.session = None
+
+    def note_placements(self) -> None:
+        """Ask sessions where their nodes run."""
+        for one in self.contenders:
+            placement = one.session.placement() if isinstance(one.session, Placing) else None
+            if placement is not None:
+                self.placements.append(Placed(one.name, one.label, placement))
 
 
 def bench(
@@ -123,6 +158,7 @@ def bench(
         inputs="made-up inputs" if data is None else f"samples of `{data}`" if isinstance(data, str) else "samples",
         taken=share,
         warnings=(*doubts_of(rows, share), *(_untimed(backends)), *dict.fromkeys(run.warnings)),
+        placements=tuple(run.placements),
     )
 
 
@@ -159,13 +195,10 @@ def _timed_rows(
     run: _Run, points: Sequence[Point], cores: Sequence[int], colds: Mapping[tuple[int, int], ColdStart]
 ) -> list[Row]:
     rows: list[Row] = []
-    with contextlib.ExitStack() as stack:
+    try:
         with run.display.stage("opening"):
-            for one in run.contenders:
-                try:
-                    one.session = stack.enter_context(one.backend.open(one.file, threads=run.threads))
-                except BackendError as error:
-                    one.fail(error)
+            run.opening = latency.timed(run.open)
+        run.note_placements()
         for place, point in enumerate(run.display.track(points, "timing", "sizes")):
             before = machine.look(cores)
             times = _times(run, point)
@@ -173,6 +206,8 @@ def _timed_rows(
             for number, (one, (time, failure)) in enumerate(zip(run.contenders, times, strict=True)):
                 batch = batch_size(_feed_of(run, point, one))
                 rows.append(Row(one.name, one.label, batch, point.sizes, time, colds.get((place, number)), failure))
+    finally:
+        run.close()
     if not any(row.latency for row in rows):
         raise next(one.error for one in run.contenders if one.error is not None)
     return rows
@@ -180,24 +215,32 @@ def _timed_rows(
 
 def _times(run: _Run, point: Point) -> list[tuple[Latency | None, str]]:
     """Return the times of all contenders at one point, and why some have none."""
-    able: list[tuple[int, Session, dict[str, Array]]] = []
     times: list[tuple[Latency | None, str]] = [(None, one.failure) for one in run.contenders]
+    able: list[int] = []
     for number, one in enumerate(run.contenders):
         if one.session is None:
             continue
-        feed = _feed_of(run, point, one)
         try:
-            latency.runner(one.session, feed)()
+            latency.runner(one.session, _feed_of(run, point, one))()
+            able.append(number)
         except BackendError as error:
             one.error = error
             times[number] = (None, error.message)
-            continue
-        able.append((number, one.session, feed))
-    if able:
-        sessions, feeds = [one[1] for one in able], [one[2] for one in able]
-        measured = latency.measure(sessions, feeds, seconds=run.seconds)
-        for (number, _, feed), time in zip(able, measured, strict=True):
-            times[number] = (replace(time, batch=batch_size(feed)), "")
+    if not able:
+        return times
+    feeds = [_feed_of(run, point, run.contenders[number]) for number in able]
+    burst = min(_BURST, run.seconds / len(able) / latency.STRETCHES)
+    done: list[list[latency.Round]] = []
+    openings = run.openings
+    for _ in range(openings):
+        if done:
+            run.close()
+            run.open()
+        sessions = [session for number in able if (session := run.contenders[number].session) is not None]
+        least = max(1, _LEAST_ROUNDS // openings)
+        done.append(latency.rounds(sessions, feeds, seconds=run.seconds / openings, least=least, burst=burst))
+    for number, time, feed in zip(able, latency.summarize(done), feeds, strict=True):
+        times[number] = (replace(time, batch=batch_size(feed)), "")
     return times
 
 

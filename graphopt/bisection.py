@@ -285,13 +285,32 @@ def _nearest_open(good: int, bad: int, skipped: set[int]) -> int | None:
     return None
 
 
-def describe(found: Bisection) -> Iterator[tuple[str, str]]:
-    """Yield what was found, as pairs of a word and a line of text."""
-    for edit in found.suspects:
-        yield "edit", f"{edit.number} of {found.total}"
-        yield "pass", edit.pass_name
-        yield "rule", edit.rule
-        yield "nodes", ", ".join(edit.nodes) or "–"
-        yield "origins", ", ".join(sorted(edit.origins)) or "–"
+def describe(found: Bisection) -> Iterator[str]:
+    """Yield what was found, as lines of text."""
+    if found.costs is not None:
+        yield from _costs_in_words(found.costs, found.total)
+    elif found.kind == "idle":
+        yield f"the result is good; {len(found.suspects)} of {found.total} edits change nothing"
+    elif found.edit is None:
+        yield f"one of {len(found.suspects)} edits breaks the model; what is between them cannot be told"
+    for edit in found.suspects if found.costs is None else ():
+        for word, line in _edit_in_words(edit, found.total):
+            yield f" {word:<8} {line}"
     for word, lines in (("before", found.before), ("after", found.after)):
-        yield from ((word, line) for line in lines)
+        yield from (f" {word:<8} {line}" for line in lines)
+
+
+def _edit_in_words(edit: Edit, total: int) -> Iterator[tuple[str, str]]:
+    yield "edit", f"{edit.number} of {total}"
+    yield "pass", edit.pass_name
+    yield "rule", edit.rule
+    yield "nodes", ", ".join(edit.nodes) or "–"
+    yield "origins", ", ".join(sorted(edit.origins)) or "–"
+
+
+def _costs_in_words(costs: EditCosts, total: int) -> Iterator[str]:
+    yield costs.describe()
+    yield f" {costs.what} lost: {costs.total:.3g} in {total} edits; those listed cost {costs.found:.0%} of it"
+    for one in costs.costs:
+        where = ", ".join(one.edit.nodes) or ", ".join(sorted(one.edit.origins)) or "–"
+        yield f" {one.share:>6.1%}  edit {one.edit.number}: {one.edit.rule} of {one.edit.pass_name} at {where}"

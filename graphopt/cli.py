@@ -20,8 +20,9 @@ import typer
 from graphopt import (
     bench_command,
     compare_command,
+    debug_command,
+    doctor_command,
     explain_command,
-    fault_commands,
     inspect_command,
     sensitivity_command,
 )
@@ -185,12 +186,13 @@ def optimize(
             calibration_cache=calibration_cache,
             emit_test=emit_test,
             report=report,
+            advise=not quiet,
             progress=not quiet,
         )
     except VerificationError as error:
         if error.report is not None:
             _show_report(error.report, quiet, verbose)
-            _say_written(error.output, report, quiet)
+            _say_written(error.output, report, quiet, emit_test, failed=True)
         raise
     _show_report(result.report, quiet, verbose)
     _say_refused(result.report)
@@ -205,17 +207,20 @@ def _say_refused(report: Report) -> None:
         typer.echo(f"warning: {what} refused for changing the outputs, and left out; `--strict` stops there", err=True)
 
 
-def _say_written(output: Path | None, report: Path | None, quiet: bool, test: Path | None = None) -> None:
+def _say_written(
+    output: Path | None, report: Path | None, quiet: bool, test: Path | None, *, failed: bool = False
+) -> None:
     if quiet:
         return
     said = [f"wrote {output}" if output is not None else "no model written"]
-    said += [f"{what}: {file}" for what, file in (("report", report), ("test", test)) if file is not None]
+    said += [f"report: {report}"] if report is not None else []
+    said += [f"test: {'none, the run failed' if failed else test}"] if test is not None else []
     typer.echo("   ".join(said))
 
 
 def _show_report(report: Report, quiet: bool, verbose: bool) -> None:
     """Print the tables."""
-    from graphopt import doctor_command, tables
+    from graphopt import tables
 
     if not quiet:
         tables.print_report(report, verbose=verbose)
@@ -223,7 +228,6 @@ def _show_report(report: Report, quiet: bool, verbose: bool) -> None:
 
 app.command(name="compare", short_help="Compare two models: their outputs, or what is inside.")(compare_command.compare)
 app.command(name="bench", short_help="Time models side by side.")(bench_command.bench)
-app.command(name="bisect", short_help="Find the one edit that breaks a model.")(fault_commands.bisect)
 app.command(name="doctor", short_help="Look at this machine and what is installed on it.")(doctor_command.doctor)
 app.command(name="inspect", short_help="Show what a model is made of, or which channels go together.")(
     inspect_command.inspect
@@ -231,7 +235,7 @@ app.command(name="inspect", short_help="Show what a model is made of, or which c
 app.command(name="explain", short_help="Show what a target runs in integers, and why not the rest.")(
     explain_command.explain
 )
-app.command(name="replay", short_help="Run a reproducer again.")(fault_commands.replay)
+app.add_typer(debug_command.app, name="debug", short_help="Find what breaks a model, and make it small.")
 app.command(name="sensitivity", short_help="Show which layers a lossy pass hurts.")(sensitivity_command.sensitivity)
 
 
@@ -245,7 +249,7 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """List passes, presets, backends, targets and metrics with their options, or the rules of passes."""
-    from graphopt import doctor_command, tables
+    from graphopt import tables
 
     if kind is ListKind.rules:
         from graphopt.rulebook import rulebook
@@ -339,15 +343,25 @@ def _mistake(error: Exception) -> tuple[str, str]:
     command = context.command_path if context is not None else "graphopt"
     if message.startswith("No such command"):
         unknown = message.split("'")[1]
-        return f"unknown command `{unknown}`", did_you_mean(unknown, _commands())
+        return f"unknown command `{unknown}`", did_you_mean(unknown, _commands(command))
     message, _, close = message.partition(" (Possible options: ")
     option = message.rpartition(": ")[2]
     hint = did_you_mean(option, close.rstrip(")").split(", ")) if close else f"see `{command} --help`"
     return message[:1].lower() + message[1:], hint
 
 
-def _commands() -> list[str]:
-    return [str(one.name or getattr(one.callback, "__name__", "")) for one in app.registered_commands]
+def _commands(within: str) -> list[str]:
+    """Return what may be written behind `graphopt`, or behind a group of commands."""
+    own = [str(one.name or getattr(one.callback, "__name__", "")) for one in app.registered_commands]
+    groups = {
+        str(group.name): [
+            str(one.callback.__name__) for one in group.typer_instance.registered_commands if one.callback
+        ]
+        for group in app.registered_groups
+        if group.typer_instance is not None
+    }
+    name = within.rpartition(" ")[2]
+    return groups.get(name) or [*own, *groups, *(f"{group} {one}" for group, names in groups.items() for one in names)]
 
 
 @contextlib.contextmanager

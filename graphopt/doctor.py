@@ -9,14 +9,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from graphopt import machine, registry
-from graphopt.backend_survey import Surveyed, survey_backends
 from graphopt.errors import GraphoptError, in_words
 from graphopt.package_skews import package_skews
-from graphopt.report import show_bytes
 from graphopt.versions import all_versions
+
+if TYPE_CHECKING:
+    from graphopt.backend_survey import Surveyed
+
+# What imports the IR is imported late, and only once its imports are known to work: a broken one is to be told, too.
 
 Verdict = Literal["fact", "ok", "warning", "error"]
 
@@ -73,25 +76,27 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at the machine and at what is installed on it; nothing is changed."""
+    """Look at the machine and at what is installed on it; nothing is changed.
+
+    Where what graphopt stands on cannot be imported, nothing that hangs on it is looked at.
+    """
+    broken = tuple(_imports())
+    ground = (*_versions(), *broken, *_skews(), *_processor())
+    if broken:
+        return Diagnosis(ground, ())
+    backends, plugins = _survey()
+    machine_wide = (*_target(), *_memory(), *_disk(), *_variables())
+    return Diagnosis((*ground, *plugins, *machine_wide, *_of_backends(backends)), tuple(backends))
+
+
+def _survey() -> tuple[Sequence[Surveyed], list[Finding]]:
+    """Return the backends, or what keeps them from being listed."""
+    from graphopt.backend_survey import survey_backends
+
     try:
-        backends: Sequence[Surveyed] = survey_backends()
-        plugins: list[Finding] = []
+        return survey_backends(), []
     except GraphoptError as error:
-        backends, plugins = (), [Finding("error", "plug-ins", error.message, error.hint or "")]
-    findings = (
-        *_versions(),
-        *_imports(),
-        *_skews(),
-        *plugins,
-        *_processor(),
-        *_target(),
-        *_memory(),
-        *_disk(),
-        *_variables(),
-        *_of_backends(backends),
-    )
-    return Diagnosis(findings, tuple(backends))
+        return (), [Finding("error", "plug-ins", error.message, error.hint or "")]
 
 
 def _versions() -> Iterator[Finding]:
@@ -153,6 +158,8 @@ def _target() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
+    from graphopt.report import show_bytes
+
     try:
         rows = (line.split() for line in _MEMORY.read_text().splitlines())
         sizes = {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) > 1}
@@ -167,6 +174,8 @@ def _memory() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
+    from graphopt.report import show_bytes
+
     temporary = Path(tempfile.gettempdir())
     for subject, folder in (("temporary files", temporary), ("this folder", Path.cwd())):
         try:

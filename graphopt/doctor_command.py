@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import typer
 
 from graphopt.cli_options import JsonOption
 from graphopt.errors import EXIT_CHECK_FAILED
+
+if TYPE_CHECKING:
+    from graphopt.doctor import Diagnosis
 
 _MARKS = {"fact": " ", "ok": "✓", "warning": "!", "error": "✗"}
 
@@ -18,19 +22,22 @@ def doctor(as_json: JsonOption = False) -> None:
     Exits with 1 where something stands in the way. Nothing is changed, and nothing is sent anywhere.
     """
     from graphopt.doctor import examine
-    from graphopt.listing import Listing, Sheet
 
     found = examine()
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
-        from graphopt import tables
-
-        rows = [(_MARKS[one.verdict], one.subject, one.text) for one in found.findings]
-        remarks = [
-            f"{_MARKS[o.verdict]} {o.subject}: {o.hint}" for o in found.findings if o.hint and o.verdict != "fact"
-        ]
-        ending = "nothing stands in the way" if found.ok else "what is marked ✗ stands in the way"
-        tables.print_listing(Listing([Sheet(("", "what", "found"), rows)], remarks=[*remarks, ending]))
+        _print(found)
     if not found.ok:
         raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+def _print(found: Diagnosis) -> None:
+    """Print a line for each thing; plainly, since what draws tables may be what cannot be imported."""
+    width = max(len(one.subject) for one in found.findings)
+    for one in found.findings:
+        typer.echo(f" {_MARKS[one.verdict]}  {one.subject:<{width}}  {one.text}")
+        if one.hint and one.verdict != "fact":
+            typer.echo(f"    {'':<{width}}  → {one.hint}")
+    typer.echo()
+    typer.echo(" nothing stands in the way" if found.ok else " what is marked ✗ stands in the way")

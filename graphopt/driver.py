@@ -40,6 +40,7 @@ def optimize(
     emit_test: str | Path | None = None,
     report: str | Path | None = None,
     detailed: bool = False,
+    advise: bool = False,
     progress: bool = False,
 ) -> Result:
     """Optimize a model and prove the result.
@@ -71,6 +72,7 @@ def optimize(
         emit_test: Test file to write, for pytest, that holds the result to what was measured of it.
         report: File to write the report to, as ``.html``, ``.md`` or ``.json``; written also where a check fails.
         detailed: Measure what weights hold and take after gzip also where no step is lossy.
+        advise: Time the written file on the other runtimes of this machine, too, and name one that is clearly faster.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -101,6 +103,7 @@ def optimize(
         emit_test=Path(emit_test) if emit_test is not None else None,
         report=Path(report) if report is not None else None,
         detailed=detailed or report is not None,
+        advise=advise,
         progress=progress,
     )
     if request.report is not None:

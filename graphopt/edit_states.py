@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
@@ -10,8 +13,8 @@ from graphopt.optimization import Run
 from graphopt.rewriter import Edit
 from graphopt.shapes import forget_inferred
 
-# States kept of one run: a search over thousands of edits then needs two runs, at the price of this many clones.
-KEPT_STATES = 64
+# States kept of one run: a search over hundreds of edits then needs two runs, at the price of as many clones.
+KEPT_STATES = 16
 
 
 class EditStates:
@@ -50,6 +53,8 @@ class EditStates:
             below = max((one for one in self._kept if one < count), default=0)
             above = min((one for one in self._kept if one > count), default=len(self.edits))
             self._require_same(self._run(above, below, count).journal.edits)
+        if count not in self._kept:  # there is no clone of a malformed model
+            self._require_same(self._run(count, count, count).journal.edits)
         return self._kept[count]
 
     def _run(self, limit: int | None, below: int, wanted: int) -> PassManager:
@@ -60,21 +65,36 @@ class EditStates:
             nonlocal stride
             if edit.number != wanted and (edit.number <= below or (edit.number - below) % stride):
                 return
-            kept[edit.number] = model.clone()
+            with contextlib.suppress(RuntimeError, ValueError):
+                kept[edit.number] = model.clone()
             if len(kept) > KEPT_STATES:
                 stride *= 2
                 for number in [one for one in kept if one != wanted and (one - below) % stride]:
                     del kept[number]
 
+        manager = self._watched(model, limit, watch)
+        kept[len(manager.journal.edits)] = model
+        for state in kept.values():
+            forget_inferred(state)
+        self._kept.update(kept)
+        return manager
+
+    def follow(self, told: Callable[[ir.Model, Edit | None], None]) -> None:
+        """Run the passes once more and tell of the model before the first edit, and after each; it is only looked at.
+
+        Raises:
+            GraphoptError: The passes make other edits each time.
+        """
+        model = self._start.clone()
+        told(model, None)
+        self._require_same(self._watched(model, None, lambda edit: told(model, edit)).journal.edits)
+
+    def _watched(self, model: ir.Model, limit: int | None, watch: Callable[[Edit], None]) -> PassManager:
         self.runs += 1
         manager = self._job.manager(limit=limit)
         manager.journal.watcher = watch
         with self._job.opened:
             manager.run(model)
-        kept[len(manager.journal.edits)] = model
-        for state in kept.values():
-            forget_inferred(state)
-        self._kept.update(kept)
         return manager
 
     def _require_same(self, edits: list[Edit]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +13,13 @@ from typing import Any, Self
 
 import onnx_ir as ir
 
-from graphopt import explanation, recorded_runs
+from graphopt import explanation, recorded_runs, walk
 from graphopt.backend import Array, Backend
 from graphopt.data import Dataset, batch_size
 from graphopt.emitted_text import MARK, About, Facts, as_python
 from graphopt.errors import BackendError, UsageError
 from graphopt.evaluation import Judge, nudged
-from graphopt.output_bounds import Noise
+from graphopt.output_bounds import RUN_NUDGE, Noise
 from graphopt.output_files import is_same_file
 from graphopt.recorded_model import signature_of
 from graphopt.recorded_runs import Run
@@ -30,6 +31,8 @@ RECORD_SUFFIX = ".npz"
 MOST_SAMPLES, MOST_INPUT_BYTES = 8, 1 << 19
 # Sums are taken in the same order on one thread, here and where the test runs.
 THREADS = 1
+# Seeds of the nudges: one alone may happen to move nothing.
+NUDGES = (0, 1)
 # Weights of a larger model are not nudged: that takes a second copy of them.
 MOST_NUDGED_BYTES = 1 << 29
 
@@ -109,8 +112,11 @@ class EmittedTest:
         Raises:
             BackendError: It does not.
         """
-        if judge.reference is None or judge.cannot_probe is not None:
-            why = judge.cannot_probe or "the original does not run"
+        why = judge.cannot_probe
+        # A runtime may draw the same numbers in each session of a process, and others in the next process.
+        if why is None and any(walk.is_random(node) for node in walk.every_node(judge.original)):
+            why = "the original's outputs are random"
+        if why is not None or judge.reference is None:
             raise BackendError(f"no test can be written: {why}", hint="leave out `--emit-test`, or give other data")
 
     def stage(self, subject: Subject) -> None:
@@ -118,7 +124,7 @@ class EmittedTest:
 
         Raises:
             BackendError: The runtime refuses a model.
-            OSError: The disk is full, or the like.
+            UsageError: The files cannot be written.
         """
         facts, runs = measure(subject)
         folder = self.path.parent.resolve()
@@ -131,12 +137,17 @@ class EmittedTest:
             target=subject.target,
             backend=subject.backend_text,
             command=subject.command,
-            versions=all_versions(),
+            versions=_versions(subject.backend),
         )
         text = as_python(about, facts)
         for file, content in ((self.record, recorded_runs.to_bytes(runs)), (self.path, text.encode())):
-            with self._staged.open(file) as opened:
-                opened.write(content)
+            try:
+                with self._staged.open(file) as opened:
+                    opened.write(content)
+            except OSError as error:
+                raise UsageError(
+                    f"cannot write test `{file}`: {error.strerror}", hint="choose another place"
+                ) from error
 
     def publish(self) -> Path:
         """Give both files their names, and return the test."""
@@ -150,6 +161,12 @@ class EmittedTest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._staged.discard()
+
+
+def _versions(backend: Backend) -> dict[str, str]:
+    """Return the versions of what decides what a model gives."""
+    words = ("graphopt", "python", *backend.describe().replace(",", " ").split())
+    return {name: text for name, text in all_versions().items() if any(name.startswith(word) for word in words)}
 
 
 def _is_ours(path: Path) -> bool:
@@ -209,23 +226,26 @@ def measure(subject: Subject) -> tuple[Facts, list[Run]]:
 def _own_runs(subject: Subject) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
     """Return the model's outputs, and those of runs that should give the same but for what machines differ in.
 
-    Those are with the runtime's own optimizations off, and of the model with its float weights nudged.
+    Those are with the runtime's own optimizations off, and of the model with its float weights nudged by rounding.
     """
     with subject.backend.open(subject.files[0], threads=THREADS) as session:
         own = [session.run(feed) for feed in subject.feeds]
-    others: list[tuple[ir.Model | Path, bool]] = [(subject.files[0], False)]
-    if sum(file.stat().st_size for file in subject.files) <= MOST_NUDGED_BYTES:
-        others.append((nudged(subject.model), True))
     like_it = []
-    for model, optimize in others:
-        try:
-            with subject.backend.open(model, threads=THREADS, optimize=optimize) as session:
-                like_it.append([session.run(feed) for feed in subject.feeds])
-        except BackendError:
-            if optimize:
-                raise
-            # Some models run only once the runtime has optimized them.
+    for model, optimize in _others(subject):
+        # Some models run only once the runtime has optimized them, or with the very floats they have.
+        with (
+            contextlib.suppress(BackendError),
+            subject.backend.open(model, threads=THREADS, optimize=optimize) as session,
+        ):
+            like_it.append([session.run(feed) for feed in subject.feeds])
     return own, like_it or [own]
+
+
+def _others(subject: Subject) -> Iterator[tuple[ir.Model | Path, bool]]:
+    yield subject.files[0], False
+    if sum(file.stat().st_size for file in subject.files) <= MOST_NUDGED_BYTES:
+        for seed in NUDGES:
+            yield nudged(subject.model, RUN_NUDGE, seed), True
 
 
 def _integer_operators(subject: Subject) -> dict[str, int]:

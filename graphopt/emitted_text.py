@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from graphopt.evaluation import NUDGE
-from graphopt.output_bounds import ORIGINAL_MARGIN, RUN_MARGIN, Bound, Noise, bound, lossy_bound
+from graphopt.output_bounds import ORIGINAL_MARGIN, RUN_MARGIN, RUN_NUDGE, Bound, Noise, bound, lossy_bound
 
 # By its first line a file is known to be ours to write anew.
 MARK = "# Written by `graphopt optimize --emit-test`"
@@ -98,7 +98,7 @@ def as_python(about: About, facts: Facts) -> str:
 
 
 def _origin(about: About) -> str:
-    versions = ", ".join(f"{name} {text}" for name, text in about.versions.items() if name != "machine")
+    versions = ", ".join(f"{name} {text}" for name, text in about.versions.items())
     again = " The run that made the model writes the test anew:" if about.command is not None else ""
     return (
         f"of `{about.original}`, with {versions}, for target `{about.target}`. `{about.record}` beside it keeps "
@@ -132,9 +132,11 @@ def _agreement(bounds: Mapping[str, Bound], noise: Mapping[str, Noise], side: st
     what = "what the original gave" if side == "original" else "what the model gave"
     said = (
         f"How far outputs may be off {what}: rounding of their dtype, or {RUN_MARGIN:g} times what runs differed by "
-        f"that should agree (the runtime's own optimizations on and off, weights off by {NUDGE:g} of themselves): "
+        f"that should agree (the runtime's own optimizations on and off, weights off by {RUN_NUDGE:g} of themselves): "
         f"{_measured(noise)}."
     )
+    if Bound() in bounds.values():
+        said += " What has no bound holds NaN or infinity, at places that vary."
     name = "OFF_THE_ORIGINAL" if side == "original" else "OFF_THE_RECORD"
     return _Check(
         comment=said,
@@ -174,10 +176,11 @@ def _size(size: int) -> _Check:
 
 
 def _measured(noise: Mapping[str, Noise]) -> str:
-    largest = max(noise.values(), key=lambda one: one.max_abs)
-    least = min(one.sqnr_db for one in noise.values())
+    said = [one for one in noise.values() if math.isfinite(one.max_abs)]
+    if not said:
+        return "nothing that could be measured"
     each = " at most" if len(noise) > 1 else ""
-    return f"{largest.max_abs:.3g}{each}, {least:.1f} dB"
+    return f"{max(one.max_abs for one in said):.3g}{each}, {min(one.sqnr_db for one in said):.1f} dB"
 
 
 def _comment(text: str) -> list[str]:

@@ -24,6 +24,7 @@ from graphopt.instruments import VerifyNumerics, VerifyStructure
 from graphopt.model_io import save
 from graphopt.optimization import Run
 from graphopt.pipeline import Pipeline
+from graphopt.plain_runs import with_plain_runs
 from graphopt.request import Request
 from graphopt.user_check import EXIT_SKIP, CheckCommand, in_words
 
@@ -89,7 +90,7 @@ class Question:
 
     def open_backend(self) -> Backend:
         """Return the backend in question."""
-        return find_backend(self.backend, find_target(self.target))
+        return with_plain_runs(find_backend(self.backend, find_target(self.target)))
 
 
 def telling(message: str, names: Container[str]) -> str:
@@ -105,7 +106,7 @@ def names_of(model: ir.Model) -> frozenset[str]:
     """Return the names of a model's nodes and values."""
     nodes = list(walk.every_node(model))
     values = [value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None]
-    return frozenset(one.name for one in (*nodes, *values) if one.name)
+    return frozenset(name for name in (*(node.name for node in nodes), *(value.name for value in values)) if name)
 
 
 def _by_check(check: CheckCommand | Callable[[Path], bool | None], model: ir.Model, feed: Feed) -> Failure | None:
@@ -155,12 +156,12 @@ def _request(question: Question, passes: Pipeline, model: ir.Model, feed: Feed) 
         for one in step.passes
         for need in one.needs
     )
+    data = [dict(feed)] if wants_data and feed else None
     return Request(
         model=model,
         passes=passes,
-        data=None,
-        evaluation=None,
-        **({"data": [dict(feed)], "evaluation": [dict(feed)]} if wants_data and feed else {}),
+        data=data,
+        evaluation=data,
         target=question.target,
         backend=question.backend,
         verify="each",

@@ -6,7 +6,8 @@ const COLUMN = 176, ROW = 76, NODE_WIDTH = 154, NODE_HEIGHT = 42, PORT_HEIGHT = 
 const FRAME_FROM = 7, LABEL_FROM = 14, SHAPE_FROM = 27;
 const LABEL_SIZE = 12.5, SHAPE_SIZE = 10.5, TEXT_ROOM = NODE_WIDTH - 14;
 // Edges are looked up by blocks of rows; below this scale curves cannot be told from lines.
-const BLOCK = 16, CURVES_FROM = 0.12;
+// Where rows are less than so many pixels apart, nodes hide the edges between them.
+const BLOCK = 16, CURVES_FROM = 0.12, ROWS_APART_FROM = 2;
 const STATUSES = ["kept", "changed", "removed", "added"];
 
 // The geometry of one graph: slots, and on each side the nodes by row and the edges between them.
@@ -146,6 +147,7 @@ class Painter {
 
   drawEdges(side, box, scale) {
     const c = this.context;
+    if (ROW * scale < ROWS_APART_FROM) return;
     side.stamp += 1;
     c.beginPath();
     for (let block = Math.floor(box.top / ROW / BLOCK); block <= Math.floor(box.bottom / ROW / BLOCK); block++) {
@@ -192,7 +194,7 @@ class Painter {
   drawDots(nodes, scale) {
     const c = this.context;
     for (const status of STATUSES) {
-      const least = status === "kept" ? 0 : 3 / scale;
+      const least = (status === "kept" ? 1 : 3) / scale;
       c.fillStyle = this.colours[status];
       c.globalAlpha = status === "kept" ? 0.75 : 1;
       for (const node of nodes) {

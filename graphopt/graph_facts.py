@@ -6,12 +6,14 @@ and what was removed or added is a gap on the other side, as in a comparison of 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 
 from graphopt import walk
+from graphopt.fragment import values_read
 from graphopt.graph_layout import Edge, layered
 from graphopt.graph_pairs import AnyGraph, GraphPair, Pairs, shown_nodes
 from graphopt.model_diff import show_attribute
@@ -23,6 +25,7 @@ Facts = dict[str, Any]
 _Key = ir.Node | tuple[str, str]
 # After so many slots a way around is given up: it would be none that a reader sees.
 _LONGEST_LOOK = 64
+_UNKNOWN_SIZE = re.compile(r"\?[0-9a-f]+")
 _INPUT, _OUTPUT, _CAPTURED = "input", "output", "captured"
 
 
@@ -30,11 +33,12 @@ def graph_facts(pairs: Pairs) -> list[Facts]:
     """Return what is shown of each graph, the main graph first; all of it JSON values.
 
     Keys of a graph: `title`, `parent` and `holder` (which graph it is nested in, and the name of the node that holds
-    it; else null), `x` and `row` of each slot, `bends` (of edges between slots, `"3,17"`: rows below the start, and x) and `far` (such edges, not
-    drawn), and the sides `before` and `after`, null or with `nodes` and `values`. Keys of a node: `slot`, `kind`
-    (`node`, `input`, `output` or `captured`), `status`, `op`, `domain`, `name`, `attributes`, `changes`, `inputs` and
-    `outputs` (indices of values, null where left out), `related` (graph and node on the other side), `graphs` (those
-    nested in it, and a function it calls), `origins`. Keys of a value: `name`, `type`, `shape`, and `constant` or null.
+    it; else null), `x` and `row` of each slot, `bends` (of edges between slots, `"3,17"`: rows below the start, and x),
+    `far` (such edges that are not drawn), and the sides `before` and `after`, null or with `nodes` and `values`. Keys
+    of a node: `slot`, `kind` (`node`, `input`, `output` or `captured`), `status`, `op`, `domain`, `name`, `attributes`,
+    `changes`, `inputs`, `outputs` and `captures` (indices of values, null where left out), `related` (graph and node on
+    the other side), `graphs` (those nested in it, and a function it calls), `origins`. Keys of a value: `name`, `type`,
+    `shape`, and `constant` or null.
     """
     atlas = _Atlas(pairs)
     return [atlas.page(index) for index in range(len(pairs.graphs))]
@@ -55,7 +59,8 @@ class _Side:
         inside = {value for node in nodes for value in node.outputs}
         free = [value for value in self.graph.inputs if not value.is_initializer()]
         inside.update(free)
-        for value in _read(nodes, self.graph):
+        read = [value for node in nodes for value in values_read(node)]
+        for value in [*read, *self.graph.outputs]:
             if value not in inside and walk.constant_tensor(value) is None and not value.is_initializer():
                 self.captured.setdefault(value.name or "", value)
         self.keys = [*((_INPUT, value.name or "") for value in free), *((_CAPTURED, name) for name in self.captured)]
@@ -87,14 +92,13 @@ class _Side:
 
     def all_read(self, key: _Key) -> list[ir.Value]:
         """Return what something drawn reads, what its nested graphs capture included."""
-        own = [value for value in self.reads(key) if value is not None]
-        inner = walk.values_read(key) if isinstance(key, ir.Node) and any(walk.subgraphs(key)) else ()
-        return list(dict.fromkeys([*own, *inner]))
+        return list(dict.fromkeys([*(value for value in self.reads(key) if value is not None), *self.captures(key)]))
 
-
-def _read(nodes: list[ir.Node], graph: AnyGraph) -> list[ir.Value]:
-    direct = [value for node in nodes for value in node.inputs if value is not None]
-    return [*direct, *graph.outputs]
+    def captures(self, key: _Key) -> list[ir.Value]:
+        """Return what the graphs nested in something drawn read from around it, but for what it reads itself."""
+        if not isinstance(key, ir.Node) or not any(walk.subgraphs(key)):
+            return []
+        return [value for value in dict.fromkeys(values_read(key)) if value not in key.inputs]
 
 
 class _Atlas:
@@ -171,7 +175,7 @@ class _Atlas:
             **_detours(edges[1] - edges[0], edges[0], taken[0] - taken[1]),
             **_detours(edges[0] - edges[1], edges[1], taken[1] - taken[0]),
         }
-        layout = layered(len(taken[0] | taken[1]), (edges[0] | edges[1]) - detours.keys())
+        layout = layered(len(taken[0] | taken[1]), (edges[0] | edges[1]) - detours.keys(), taken[0] & taken[1])
         bends = {edge: line for edge, line in layout.bends.items() if line}
         bends |= {
             edge: [(layout.rows[slot] - layout.rows[edge[0]], layout.x[slot]) for slot in path]
@@ -198,8 +202,7 @@ class _Atlas:
                 "outputs": [values.index(value) if value.name else None for value in side.makes(key)],
             }
             if isinstance(key, ir.Node):
-                captured = set(side.all_read(key)) - {value for value in side.reads(key) if value is not None}
-                facts["captures"] = [values.index(value) for value in captured if value.name] if captured else []
+                facts["captures"] = [values.index(value) for value in side.captures(key)]
                 facts |= self._node(key, is_after=is_after)
             else:
                 facts |= self._port(key, index, other, is_after=is_after)
@@ -327,6 +330,7 @@ def _shape(shape: ir.ShapeProtocol) -> str:
     return "×".join(map(_dim, shape)) or "scalar"
 
 
-def _dim(dim: int | ir.SymbolicDim) -> str:
-    # What inference computes is written with a sign in front, so that no file's name is taken for it.
-    return str(dim) if isinstance(dim, int) else (dim.value or "?").removeprefix("=")
+def _dim(dim: int | ir.SymbolicDimProtocol) -> str:
+    # What inference computes is written with a sign in front, so that no file's name is taken for it, and sizes that
+    # nothing is known of have numbers that differ from run to run.
+    return str(dim) if isinstance(dim, int) else _UNKNOWN_SIZE.sub("?", (dim.value or "?").removeprefix("="))

@@ -10,7 +10,7 @@ follow in a picture. Such edges are left out of the drawing (`Layout.far`); a vi
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,9 +27,13 @@ _ORDER_SWEEPS = 10
 _ALIGNING_SWEEPS, _BALANCING_SWEEPS = 8, 4
 # How far a bend of an edge keeps from its neighbours, in widths of a vertex.
 _BEND_ROOM = 0.3
-# How strongly edges are pulled straight, others by 1: with a bend at one end, at both; along a trunk (see `_trunks`).
-_PULL_ONE_BEND, _PULL_BENDS, _PULL_IN_TRUNK = 0.5, 2.0, 16.0
-# How much weaker the edges of what nothing leads to are, such as a weight that is prepared: the trunk is to be straight.
+# How strongly edges are pulled straight, others by 1: with a bend at one end, at both; along a trunk.
+_PULL_ONE_BEND, _PULL_BENDS, _PULL_IN_TRUNK = 0.5, 2.0, 8.0
+# The longest way through the graph is a straight line at 0: without it, deep graphs lean to one side, row by row.
+_PULL_OF_SPINE = 1e6
+# How many other vertices a main one counts for where it is asked what is longest.
+_WEIGHT_OF_MAIN = 4
+# How weakly what nothing leads to, such as a weight that is prepared, pulls what it leads to.
 _PULL_OF_SOURCES = 0.1
 # Bends nearer than this to the straight line between others are left out, in widths of a vertex.
 _STRAIGHT_ENOUGH = 0.3
@@ -52,12 +56,13 @@ class Layout:
     far: set[Edge]
 
 
-def layered(vertices: int, edges: Iterable[Edge]) -> Layout:
+def layered(vertices: int, edges: Iterable[Edge], main: Container[int] = ()) -> Layout:
     """Lay out a directed graph, edges downwards; the same graph always gets the same layout.
 
     Args:
         vertices: How many there are, called 0, 1, ...; in about the order in which they are to be seen.
         edges: Pairs of vertices. Of a circle, the edges that contradict the order of the vertices go upwards.
+        main: Vertices that the straight line through the middle is rather to go through than others.
     """
     every = sorted({edge for edge in edges if edge[0] != edge[1]})
     order = _topological(vertices, every)
@@ -65,7 +70,7 @@ def layered(vertices: int, edges: Iterable[Edge]) -> Layout:
     down = [edge for edge in every if place[edge[0]] < place[edge[1]]]
     rows = _rows(order, down)
     far = _far(down, rows)
-    drawn = _Drawing(rows, [edge for edge in down if edge not in far])
+    drawn = _Drawing(rows, [edge for edge in down if edge not in far], main)
     drawn.put_in_order()
     x = drawn.positions()
     bends = {
@@ -140,7 +145,7 @@ def _far(edges: Sequence[Edge], rows: Sequence[int]) -> set[Edge]:
 class _Drawing:
     """Rows of vertices and of bends of the edges that cross them."""
 
-    def __init__(self, rows: Sequence[int], edges: Sequence[Edge]) -> None:
+    def __init__(self, rows: Sequence[int], edges: Sequence[Edge], main: Container[int]) -> None:
         self.vertices = len(rows)
         self.chains: dict[Edge, list[int]] = {}
         self.levels: list[list[int]] = [[] for _ in range(max(rows, default=-1) + 1)]
@@ -156,22 +161,29 @@ class _Drawing:
                 self.levels[row].append(bend)
             pieces += zip([start, *chain], [*chain, end], strict=True)
         self.above, self.below = _neighbours(made, pieces)
-        self._trunk = self._trunks()
+        self._trunk, self._spine = self._find_trunks(main)
         self._begin_depth_first(made)
 
-    def _trunks(self) -> list[int]:
-        """Return what each item follows, -1 if nothing: the start with most above it, if it leads to nothing deeper."""
+    def _find_trunks(self, main: Container[int]) -> tuple[list[int], set[int]]:
+        """Return what each item follows, and the longest way through the graph.
+
+        An item follows the start with most above it, if that start leads to nothing deeper; -1 stands for nothing.
+        """
+        weights = [_WEIGHT_OF_MAIN if item in main else int(item < self.vertices) for item in range(len(self.above))]
         depth, height = [0] * len(self.above), [0] * len(self.above)
-        for level in self.levels:
-            for item in level:
-                depth[item] = max((depth[start] + 1 for start in self.above[item]), default=0)
-        for level in reversed(self.levels):
-            for item in level:
-                height[item] = max((height[end] + 1 for end in self.below[item]), default=0)
-        # Of equals, what is a vertex and not a bend, then the middle one: the others find room on both sides.
+        for item in (item for level in self.levels for item in level):
+            depth[item] = max((depth[start] for start in self.above[item]), default=0) + weights[item]
+        for item in (item for level in reversed(self.levels) for item in level):
+            height[item] = max((height[end] for end in self.below[item]), default=0) + weights[item]
         deepest = [_best(starts, depth, self.vertices) for starts in self.above]
         tallest = [_best(ends, height, self.vertices) for ends in self.below]
-        return [start if start >= 0 and tallest[start] == item else -1 for item, start in enumerate(deepest)]
+        trunk = [start if start >= 0 and tallest[start] == item else -1 for item, start in enumerate(deepest)]
+        spine: set[int] = set()
+        item = max(range(self.vertices), key=lambda one: (height[one], -one), default=-1)
+        while item >= 0:
+            spine.add(item)
+            item = tallest[item]
+        return trunk, spine
 
     def _begin_depth_first(self, made: int) -> None:
         """Order the rows as a walk along the edges comes by: what hangs together starts out together."""
@@ -261,6 +273,10 @@ class _Drawing:
         packed = self._places(level)
         wanted, weights = [], []
         for item, place, others in zip(level, packed, pulling, strict=True):
+            if item in self._spine:
+                wanted.append(-place)
+                weights.append(_PULL_OF_SPINE)
+                continue
             pulls = [(self._pull(item, other), x[other]) for other in others]
             weight = sum(pull for pull, _ in pulls)
             wanted.append((sum(pull * there for pull, there in pulls) / weight if weight else x[item]) - place)

@@ -1,7 +1,8 @@
 """Which node of a model has become which node of another: paired by origin, graph by graph.
 
-A pair is one node before and one node after; it is `kept` or `changed`. What has no partner before is `added`, what has
-none after is `removed`, though its origins may live on in other nodes: `Pairs.became` and `Pairs.made_from` say where.
+A pair is one node before and one node after; it is `kept` or `changed`. That something was put in or taken out between
+it and what it reads is no change of its own. What has no partner before is `added`, what has none after is `removed`,
+though its origins may live on in other nodes: `Pairs.became` and `Pairs.made_from` say where.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ AnyGraph = ir.Graph | ir.Function
 _Item = TypeVar("_Item")
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+# After so many values a common source is given up: a reader would not see that it is one.
+_LONGEST_LOOK = 64
 # How well an after-node fits a node before it that shares an origin, best first.
 _SAME_VALUE_SAME_OPERATOR, _SAME_OPERATOR, _SAME_VALUE, _RELATED = range(4)
 
@@ -213,14 +216,36 @@ def _input_differences(index: int, was: ir.Value | None, now: ir.Value | None, p
     if was.name == now.name and (old_tensor is None) == (new_tensor is None):
         return
     producer, other = was.producer(), now.producer()
-    if (
-        producer is not None
-        and other is not None
-        and pairs.before.get(other) is producer
-        and was.index() == now.index()
-    ):
+    if producer is not None and other is not None and pairs.before.get(other) is producer:
+        if was.index() != now.index():
+            yield f"input {index}: output {was.index()} of {producer.op_type} → output {now.index()}"
         return
-    yield f"input {index}: {_source(was)} → {_source(now)}"
+    if not _same_source(was, now, pairs):
+        yield f"input {index}: {_source(was)} → {_source(now)}"
+
+
+def _same_source(was: ir.Value, now: ir.Value, pairs: Pairs) -> bool:
+    """Return whether nothing but removed and added nodes are between two values and one that both come from."""
+    old = {pairs.after.get(end, end) if isinstance(end, ir.Node) else end for end in _sources(was, pairs.after)}
+    return not old.isdisjoint(_sources(now, pairs.before))
+
+
+def _sources(value: ir.Value, paired: Mapping[ir.Node, ir.Node]) -> set[ir.Node | str]:
+    """Return the nearest nodes that have a partner, and graph inputs by name, that a value is computed from."""
+    found: set[ir.Node | str] = set()
+    frontier, seen = [value], {value}
+    while frontier and len(seen) < _LONGEST_LOOK:
+        producer = frontier[0].producer()
+        if producer is None:
+            found.update([frontier[0].name or ""] if walk.constant_tensor(frontier[0]) is None else [])
+        elif producer in paired:
+            found.add(producer)
+        else:
+            new = [one for one in dict.fromkeys(producer.inputs) if one is not None and one not in seen]
+            seen.update(new)
+            frontier += new
+        frontier.pop(0)
+    return found
 
 
 def _kind(tensor: ir.TensorProtocol) -> str:
@@ -244,13 +269,13 @@ def _report_inner_changes(pairs: Pairs) -> None:
         if pair.holder_before is not None and pair.holder_after is not None:
             count = count_changed(pair, pairs)
             if count:
-                pairs.changes[pair.holder_after].append(f"{pair.title}: {count} nodes differ")
+                pairs.changes[pair.holder_after].append(f"{pair.title}: {count} changed, removed or added")
 
 
 def count_changed(pair: GraphPair, pairs: Pairs) -> int:
     """Return how many nodes of a pair of graphs are not kept; those of graphs nested in them count in their holder."""
-    gone = sum(node not in pairs.after for node in pair.before or ())
-    return gone + sum(pairs.status(node, is_after=True) != "kept" for node in pair.after or ())
+    gone = sum(node not in pairs.after for node in shown_nodes(pair.before))
+    return gone + sum(pairs.status(node, is_after=True) != "kept" for node in shown_nodes(pair.after))
 
 
 def is_shown(node: ir.Node) -> bool:

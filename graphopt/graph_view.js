@@ -1,7 +1,7 @@
 // The graph view: state, the two sides moved together, search, the map of the whole, keys and pointers.
 
 const FURTHEST_IN = 2.5, WHEEL_STEP = 0.0016, KEY_PAN = 80, ZOOM_STEP = 1.35, MARGIN = 40, READABLE = 0.75, LEAST_FITTED = 0.42;
-const CLICK_REACH = 4, MOST_RESULTS = 60, BREATH = 120;
+const CLICK_REACH = 4, MOST_RESULTS = 60, CAPTION = 28, BREATH = 120;
 
 class GraphView {
   constructor(element, graphs) {
@@ -44,15 +44,15 @@ class GraphView {
     const first = Math.min(...Object.values(this.scene.sides).map((side) => side.byRow[0]?.row ?? 0));
     const near = Object.values(this.scene.sides).flatMap((side) => side.byRow.slice(0, 12)).filter((node) => node.row <= first + 6);
     const middle = near.reduce((sum, node) => sum + node.x, 0) / (near.length || 1);
-    this.move(middle, this.scene.top - MARGIN + this.size().height / 2 / READABLE, READABLE);
+    this.move(middle, this.scene.top - MARGIN - CAPTION + this.size().height / 2 / READABLE, READABLE);
   }
 
   size() { return this.painters[this.names[0]]; }
 
   fit() {
     const { left, right, top, bottom } = this.scene, { width, height } = this.size();
-    const scale = Math.min((width - MARGIN) / (right - left), (height - MARGIN) / (bottom - top), 1.1);
-    this.move((left + right) / 2, (top + bottom) / 2, scale);
+    const scale = Math.min((width - MARGIN) / (right - left), (height - MARGIN - CAPTION) / (bottom - top), 1.1);
+    this.move((left + right) / 2, (top + bottom) / 2 - CAPTION / 2 / scale, scale);
   }
 
   furthestOut() {
@@ -270,10 +270,11 @@ Object.assign(GraphView.prototype, Controls);
 function begin(element) {
   const begun = performance.now();
   return readData(element.querySelector(".gv-data").textContent).then((graphs) => {
-    element.graphView = new GraphView(element, graphs);
-    element.graphView.draw();
+    const view = new GraphView(element, graphs);
+    element.graphView = view;
+    view.draw();
     element.graphView.loadMilliseconds = performance.now() - begun;
-    return element.graphView;
+    return view;
   }).catch((error) => {
     element.querySelector(".gv-hint").textContent = `The graph cannot be shown: ${error.message}`;
     throw error;

@@ -12,7 +12,7 @@ from importlib import resources
 
 import onnx_ir as ir
 
-from graphopt import shapes
+from graphopt import shapes, walk
 from graphopt.graph_facts import Facts, graph_facts
 from graphopt.graph_pairs import pair_models
 
@@ -25,9 +25,10 @@ _STATUSES = {
 }
 _HINT = (
     "Drag to move, click and turn the wheel to zoom (Ctrl + wheel at once), click a node for what is known of it; "
-    "double-click one marked ⊞ to open the graph inside. Keys: arrows, + − 0, n and p for the next and previous change, "
-    "/ to search."
+    "double-click one marked ⊞ to open the graph inside. Keys: arrows, + − 0, n and p for the next and previous "
+    "change, / to search."
 )
+_SEARCH = "Search nodes, values, origins"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def graph_view(before: ir.Model, after: ir.Model | None = None) -> GraphView:
     graphs = graph_facts(pair_models(old, new))
     if after is None:
         graphs = [{**graph, "before": None} for graph in graphs]
+        for node in (node for graph in graphs for node in graph["after"]["nodes"]):
+            node["related"] = []
     sides = ("after",) if after is None else ("before", "after")
     script = "(() => {\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();\n"
     return GraphView(_fragment(graphs, sides), _asset("graph_view.css"), script, _remark(graphs))
@@ -69,13 +72,23 @@ def graph_view(before: ir.Model, after: ir.Model | None = None) -> GraphView:
 def graph_page(view: GraphView, title: str) -> str:
     """Return a view as a whole page of its own, light or dark as the reader's system is."""
     frame = _asset("graph_page.html")
-    parts = {"title": html.escape(title), "style": view.style, "view": view.html, "script": view.script, "remark": view.remark}
+    parts = {
+        "title": html.escape(title),
+        "style": view.style,
+        "view": view.html,
+        "script": view.script,
+        "remark": view.remark,
+    }
     for name, text in parts.items():
         frame = frame.replace(f"<!-- {name} -->", text)
     return frame.replace('class="graph-view"', 'class="graph-view" data-wheel="always"')
 
 
 def _with_shapes(model: ir.Model) -> ir.Model:
+    """Return the model if all its values have a shape, else a copy on which they are inferred."""
+    values = (value for node in walk.every_node(model) for value in node.outputs if value.name)
+    if all(value.shape is not None for value in values):
+        return model
     copy = model.clone()
     shapes.infer_shapes(copy)
     return copy
@@ -101,14 +114,15 @@ def _fragment(graphs: Sequence[Facts], sides: Sequence[str]) -> str:
     changes = _button("previous", "↑", "previous change (p)") + _button("next", "↓", "next change (n)")
     return (
         f'<div class="graph-view" data-sides="{len(sides)}">\n<div class="gv-bar">{chips}'
-        '<div class="gv-search"><input type="search" placeholder="Search nodes, values, origins" aria-label="Search nodes, '
-        'values, origins" aria-expanded="false" autocomplete="off" spellcheck="false">'
+        f'<div class="gv-search"><input type="search" placeholder="{_SEARCH}" aria-label="{_SEARCH}" '
+        'aria-expanded="false" autocomplete="off" spellcheck="false">'
         '<ul class="gv-results" hidden></ul></div>'
         f'<div class="gv-tools">{changes if len(sides) > 1 else ""}{_button("begin", "top", "to the beginning (Home)")}'
         f'{_button("out", "−", "zoom out (−)")}<span class="gv-scale"></span>{_button("in", "+", "zoom in (+)")}'
-        f'{_button("fit", "fit", "fit the whole graph (0)")}</div></div>\n'
+        f"{_button('fit', 'fit', 'fit the whole graph (0)')}</div></div>\n"
         f'<nav class="gv-trail" aria-label="which graph" hidden></nav>\n<div class="gv-stage">{"".join(panes)}'
-        f'<div class="gv-tip" hidden></div></div>\n<p class="gv-hint">{_HINT}</p>\n<div class="gv-details">{details}</div>\n'
+        f'<div class="gv-tip" hidden></div></div>\n<p class="gv-hint">{_HINT}</p>\n'
+        f'<div class="gv-details">{details}</div>\n'
         '<div class="gv-said" aria-live="polite"></div><span class="gv-probe"></span>\n'
         f'<script type="application/octet-stream" class="gv-data">{base64.b64encode(packed).decode()}</script>\n</div>'
     )
@@ -127,7 +141,8 @@ def _pane(side: str, *, alone: bool) -> str:
     label = "graph" if alone else f"graph {side}"
     return (
         f'<figure class="gv-pane" data-side="{side}"><figcaption>{caption}<span class="gv-count"></span></figcaption>'
-        f'<canvas tabindex="0" role="application" aria-label="{label}: arrows move, plus and minus zoom"></canvas></figure>'
+        f'<canvas tabindex="0" role="application" aria-label="{label}: arrows move, plus and minus zoom"></canvas>'
+        "</figure>"
     )
 
 

@@ -68,7 +68,8 @@ class Isolation:
                 f"this cannot be asked in another process: {in_words(error)}",
                 hint="name passes and checks instead of giving objects, or go without isolation",
             ) from error
-        assert self._server.stdin is not None and self._server.stdout is not None, "opened as pipes"
+        assert self._server.stdin is not None, "opened as a pipe"
+        assert self._server.stdout is not None, "opened as a pipe"
         try:
             _send(self._server.stdin, message)
             kind, content = pickle.loads(_receive(self._server.stdout))

@@ -133,7 +133,11 @@ def sized(model: ir.Model, feeds: Feeds) -> ir.Model:
         feed = feeds.get(value.name or "")
         if feed is not None:
             value.shape = ir.Shape(feed.shape)
+    # What outputs declare would stand, sizes that it leaves open as well.
+    outputs = list(copy.graph.outputs)
+    copy.graph.outputs.clear()
     infer_shapes(copy)
+    copy.graph.outputs.extend(outputs)
     return copy
 
 

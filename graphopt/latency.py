@@ -22,6 +22,8 @@ WARM_UP_SHARE = 0.1
 # of the time are, nearly.
 STRETCHES = 20
 CONFIDENCE = 0.95
+# What six independent medians enclose holds the true one in all but 2 / 2⁶ = 3 % of cases; five reach 94 %.
+LEAST_PARTS = 6
 # Two sessions of one and the same file differ by as much on a quiet machine: where their memory lies is luck.
 SAME = 0.02
 # A ratio that is known no better than to ± this says nothing of what most passes gain.
@@ -29,6 +31,8 @@ UNCLEAR = 0.05
 
 _Times = npt.NDArray[np.float64]
 Interval = tuple[float, float]
+# Seconds of each run, by session, of one round.
+Round = list[list[float]]
 Verdict = Literal["faster", "slower", "the same", "cannot tell"]
 UNKNOWN: Interval = (0.0, math.inf)
 
@@ -42,10 +46,11 @@ class Latency:
         low: 10th percentile.
         high: 90th percentile.
         runs: How many runs were timed.
-        ratio: Median over runs of (this session's time / the first session's in the same round).
+        ratio: Median over rounds of (this session's time / the first session's in the same round).
         batch: Samples in each run.
         median_within: Where the median is, with 95 % confidence.
         ratio_within: Where the ratio is, likewise.
+        openings: How often the sessions were opened anew.
     """
 
     median: float
@@ -56,6 +61,7 @@ class Latency:
     batch: int = 1
     median_within: Interval = UNKNOWN
     ratio_within: Interval = UNKNOWN
+    openings: int = 1
 
     @property
     def samples_per_second(self) -> float:
@@ -80,7 +86,7 @@ class Latency:
 
 
 def measure(sessions: Sequence[Session], feeds: Sequence[Feeds], *, seconds: float, min_runs: int = 3) -> list[Latency]:
-    """Time sessions in turn for about so long in all, each round in an order of its own.
+    """Time sessions run by run in turn, for about so long in all.
 
     A session that can (`graphopt.backend.Bindable`) keeps its feed where it computes: no copies are timed then.
 
@@ -90,20 +96,43 @@ def measure(sessions: Sequence[Session], feeds: Sequence[Feeds], *, seconds: flo
         seconds: Time to spend, the warm-up not counted.
         min_runs: Rounds to make even if that takes longer.
     """
+    return summarize([rounds(sessions, feeds, seconds=seconds, least=min_runs, burst=0.0)])
+
+
+def rounds(
+    sessions: Sequence[Session], feeds: Sequence[Feeds], *, seconds: float, least: int, burst: float
+) -> list[Round]:
+    """Time sessions in turn, each round in an order of its own: what follows a large model finds the caches full of it.
+
+    Args:
+        sessions: What to time.
+        feeds: One feed per session.
+        seconds: Time to spend, the warm-up not counted.
+        least: Rounds to make even if that takes longer.
+        burst: Seconds that each session goes on for in a round, a first run not counted; 0 for a single run.
+    """
     runs = [runner(session, feed) for session, feed in zip(sessions, feeds, strict=True)]
     warm_up(runs, seconds * WARM_UP_SHARE)
-    # What runs right after a large model finds the caches full of it: each comes after each as often.
     order = np.random.default_rng(0)
-    rounds: list[list[float]] = []
+    done: list[Round] = []
     with uncollected():
         end = time.perf_counter() + seconds
-        while len(rounds) < min_runs or time.perf_counter() < end:
-            times = [0.0] * len(runs)
+        while len(done) < least or time.perf_counter() < end:
+            times: Round = [[] for _ in runs]
             for place in order.permutation(len(runs)):
-                times[place] = timed(runs[place])
-            rounds.append(times)
-    table = np.array(rounds) * 1e3
-    return [_summary(table[:, i], table[:, 0]) for i in range(len(runs))]
+                times[place] = _burst(runs[place], burst)
+            done.append(times)
+    return done
+
+
+def _burst(run: Callable[[], object], seconds: float) -> list[float]:
+    first = timed(run)
+    if first >= seconds:
+        return [first]
+    end, times = time.perf_counter() + seconds, [timed(run)]
+    while time.perf_counter() < end:
+        times.append(timed(run))
+    return times
 
 
 def runner(session: Session, feeds: Feeds) -> Callable[[], object]:
@@ -141,17 +170,49 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def within(values: _Times) -> Interval:
-    """Return where the median of what values are drawn from is, by order statistics of medians of stretches.
-
-    No distribution is assumed: of m independent medians, the chance that k or fewer lie below the true one is
-    binomial. Fewer than six stretches reach no 95 %; their extremes are returned.
+def summarize(openings: Sequence[Sequence[Round]]) -> list[Latency]:
+    """Return the latencies of sessions from their rounds.
 
     Args:
-        values: Values in the order they were measured in.
+        openings: Rounds in the order they were made in, by the opening of the sessions they were made with.
     """
-    stretches = np.array_split(values, min(STRETCHES, len(values)))
-    medians = np.sort([np.median(stretch) for stretch in stretches])
+    together = [one for done in openings for one in done]
+    return [_summary(openings, together, place) for place in range(len(together[0]))]
+
+
+def _summary(openings: Sequence[Sequence[Round]], together: Sequence[Round], place: int) -> Latency:
+    times = np.concatenate([one[place] for one in together]) * 1e3
+    low, median, high = np.percentile(times, [10, 50, 90])
+    medians = [np.array([np.median(one[place]) * 1e3 for one in done]) for done in openings]
+    firsts = [np.array([np.median(one[0]) * 1e3 for one in done]) for done in openings]
+    ratios = [own / first for own, first in zip(medians, firsts, strict=True)]
+    return Latency(
+        float(median),
+        float(low),
+        float(high),
+        len(times),
+        float(np.median(np.concatenate(ratios))),
+        median_within=within(medians),
+        ratio_within=within(ratios),
+        openings=len(openings),
+    )
+
+
+def within(openings: Sequence[_Times]) -> Interval:
+    """Return where the median of what values are drawn from is, by order statistics of medians of independent parts.
+
+    No distribution is assumed: of m independent medians, the chance that k or fewer lie below the true one is
+    binomial. Fewer than six parts reach no 95 %; their extremes are returned. Parts are the openings, where there are
+    six, else stretches of time.
+
+    Args:
+        openings: Values in the order they were measured in, by opening.
+    """
+    parts = openings
+    if len(openings) < LEAST_PARTS:
+        values = np.concatenate(openings)
+        parts = np.array_split(values, min(STRETCHES, len(values)))
+    medians = np.sort([np.median(part) for part in parts])
     count, outside, left = len(medians), 0.0, 0
     while left < (count - 1) // 2:
         outside += 2 * math.comb(count, left) / 2**count
@@ -160,17 +221,3 @@ def within(values: _Times) -> Interval:
         left += 1
     left = max(left - 1, 0)
     return float(medians[left]), float(medians[count - 1 - left])
-
-
-def _summary(own: _Times, first: _Times) -> Latency:
-    low, median, high = np.percentile(own, [10, 50, 90])
-    ratios = own / first
-    return Latency(
-        float(median),
-        float(low),
-        float(high),
-        len(own),
-        float(np.median(ratios)),
-        median_within=within(own),
-        ratio_within=within(ratios),
-    )

@@ -18,6 +18,8 @@ from graphopt.structural_differences import left_alone
 # Of how many layers at which a difference begins the changes are looked for, which reads their weights; and how many
 # nodes and changes each names.
 _EXPLAINED, _NAMED = 16, 8
+# Which share of the error of what it is made of a value has at least, if it hands the difference on.
+_HANDED_ON = 0.5
 
 
 class Blame:
@@ -50,7 +52,7 @@ class Blame:
         self._order_b = {node: place for place, node in enumerate(b.graph)}
         self._known_a = self._known(read_a, set(errors))
         self._known_b = self._known(read_b, {pairs[value] for value in errors})
-        self._finder = ChangeFinder(index, pairs)
+        self._index, self._finder = index, ChangeFinder(index, pairs)
 
     @staticmethod
     def _known(read: ReadValues, compared: set[ir.Value]) -> dict[ir.Value, ir.Value]:
@@ -67,8 +69,8 @@ class Blame:
         depths = _depths(self._a)
         differ = {value for value, error in self._errors.items() if not error.within(tolerance)}
         on_the_way = self._on_the_way(differ)
-        begins = self._beginnings(on_the_way)
-        found = []
+        found: list[LayerError] = []
+        explained = 0
         for value in self._read_a.readings:
             error, node = self._errors.get(value), value.producer()
             if error is None or node is None:
@@ -76,8 +78,12 @@ class Blame:
             nodes, hangs_on = self._around(value, self._read_a, self._known_a, self._order_a)
             others, _ = self._around(self._pairs[value], self._read_b, self._known_b, self._order_b)
             sqnr = min((self._errors[one].sqnr_db for one in hangs_on), default=SQNR_CEILING_DB)
-            changes = self._finder.changes(nodes, others) if value in begins else []
+            begins = value in on_the_way and not on_the_way.intersection(hangs_on)
+            explained += begins
             other = self._pairs[value]
+            written_as_codes = self._read_b.readings[other].codes is not None
+            there = [node for node in nodes if not (written_as_codes and self._index.is_clipped(node))]
+            changes = self._finder.changes(there, others) if begins and explained <= _EXPLAINED else []
             found.append(
                 LayerError(
                     origin=_origin(node),
@@ -95,6 +101,7 @@ class Blame:
                     suspect=changes[0].origin if changes else _origin(node),
                     is_output=value.is_graph_output(),
                     on_the_way=value in on_the_way,
+                    begins=begins,
                     tolerance=tolerance,
                 )
             )
@@ -117,7 +124,7 @@ class Blame:
         seen: set[ir.Value] = set(stack)
         while stack:
             value = stack.pop()
-            if value in differ:
+            if value in self._errors:
                 found.add(value)
             node = value.producer()
             if node is None or node not in self._order_a:
@@ -126,22 +133,19 @@ class Blame:
                 meant = self._read_a.meant(one)
                 if meant in seen or constant_content(meant) is not None:
                     continue
-                if meant in differ or meant not in self._errors:
+                if meant in differ or meant not in self._errors or self._hands_on(meant, differ):
                     seen.add(meant)
                     stack.append(meant)
         return found
 
-    def _beginnings(self, on_the_way: set[ir.Value]) -> set[ir.Value]:
-        """Return the first of these values none of which hangs on another by way of values not compared."""
-        begins: set[ir.Value] = set()
-        for value in self._read_a.readings:
-            if len(begins) == _EXPLAINED:
-                break
-            if value in on_the_way:
-                _, hangs_on = self._around(value, self._read_a, self._known_a, self._order_a)
-                if not on_the_way.intersection(hangs_on):
-                    begins.add(value)
-        return begins
+    def _hands_on(self, value: ir.Value, differ: set[ir.Value]) -> bool:
+        """Return whether a value has the error of one it is made of, though beside its own peak that looks small.
+
+        A mask of large negative numbers, added to scores, hides how far these are off.
+        """
+        node, error = value.producer(), self._errors[value].max_abs
+        made_of = [self._read_a.meant(one) for one in node.inputs if one is not None] if node is not None else []
+        return any(error >= _HANDED_ON * self._errors[one].max_abs for one in made_of if one in differ)
 
 
 def _depths(model: ir.Model) -> dict[ir.Node, int]:

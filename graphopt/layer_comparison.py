@@ -49,8 +49,8 @@ def compare_layers(
     b: ModelLike,
     *,
     data: Any = None,
-    backend: str | None = None,
-    other_backend: str | None = None,
+    backend: str | Backend | None = None,
+    other_backend: str | Backend | None = None,
     samples: int = LAYER_SAMPLES,
     tolerance: float | None = None,
     seed: int = 0,
@@ -66,9 +66,9 @@ def compare_layers(
     Args:
         a: A model or path; the reference.
         b: Another, made from it.
-        data: Samples, as for `optimize`; made-up inputs where None.
-        backend: Backend text for both.
-        other_backend: Backend text for the second where it is another.
+        data: Samples, as for `optimize`, or opened; made-up inputs where None.
+        backend: Backend, or its text, for both.
+        other_backend: The same for the second where it is another.
         samples: How many samples to run at most, the first ones.
         tolerance: Largest absolute error that is no difference; rounding of the dtype where None.
         seed: Seed of made-up inputs.
@@ -85,8 +85,8 @@ def compare_layers(
     """
     if samples < 1:
         raise UsageError(f"layers cannot be compared on {samples} samples", hint="1 or more")
-    runtime = find_backend(backend, find_target(None))
-    other = find_backend(other_backend, find_target(None)) if other_backend is not None else runtime
+    runtime = _runtime(backend)
+    other = _runtime(other_backend) if other_backend is not None else runtime
     display = Display(progress)
     with display.stage("reading the models"):
         sides = _Side(open_model(a), runtime), _Side(_open_second(b), other)
@@ -106,7 +106,13 @@ def _open_second(model: ModelLike) -> ir.Model:
         return model
 
 
+def _runtime(backend: str | Backend | None) -> Backend:
+    return find_backend(backend, find_target(None)) if backend is None or isinstance(backend, str) else backend
+
+
 def _open(model: ir.Model, data: Any, seed: int, display: Display) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
     if data is not None:
         return open_data(data, model, advance=display.advance)
     return open_data(generated_feeds(model, seed), model)

@@ -65,7 +65,9 @@ class LayerError:
         suspect: Origin of the node that the changes point at; where there are none, its own.
         judges_error: Largest error at this value between two ways to run the *first* model; None where not asked.
         is_output: Whether it is an output of the model.
-        on_the_way: Whether an output that differs hangs on it by way of values that differ, too.
+        on_the_way: Whether an output that differs hangs on it by way of values that differ, too. One that only hands an
+            error on, small beside its own peak, counts as such.
+        begins: Whether it is on the way, and nothing that it hangs on is: here a difference begins.
         tolerance: Largest absolute error that is no difference; rounding of the dtype where None.
     """
 
@@ -85,6 +87,7 @@ class LayerError:
     judges_error: float | None = None
     is_output: bool = False
     on_the_way: bool = False
+    begins: bool = False
     tolerance: float | None = None
 
     @property
@@ -150,6 +153,7 @@ class LayerError:
             "own_sqnr_db": self.own_sqnr_db,
             "differs": self.differs,
             "on_the_way": self.on_the_way,
+            "begins": self.begins,
             "mismatch": self.error.mismatch,
             "judges_error": self.judges_error,
             "samples": self.samples,
@@ -228,8 +232,8 @@ class LayerComparison:
         Values that differ and are made up for further down, as where scales move from one layer to the next, are none;
         nor are those in which the judges of the first model disagree, if there are others.
         """
-        found = [one for one in self.layers if one.on_the_way]
-        return next((one for one in found if not one.judges_disagree), found[0] if found else None)
+        begins = [one for one in self.layers if one.begins]
+        return next((one for one in begins if not one.judges_disagree), begins[0] if begins else None)
 
     @property
     def made_up_for(self) -> list[LayerError]:
@@ -238,13 +242,9 @@ class LayerComparison:
 
     @property
     def judges_disagree(self) -> bool:
-        """Whether all that differs is no more than what the first model does by itself, run in two ways."""
-        on_the_way = [one for one in self.layers if one.on_the_way]
-        return (
-            bool(on_the_way)
-            and all(one.judges_disagree for one in on_the_way if one.is_output)
-            and any(one.is_output for one in on_the_way)
-        )
+        """Whether no difference begins but where the first model by itself differs as much, run in two ways."""
+        begins = [one for one in self.layers if one.begins]
+        return bool(begins) and all(one.judges_disagree for one in begins)
 
     @property
     def faults(self) -> list[Difference]:

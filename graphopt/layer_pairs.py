@@ -16,6 +16,9 @@ from graphopt.shapes import dims_of
 # What the Rewriter puts behind the name of a node that takes the place of another.
 _SUFFIX = re.compile(r"_\d+$")
 
+# What quantization leaves out where codes cannot say anything that it would change.
+_CLIPPING = ("Clip", "Relu")
+
 
 class OriginIndex:
     """Nodes of a second model by the origins they share with the first.
@@ -56,6 +59,10 @@ class OriginIndex:
         """Return the nodes of the second model, in order, that stand for a node of the first, or for part of it."""
         return list(dict.fromkeys(one for origin in provenance.origins(node) for one in self._nodes.get(origin, ())))
 
+    def is_clipped(self, node: ir.Node) -> bool:
+        """Return whether a node only cuts values off, and the second model leaves that to the codes it writes."""
+        return walk.is_onnx_op(node, *_CLIPPING) and not any(one.op_type in _CLIPPING for one in self.made_from(node))
+
     def is_gone(self, node: ir.Node) -> bool:
         """Return whether nothing in the second model stands for a node of the first."""
         return not any(origin in self._nodes for origin in provenance.origins(node))
@@ -93,6 +100,8 @@ class _Pairing:
 
     def _pair(self, value: ir.Value, other: ir.Value) -> bool:
         """Pair two values if both are read and yet single."""
+        if other in self._read_b.readings and self._read_b.readings[other].codes is not None:
+            value = self._behind_clipping(value)
         if value not in self._read_a.readings or other not in self._read_b.readings:
             return False
         if value in self.pairs or other in self._taken:
@@ -100,6 +109,14 @@ class _Pairing:
         self.pairs[value] = other
         self._taken.add(other)
         return True
+
+    def _behind_clipping(self, value: ir.Value) -> ir.Value:
+        """Return what codes of a value stand for where they cannot say what a Relu or Clip behind it would cut off."""
+        while True:
+            readers = [use.node for use in value.uses()]
+            if len(readers) != 1 or value.is_graph_output() or not self._index.is_clipped(readers[0]):
+                return value
+            value = readers[0].outputs[0]
 
     def by_name(self) -> None:
         """Pair what has the same name; the `Rewriter` gives no name to two values, and leaves those of outputs."""

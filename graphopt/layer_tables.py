@@ -24,9 +24,9 @@ def listing_of(found: LayerComparison, worst: int, *, verbose: bool = False) -> 
         worst: How many layers to name.
         verbose: Whether every layer is listed, in order.
     """
-    sheets = [_layers("output", [one for one in found.layers if one.is_output])]
+    sheets = [_layers("output", [one for one in found.layers if one.is_output], names=True)]
     if verbose:
-        sheets.append(_layers("layer", found.layers))
+        sheets.append(_layers("value", found.layers, names=True))
     elif found.worst(worst):
         sheets.append(_layers("worst layers", found.worst(worst)))
     depths = found.by_depth()
@@ -35,12 +35,13 @@ def listing_of(found: LayerComparison, worst: int, *, verbose: bool = False) -> 
     return Listing([sheet for sheet in sheets if sheet.rows], found.as_dict(), list(_remarks(found)))
 
 
-def _layers(title: str, layers: Sequence[LayerError]) -> Sheet:
+def _layers(title: str, layers: Sequence[LayerError], *, names: bool = False) -> Sheet:
+    """Return a table of layers by origin, or else by the names of the two values."""
     columns = [title, "operator", "depth", "SQNR", "comes in here", "max |Δ|", "max relative", "verdict"]
     numbers = ["depth", "SQNR", "comes in here", "max |Δ|", "max relative"]
     rows = [
         [
-            one.name if one.other in (one.name, "") else f"{one.name} ↔ {one.other}",
+            one.origin if not names else one.name if one.other == one.name else f"{one.name} ↔ {one.other}",
             one.op_type,
             str(one.depth),
             _db(one.sqnr_db),
@@ -62,7 +63,7 @@ def _verdict(one: LayerError) -> str:
     if not one.differs:
         return "within tolerance"
     if one.judges_disagree:
-        return "as the judges of the first model differ"
+        return "as the first differs by itself"
     return "DIFFERS" if one.on_the_way else "differs, made up for"
 
 
@@ -116,8 +117,7 @@ def _first(found: LayerComparison) -> Iterator[str]:
     if found.judges_disagree:
         assert found.judges is not None, "judges that disagree were asked"
         a, b = found.judges
-        yield f"no pass is to blame: the first model by itself differs as much between {a} and {b}"
-        return
+        yield f"nobody is blamed: the first model by itself differs as much between {a} and {b}"
     share = f"{first.relative_error:.3g} of the largest value"
     yield (
         f"first diverging: `{first.name}` ({first.op_type}, depth {first.depth}): {_db(first.sqnr_db)}, "

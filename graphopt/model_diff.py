@@ -17,7 +17,7 @@ _LONGEST_ATTRIBUTE = 60
 
 def changed_lines(before: ir.Model, after: ir.Model) -> tuple[list[str], list[str]]:
     """Return the nodes and constants that only the one state has, and those that only the other has, as text."""
-    old, new = dict.fromkeys(_node_lines(before)), dict.fromkeys(_node_lines(after))
+    old, new = dict.fromkeys(node_lines(before)), dict.fromkeys(node_lines(after))
     removed, added = [line for line in old if line not in new], [line for line in new if line not in old]
     constants, others = _constants(before), _constants(after)
     for name in dict.fromkeys([*constants, *others]):
@@ -33,13 +33,14 @@ def model_lines(model: ir.Model) -> Iterator[str]:
     for kind, values in (("input", model.graph.inputs), ("output", model.graph.outputs)):
         for value in values:
             yield f"{kind} {value.name} {value.dtype} {value.shape}"
-    yield from _node_lines(model)
+    yield from node_lines(model)
     for name, tensor in _constants(model).items():
         whole = tensor.size <= _SHOWN_ELEMENTS
         yield f"{name} = {show_tensor(tensor)}" + ("" if whole else f" crc32 {zlib.crc32(tensor.tobytes()):08x}")
 
 
-def _node_lines(model: ir.Model) -> Iterator[str]:
+def node_lines(model: ir.Model) -> Iterator[str]:
+    """Yield each node of a model as a line of text, those of nested graphs and functions included."""
     for node in walk.every_node(model):
         inputs = ", ".join(value.name or "?" if value is not None else '""' for value in node.inputs)
         outputs = ", ".join(value.name or '""' for value in node.outputs)

@@ -26,7 +26,8 @@ class Weight(enum.IntEnum):
     ATTRIBUTE = 3
     READS = 4
     NEW = 5
-    OPERATOR = 6
+    STORED = 6
+    OPERATOR = 7
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class ChangeFinder:
             how = _differ(constants[0], constants[1])
             return (Weight.CONSTANT, f"(`{b.name}`) {how}") if how is not None else None
         if (constants[0] is None) != (constants[1] is None):
-            return Weight.READS, f"is {_name(b)}, was {_name(a)}"
+            return Weight.STORED, f"is {_name(b)}, was {_name(a)}"
         if a.is_graph_input() and b.is_graph_input():
             return None if a.name == b.name else (Weight.READS, f"is {_name(b)}, was {_name(a)}")
         known = self._pairs.get(a)

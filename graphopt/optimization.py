@@ -60,6 +60,7 @@ from graphopt.rewrite_check import RewriteChecker, WrongRewrite
 from graphopt.shapes import forget_inferred
 from graphopt.specialise import specialise
 from graphopt.standing import Standing
+from graphopt.target_advice import advise
 from graphopt.verify import Signature, problems_of, verify
 from graphopt.versions import installed_version
 
@@ -75,11 +76,13 @@ class Result:
         model: The optimized model, in memory.
         report: What was done and measured.
         output: The file written, or None.
+        test: The test file written, or None.
     """
 
     model: ir.Model
     report: Report
     output: Path | None = None
+    test: Path | None = None
 
 
 class Run:
@@ -164,7 +167,7 @@ class Run:
             with self.display.stage("scoring the original"):
                 report = self._report_of_original(folder)
             failure = self._transform(report)
-            delivered = None
+            delivered = test = None
             if failure is None or request.keep_failed:
                 staged = folder / (request.output.name if request.output is not None else "after.onnx")
                 forget_inferred(self.model)
@@ -177,12 +180,12 @@ class Run:
                 if request.output is not None and (failure is None or request.keep_failed):
                     delivered = move_into_place(files, request.output)
                 if self.emitted is not None and failure is None:
-                    self.emitted.publish()
+                    test = self.emitted.publish()
         if failure is not None:
             report.ok, report.failure = False, failure.message
             failure.report, failure.output = report, delivered
             raise failure
-        return Result(self.model, report, delivered)
+        return Result(self.model, report, delivered, test)
 
     def _open_test(self) -> EmittedTest | None:
         request = self.request
@@ -313,7 +316,7 @@ class Run:
             return
         folder = self.reproducers.of_failure(error)
         if folder is not None:
-            error.hint = f"{error.hint}; `graphopt replay {folder}` repeats it"
+            error.hint = f"{error.hint}; `graphopt debug replay {folder}` repeats it"
 
     def open_original(self) -> ir.Model:
         """Return the model as it was: kept, or loaded again."""
@@ -430,7 +433,7 @@ class Run:
             if report.deployed is not None and report.deployed.ok is False:
                 raise VerificationError(
                     f"as deployed, the model changed: {report.deployed.why}",
-                    hint="`graphopt bisect` finds the edit; `--keep-failed` writes the model all the same",
+                    hint="`graphopt debug bisect` finds the edit; `--keep-failed` writes the model all the same",
                 )
             enforce(self.budgets, self._baseline(report), report.after.metrics, self.metric_types, "in the end")
         except VerificationError as error:
@@ -447,3 +450,7 @@ class Run:
         report.before.placement, report.after.placement = before.placement, after.placement
         report.latency_ratio = after.latency.ratio
         report.latency_batch = batch_size(feed)
+        if self.request.advise:
+            with self.display.stage("trying other runtimes"):
+                found = advise(self.backend, staged, report.after.bytes, feed, self.request.threads)
+            report.advice = found.as_dict() if found is not None else None

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from graphopt.comparison import ABSOLUTE_TOLERANCE, RELATIVE_TOLERANCE, OutputError
 
-# How much more than was measured is allowed. Errors between runs that should agree are small and hang on the machine;
-# those against the original are large and do not.
-RUN_MARGIN, ORIGINAL_MARGIN = 4.0, 1.5
+# How much more than was measured is allowed: of errors between runs that should agree, which hang on the machine, and
+# of errors against the original, which do not.
+RUN_MARGIN, ORIGINAL_MARGIN = 2.0, 1.5
+# Weights are nudged by this share of themselves: some ten roundings of float32. What is quantized then rounds to other
+# codes here and there, as it does on a machine with other kernels.
+RUN_NUDGE = 1e-6
 _DIGITS = 3
 
 

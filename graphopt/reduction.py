@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +14,15 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Pass
 from graphopt.backend import Array
+from graphopt.candidate_runs import ask, recorded
 from graphopt.choices import ModelLike, open_model
 from graphopt.data import open_data
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.failures import Failure, Question, names_of
 from graphopt.generated import generated_feeds
-from graphopt.isolation import Died, Isolation
-from graphopt.model_io import load, save, saved_bytes
+from graphopt.isolation import Isolation
+from graphopt.model_diff import node_lines
+from graphopt.model_io import saved_bytes
 from graphopt.pipeline import Pipeline
 from graphopt.progress import Display
 from graphopt.reduction_cuts import (
@@ -33,9 +34,10 @@ from graphopt.reduction_cuts import (
     with_initializers,
     without_output,
 )
+from graphopt.reduction_folder import check_folder, write_folder
 from graphopt.reduction_search import fewest
 from graphopt.reduction_sizes import ContentChange, SizeChange, content_changes, size_changes
-from graphopt.reduction_values import feed_for, record_values
+from graphopt.reduction_values import feed_for
 from graphopt.shapes import contradiction
 from graphopt.user_check import CheckCommand
 from graphopt.verify import problems_of
@@ -73,6 +75,11 @@ class Reduction:
     seconds: float
     complete: bool
     folder: Path | None = None
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The nodes of the reduced model as text."""
+        return tuple(node_lines(self.model))
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,6 @@ def reduce(
     Raises:
         UsageError: The model shows no failure, or what is asked for makes no sense.
     """
-    from graphopt.reduction_folder import check_folder, write_folder
-
     if check is not None and passes is not None:
         raise UsageError("give either passes or a check", hint="a check of one's own may run passes, too")
     question = Question(
@@ -162,7 +167,7 @@ def reduce(
         search = _Search(question, original, feed, isolation, seconds, display, on_progress)
         found = search.run()
     if folder is not None:
-        write_folder(folder, found, question)
+        write_folder(folder, found, question, isolated=isolate)
         found = replace(found, folder=folder)
     return found
 
@@ -198,7 +203,7 @@ class _Search:
 
     def run(self) -> Reduction:
         with self.display.stage("looking at the failure"):
-            first = self._ask(self.model, self.feed)
+            first = ask(self.question, self.model, self.feed, self.isolation)
         if first is None:
             raise UsageError("the model shows no failure", hint="other `--data`, `--passes` or a `--check` may show it")
         self.wanted = self.shown = first
@@ -229,12 +234,16 @@ class _Search:
                 "outputs", lambda: (without_output(self.model, i) for i in range(len(self.model.graph.outputs)))
             )
             self._repeat("branches", lambda: (one for i in self._places() for one in entered(self.model, i)))
-            types = types_of(self.model)
-            self._repeat("bypassed", lambda: (one for i in self._places() for one in bypassed(self.model, i, types)))
+            self._repeat("bypassed", self._bypassed)
             if self.model is before:
                 break
         self._change("sizes", lambda: size_changes(self.model, self.feed))
         self._change("contents", lambda: content_changes(self.model, self.feed))
+
+    def _bypassed(self) -> Iterator[ir.Model]:
+        types = types_of(self.model)
+        for index in self._places():
+            yield from bypassed(self.model, index, types)
 
     def _places(self) -> range:
         return range(len(self.model.graph))
@@ -258,16 +267,7 @@ class _Search:
             fewest(range(len(whole.graph)), lambda kept: self._take("nodes", candidates(kept)))
 
     def _known(self) -> Known:
-        types = types_of(self.model)
-        return Known(types, self._recorded(types))
-
-    def _recorded(self, types: Any) -> dict[str, Array]:
-        question = self.question
-        if self.isolation is None:
-            return record_values(self.model, self.feed, types, question.open_backend(), question.threads)
-        with _as_file(self.model) as file:
-            values = self.isolation.call(_record_in_child, question, file, self.feed)
-        return dict(self.feed) if isinstance(values, Died) else values
+        return Known(types_of(self.model), recorded(self.question, self.model, self.feed, self.isolation))
 
     def _repeat(self, stage: str, models: Callable[[], Iterable[ir.Model | None]]) -> None:
         """Take one smaller model after the other, for as long as there is one."""
@@ -311,36 +311,9 @@ class _Search:
         if problems_of(model) - self.came_with or (self.is_consistent and contradiction(model) is not None):
             return None
         try:
-            return self._ask(model, feed)
+            return ask(self.question, model, feed, self.isolation)
         except GraphoptError:
             return None
-
-    def _ask(self, model: ir.Model, feed: Feed) -> Failure | None:
-        if self.isolation is None:
-            return self.question.ask(model, feed)
-        with _as_file(model) as file:
-            answer = self.isolation.call(_ask_in_child, self.question, file, feed)
-        if isinstance(answer, Died):
-            said = f": {answer.last_words}" if answer.last_words else ""
-            return Failure(f"died: {answer.how}", f"the process that runs it {answer.how}{said}")
-        return answer  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _as_file(model: ir.Model) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-        file = Path(folder) / "model.onnx"
-        save(model, file)
-        yield file
-
-
-def _ask_in_child(question: Question, file: Path, feed: Feed) -> Failure | None:
-    return question.ask(load(file), feed)
-
-
-def _record_in_child(question: Question, file: Path, feed: Feed) -> Feed:
-    model = load(file)
-    return record_values(model, feed, types_of(model), question.open_backend(), question.threads)
 
 
 def _may_be_shape(value: ir.Value, known: Known) -> bool:

@@ -12,8 +12,9 @@ import numpy as np
 import tomli_w
 
 from graphopt.errors import UsageError
-from graphopt.failures import Question
+from graphopt.failures import Question, names_of
 from graphopt.model_io import save
+from graphopt.pipeline import Pipeline
 from graphopt.reproducer import FACTS, INPUTS
 from graphopt.user_check import CheckCommand
 from graphopt.versions import all_versions
@@ -39,7 +40,7 @@ def check_folder(folder: Path | None) -> None:
         raise UsageError(f"there is no folder `{folder.parent}` to write to", hint="create it first")
 
 
-def write_folder(folder: Path, found: Reduction, question: Question) -> None:
+def write_folder(folder: Path, found: Reduction, question: Question, *, isolated: bool) -> None:
     """Write what was found into a folder that appears whole.
 
     Raises:
@@ -51,7 +52,8 @@ def write_folder(folder: Path, found: Reduction, question: Question) -> None:
             staged.mkdir()
             save(found.model, staged / REDUCED)
             np.savez(staged / INPUTS, **found.feed)  # type: ignore[arg-type]
-            facts = {"kind": KIND, "message": found.failure.text, "failure": found.failure.kind, **_facts(question)}
+            facts: dict[str, Any] = {"kind": KIND, "message": found.failure.text, "failure": found.failure.kind}
+            facts |= {"isolated": isolated, "question": _facts(question, found)}
             (staged / FACTS).write_text(tomli_w.dumps({**facts, "versions": all_versions()}))
             (staged / "README.md").write_text(_readme(found, question))
             if folder.exists():
@@ -61,7 +63,7 @@ def write_folder(folder: Path, found: Reduction, question: Question) -> None:
         raise UsageError(f"cannot write `{folder}`: {error.strerror}", hint="check the path and the disk") from error
 
 
-def _facts(question: Question) -> dict[str, Any]:
+def _facts(question: Question, found: Reduction) -> dict[str, Any]:
     said = {
         "pipeline": str(question.passes) if question.passes is not None else None,
         "check": question.check.text if isinstance(question.check, CheckCommand) else None,
@@ -71,9 +73,25 @@ def _facts(question: Question) -> dict[str, Any]:
         "target": question.target,
         "seed": question.seed,
         "threads": question.threads,
-        "names": sorted(question.names) if question.passes is None and question.check is None else None,
+        "names": sorted(question.names & names_of(found.model)),
     }
-    return {"question": {name: value for name, value in said.items() if value is not None}}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def question_of(folder: Path, facts: dict[str, Any]) -> Question:
+    """Return what was asked of a model, as `write_folder` wrote it down.
+
+    Raises:
+        UsageError: It was asked by a function, or the passes are not here any more.
+    """
+    if "by_function" in facts:
+        raise UsageError(f"`{folder}` was checked by a function", hint=f"call it with `{folder / REDUCED}`")
+    return Question(
+        passes=Pipeline.parse(facts["pipeline"]) if "pipeline" in facts else None,
+        check=CheckCommand.parse(facts["check"]) if "check" in facts else None,
+        names=frozenset(facts.get("names", ())),
+        **{name: facts[name] for name in ("backend", "other_backend", "target", "seed", "threads") if name in facts},
+    )
 
 
 def _readme(found: Reduction, question: Question) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 Items = Sequence[int]
@@ -70,4 +71,4 @@ def _minimal(items: list[int], fails: Fails) -> list[int]:
 
 def _pieces(items: list[int], count: int) -> list[list[int]]:
     bounds = [round(len(items) * index / count) for index in range(count + 1)]
-    return [items[low:high] for low, high in zip(bounds, bounds[1:], strict=False) if high > low]
+    return [items[low:high] for low, high in itertools.pairwise(bounds) if high > low]

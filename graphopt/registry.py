@@ -133,7 +133,7 @@ def backend(text: str, **overrides: Any) -> Any:
     Raises:
         UsageError: Unknown backend or option.
     """
-    name, *rest = options.split(text, ":")
+    name, *rest = options.split(text, ":") or [""]
     where = f"backend `{name}`"
     cls = find("BACKENDS", name)
     return options.build(cls, {**overrides, **options.from_text(":".join(rest), where=where)}, where=where)

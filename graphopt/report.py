@@ -125,6 +125,7 @@ class Report:
         latency_batch: Samples in each run that was timed.
         specialised: Sizes the inputs were fixed to, and what that changed of the signature, or None.
         stopped_after_edits: The edit the run was ended at, as asked, or None.
+        advice: Another runtime of this machine that runs the written file faster, as `target_advice.Advice` says it.
     """
 
     graphopt: str
@@ -141,6 +142,7 @@ class Report:
     deployed: Check | None = None
     latency_ratio: float | None = None
     latency_batch: int = 1
+    advice: dict[str, Any] | None = None
     stopped_after_edits: int | None = None
     specialised: dict[str, Any] | None = None
     failure: str | None = None
@@ -162,6 +164,7 @@ class Report:
             "deployed": asdict(self.deployed) if self.deployed is not None else None,
             "latency_ratio": self.latency_ratio,
             "latency_batch": self.latency_batch,
+            "advice": self.advice,
             "stopped_after_edits": self.stopped_after_edits,
             "specialised": self.specialised,
             "ok": self.ok,

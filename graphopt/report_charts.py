@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from graphopt.comparison import SQNR_CEILING_DB
 from graphopt.layer_comparison import LayerComparison, LayerError
 from graphopt.report import Report, StepRecord, show_bytes
 from graphopt.report_findings import KernelTime, LayerCost, OperatorShare
@@ -27,16 +28,21 @@ LIGHT = {
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberation Sans', Arial, sans-serif"
 _FONT_SIZE = "12px"
 # Pixels: of a row of bars, of what is around the rows, and of charts whose height does not hang on their content.
-_ROW, _AROUND = 30, 52
+_ROW, _AROUND = 30, 22
 _SCATTER_HEIGHT, _SMALL_HEIGHT = 320, 132
 # Longer names would leave no room for the bars.
 _LONGEST_NAME = 28
-_ROOM_FOR_LABELS = 0.2
+_ROOM_FOR_LABELS = 0.4
 MOST_BARS = 12
 # Bars shorter than this share of the longest are put together.
 _LEAST_SEEN = 0.01
 # A value without any error has no SQNR; 200 dB stands for it, which would squeeze all others together.
-_HIGHEST_SHOWN_DB = 140.0
+_HIGHEST_SHOWN_DB = 100.0
+# Where all values are better than this, the difference is what rounding leaves, and shown as it is.
+_GOOD_DB = 80.0
+_LEAST_ROOM_DB = 10.0
+# The medians of more depths than these are a thicket.
+MOST_MEDIANS = 60
 
 
 def steps_chart(report: Report) -> Any:
@@ -46,7 +52,7 @@ def steps_chart(report: Report) -> Any:
     rows += [_fall(number, step) for number, step in enumerate(steps, 1)]
     rows.append(("result", 0.0, float(steps[-1].bytes_after), "after"))
     texts = [show_bytes(steps[0].bytes_before), *map(_byte_change, steps), show_bytes(steps[-1].bytes_after)]
-    return _waterfall(rows, texts, "size of the graph and its weights")
+    return _waterfall(rows, texts)
 
 
 def nodes_chart(report: Report) -> Any:
@@ -58,7 +64,7 @@ def nodes_chart(report: Report) -> Any:
         rows.append((_step_name(number, step), *_between(step.nodes_before, step.nodes_after, more="warn")))
     rows.append(("result", 0.0, float(steps[-1].nodes_after), "after"))
     changes = [_signed(step.nodes_after - step.nodes_before) for step in steps]
-    return _waterfall(rows, [str(steps[0].nodes_before), *changes, str(steps[-1].nodes_after)], "nodes")
+    return _waterfall(rows, [str(steps[0].nodes_before), *changes, str(steps[-1].nodes_after)])
 
 
 def errors_chart(report: Report) -> Any:
@@ -71,7 +77,7 @@ def errors_chart(report: Report) -> Any:
         names.append(_step_name(number, step))
         values.append(10 ** (-decibels / 10) if decibels is not None else 0.0)
         texts.append(f"{SQNR.show(decibels)}" if decibels is not None else _unscored(step))
-    return _single_bars(names, values, texts, "noise in the outputs (longer is worse)", "worse")
+    return _single_bars(names, values, texts, "worse")
 
 
 def _unscored(step: StepRecord) -> str:
@@ -101,12 +107,12 @@ def _signed(change: int) -> str:
     return f"+{change}" if change > 0 else f"−{-change}" if change else "±0"
 
 
-def _waterfall(rows: Sequence[tuple[str, float, float, str]], texts: Sequence[str], title: str) -> Any:
+def _waterfall(rows: Sequence[tuple[str, float, float, str]], texts: Sequence[str]) -> Any:
     from bokeh.models import ColumnDataSource
 
     names = [name for name, *_ in rows]
     highest = max(right for _, _, right, _ in rows) or 1.0
-    plot = _bars(names, highest, title)
+    plot = _bars(names, highest)
     for token in ("before", "after", "better", "worse", "warn"):
         chosen = [index for index, row in enumerate(rows) if row[3] == token]
         if not chosen:
@@ -129,13 +135,13 @@ def _waterfall(rows: Sequence[tuple[str, float, float, str]], texts: Sequence[st
 def operators_chart(shares: Sequence[OperatorShare]) -> Any:
     """Return bytes of weights by operator, before and after."""
     rows = [_Pair(one.operator, one.bytes_before, one.bytes_after) for one in shares]
-    return _paired_bars(_with_others(rows), show_bytes, "weights by the operator that reads them")
+    return _paired_bars(_with_others(rows), show_bytes)
 
 
 def kernels_chart(times: Sequence[KernelTime]) -> Any:
     """Return milliseconds by kernel, before and after."""
     rows = [_Pair(one.kernel, one.ms_before, one.ms_after) for one in times]
-    return _paired_bars(_with_others(rows), lambda time: f"{time:.3g} ms", "time of one run by kernel")
+    return _paired_bars(_with_others(rows), lambda time: f"{time:.3g} ms")
 
 
 class _Pair(NamedTuple):
@@ -154,12 +160,12 @@ def _with_others(rows: Sequence[_Pair]) -> list[_Pair]:
     return [*seen, *rest]
 
 
-def _paired_bars(rows: Sequence[_Pair], show: Callable[[Any], str], title: str) -> Any:
+def _paired_bars(rows: Sequence[_Pair], show: Callable[[Any], str]) -> Any:
     from bokeh.models import ColumnDataSource
 
     highest = max((max(row.before, row.after) for row in rows), default=1.0) or 1.0
     names = _distinct([row.name for row in rows])
-    plot = _bars(names, highest, title, row=_ROW + 6)
+    plot = _bars(names, highest, row=_ROW + 6)
     for token in ("before", "after"):
         shown = [(name, row) for name, row in zip(names, rows, strict=True) if getattr(row, token)]
         source = ColumnDataSource(
@@ -187,26 +193,27 @@ def layers_chart(layers: LayerComparison) -> Any:
     from bokeh.models import ColumnDataSource, CustomJS, HoverTool, TapTool
 
     shown = [one for one in layers.layers if not one.has_other_shape]
-    heights = [min(one.sqnr_db, _HIGHEST_SHOWN_DB) for one in shown]
-    low, high = min(heights, default=0.0), max(heights, default=1.0)
-    room = max((high - low) * 0.08, 2.0)
-    plot = _figure("", height=_SCATTER_HEIGHT, y_range=(low - room, high + room), tools="")
+    heights = [one.sqnr_db for one in shown]
+    low = min(heights, default=0.0)
+    top = _HIGHEST_SHOWN_DB if low < _GOOD_DB else SQNR_CEILING_DB
+    high = min(max(heights, default=1.0), top)
+    room = max((high - low) * 0.08, _LEAST_ROOM_DB if low >= _GOOD_DB else 2.0)
+    plot = _figure(height=_SCATTER_HEIGHT, y_range=(low - room, high + room), tools="")
     depths = layers.by_depth()
-    line = plot.line(
-        [one.depth for one in depths],
-        [min(one.median_db, _HIGHEST_SHOWN_DB) for one in depths],
-        line_width=1.6,
-        line_join="round",
-    )
-    _paint(line.glyph, line_color="before")
+    if len(depths) <= MOST_MEDIANS:
+        medians = [min(one.median_db, top) for one in depths]
+        line = plot.line([one.depth for one in depths], medians, line_width=1.6, line_join="round")
+        _paint(line.glyph, line_color="before")
+    points = []
     worst = {id(one) for one in worst_layers(layers, 5)}
     for token, chosen in (
         ("after", [one for one in shown if id(one) not in worst]),
         ("worse", [one for one in shown if id(one) in worst]),
     ):
-        source = ColumnDataSource(_points(chosen))
+        source = ColumnDataSource(_points(chosen, top))
         dots = plot.scatter("depth", "db", size=9 if token == "worse" else 7, alpha=0.85, line_width=1, source=source)
         _paint(dots.glyph, fill_color=token, line_color="panel")
+        points.append(dots)
         dots.nonselection_glyph = None
         dots.selection_glyph = None
         source.selected.js_on_change(
@@ -221,17 +228,18 @@ def layers_chart(layers: LayerComparison) -> Any:
                 """,
             ),
         )
-    plot.add_tools(HoverTool(tooltips=_POINT_TOOLTIP, renderers=plot.renderers[1:]), TapTool())
+    plot.add_tools(HoverTool(tooltips=_POINT_TOOLTIP, renderers=points), TapTool(renderers=points))
+    plot.yaxis.major_label_overrides = {top: "no error" if top == SQNR_CEILING_DB else f"≥ {top:.0f}"}
     plot.xaxis.axis_label = "operators between the input and the value"
     plot.yaxis.axis_label = "signal to noise, dB"
     _paint(plot.ygrid[0], grid_line_color="line")
     return plot
 
 
-def _points(layers: Sequence[LayerError]) -> dict[str, list[Any]]:
+def _points(layers: Sequence[LayerError], top: float) -> dict[str, list[Any]]:
     return {
         "depth": [one.depth for one in layers],
-        "db": [min(one.sqnr_db, _HIGHEST_SHOWN_DB) for one in layers],
+        "db": [min(one.sqnr_db, top) for one in layers],
         "name": [one.name for one in layers],
         "origin": [one.origin for one in layers],
         "op": [operators(one) for one in layers],
@@ -254,7 +262,6 @@ def losses_chart(layers: Sequence[LayerError]) -> Any:
         [one.name for one in layers],
         [own_noise(one) for one in layers],
         [show_share(own_noise(one)) for one in layers],
-        "noise that comes in here, share of the signal",
         "worse",
     )
 
@@ -264,18 +271,16 @@ def sensitivity_chart(costs: Sequence[LayerCost]) -> Any:
     measured = [one for one in costs if one.measured is not None][:MOST_BARS]
     if measured:
         values = [one.measured or 0.0 for one in measured]
-        title = "how far the outputs move with one layer changed (KL or noise)"
-        return _single_bars([one.layer for one in measured], values, [f"{one:.3g}" for one in values], title, "warn")
+        return _single_bars([one.layer for one in measured], values, [f"{one:.3g}" for one in values], "warn")
     rows = costs[:MOST_BARS]
     shares = [one.predicted or 0.0 for one in rows]
-    title = "share of the layer's outputs expected to be noise"
-    return _single_bars([one.layer for one in rows], shares, [show_share(one) for one in shares], title, "warn")
+    return _single_bars([one.layer for one in rows], shares, [show_share(one) for one in shares], "warn")
 
 
-def _single_bars(names: Sequence[str], values: Sequence[float], texts: Sequence[str], title: str, token: str) -> Any:
+def _single_bars(names: Sequence[str], values: Sequence[float], texts: Sequence[str], token: str) -> Any:
     from bokeh.models import ColumnDataSource
 
-    plot = _bars(_distinct(names), max(values, default=1.0) or 1.0, title)
+    plot = _bars(_distinct(names), max(values, default=1.0) or 1.0)
     source = ColumnDataSource({"name": _distinct(names), "value": list(values), "text": list(texts)})
     bars = plot.hbar(y="name", right="value", height=0.6, source=source, line_color=None)
     _paint(bars.glyph, fill_color=token)
@@ -286,7 +291,7 @@ def _single_bars(names: Sequence[str], values: Sequence[float], texts: Sequence[
 def histogram_chart(one: WeightHistogram) -> Any:
     """Return the distribution of a layer's weights, before as an area, after as bars."""
     left, right = one.edges[:-1], one.edges[1:]
-    plot = _figure("", height=_SMALL_HEIGHT, tools="")
+    plot = _figure(height=_SMALL_HEIGHT, tools="")
     highest = max((*one.before, *one.after), default=0.0) or 1.0
     plot.y_range.start, plot.y_range.end = 0, highest * 1.06
     plot.x_range.range_padding = 0
@@ -300,13 +305,12 @@ def histogram_chart(one: WeightHistogram) -> Any:
     return plot
 
 
-def _bars(names: Sequence[str], highest: float, title: str, *, row: int = _ROW) -> Any:
+def _bars(names: Sequence[str], highest: float, *, row: int = _ROW) -> Any:
     """Return an empty plot of horizontal bars, the first at the top, with room for labels at their ends."""
     from bokeh.models import FactorRange
 
     names = _distinct(names)
     plot = _figure(
-        title,
         height=row * max(len(names), 1) + _AROUND,
         y_range=FactorRange(*reversed(names), range_padding=0.02),
         x_range=(0, highest * (1 + _ROOM_FOR_LABELS)),
@@ -329,11 +333,10 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return short
 
 
-def _figure(title: str, **settings: Any) -> Any:
+def _figure(**settings: Any) -> Any:
     from bokeh.plotting import figure
 
     plot = figure(
-        title=title or None,
         sizing_mode="stretch_width",
         toolbar_location=None,
         background_fill_color=None,
@@ -341,9 +344,6 @@ def _figure(title: str, **settings: Any) -> Any:
         outline_line_color=None,
         **settings,
     )
-    if title:
-        plot.title.text_font, plot.title.text_font_size, plot.title.text_font_style = FONT, _FONT_SIZE, "normal"
-        _paint(plot.title, text_color="muted")
     for axis in plot.axis:
         axis.axis_label_text_font = axis.major_label_text_font = FONT
         axis.axis_label_text_font_style = "normal"

@@ -36,20 +36,15 @@
     remember(theme)
   })
 
-  // Paper is white, and shows what is folded away here.
-  let beforePrint = null
+  // Paper is white; what is folded away stays so.
+  let themeOnScreen = null
   window.addEventListener("beforeprint", () => {
-    if (beforePrint !== null) return
-    const closed = [...document.querySelectorAll("details:not([open])")]
-    beforePrint = {theme: root.dataset.theme, closed}
-    for (const one of closed) one.open = one.querySelectorAll("tr").length <= 40
+    themeOnScreen ??= root.dataset.theme
     setTheme("light")
   })
   window.addEventListener("afterprint", () => {
-    if (beforePrint === null) return
-    for (const one of beforePrint.closed) one.open = false
-    setTheme(beforePrint.theme)
-    beforePrint = null
+    if (themeOnScreen !== null) setTheme(themeOnScreen)
+    themeOnScreen = null
   })
 
   window.graphoptSelect = (origin) => {
@@ -85,6 +80,8 @@
       if (link && entry.isIntersecting) {
         for (const other of links.values()) other.removeAttribute("aria-current")
         link.setAttribute("aria-current", "true")
+      } else if (link) {
+        link.removeAttribute("aria-current")
       }
     }
   }, {rootMargin: "-20% 0px -70% 0px"})

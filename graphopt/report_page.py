@@ -14,6 +14,7 @@ from graphopt.explanation import Explanation
 from graphopt.layer_comparison import LayerComparison
 from graphopt.metrics import SQNR
 from graphopt.report import NOT_RUN, Report, show_bytes, show_count
+from graphopt.report_charts import MOST_MEDIANS
 from graphopt.report_findings import Findings
 from graphopt.report_rows import (
     STEP_COLUMNS,
@@ -33,8 +34,10 @@ from graphopt.report_words import (
     headline,
     layers_message,
     left_message,
+    sensitivity_message,
     show_time,
     steps_message,
+    undecoded_lines,
     verdict,
     weights_message,
     worst_layers,
@@ -238,22 +241,26 @@ def _messages(report: Report, findings: Findings) -> dict[str, str]:
         "layers": layers_message(findings.layers),
         "coverage": coverage_message(findings.coverage),
         "weights": weights_message(findings.weights),
+        "sensitivity": sensitivity_message(findings.sensitivity),
     }
 
 
 def _layer_words(layers: LayerComparison | None) -> dict[str, Any]:
     if layers is None:
-        return {"worst": [], "worst_origins": [], "left": ""}
+        return {"worst": [], "worst_origins": [], "left": "", "medians": False}
     return {
         "worst": worst_rows(layers, _WORST_SHOWN),
         "worst_origins": [one.origin for one in worst_layers(layers, _WORST_SHOWN)],
         "left": left_message(layers),
+        "medians": len(layers.by_depth()) <= MOST_MEDIANS,
     }
 
 
 def _coverage_words(found: Explanation | None) -> dict[str, Any] | None:
     if found is None:
         return None
+    if found.quantizable:
+        return {"parts": [], "floats": [], "rows": [], "proof": ""}
     counts = Counter[str](one.state for one in found.findings)
     parts = [
         {"state": state, "text": text, "count": counts[state], "share": counts[state] / len(found.findings)}
@@ -262,8 +269,8 @@ def _coverage_words(found: Explanation | None) -> dict[str, Any] | None:
     ]
     proof = f"Proven by a run on {found.proven_by}." if found.proven_by else ""
     return {
-        "parts": [] if found.quantizable else parts,
-        "floats": [] if found.quantizable else float_rows(found),
+        "parts": parts,
+        "floats": float_rows(found),
         "rows": [
             (
                 one.node,
@@ -291,7 +298,7 @@ def _weight_words(found: WeightHistograms | None) -> dict[str, Any]:
         }
         for number, one in enumerate(found.layers)
     ]
-    return {"histograms": shown, "weight_notes": [f"Not shown: {name}: {why}." for name, why in found.undecoded]}
+    return {"histograms": shown, "weight_notes": undecoded_lines(found)}
 
 
 def _remarks(report: Report) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from graphopt.comparison import SQNR_CEILING_DB
 from graphopt.explanation import Explanation, Finding
 from graphopt.layer_comparison import LayerComparison, LayerError
 from graphopt.report import NOT_RUN, Report, show_bytes
+from graphopt.report_findings import LayerCost
 from graphopt.report_rows import SideRow, counted
 from graphopt.weight_histograms import WeightHistograms
 
@@ -154,3 +155,18 @@ def show_time(milliseconds: float) -> str:
 def show_share(share: float) -> str:
     """Return a share in percent, small ones with two digits that say something."""
     return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
+def sensitivity_message(costs: Sequence[LayerCost]) -> str:
+    """Return what the figures of single layers mean."""
+    if any(one.measured is not None for one in costs):
+        return "How far the outputs move with only this layer changed: KL divergence in nats, or noise"
+    return "Share of the layer's outputs expected to be noise"
+
+
+def undecoded_lines(found: WeightHistograms) -> list[str]:
+    """Return which layers could not be shown, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for layer, why in found.undecoded:
+        reasons.setdefault(why, []).append(layer)
+    return [f"{counted(len(ones), 'layer')} not shown, `{ones[0]}` first: {why}." for why, ones in reasons.items()]

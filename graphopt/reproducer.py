@@ -192,7 +192,7 @@ def _command(*arguments: str) -> str:
 
 def _readme(message: str, text: str, commands: list[str], trace: str = "") -> str:
     lines = ["# A failure of graphopt", "", message, "", text, "", "```bash", *commands, "```", ""]
-    lines += ["`graphopt replay FOLDER` runs it again and says whether it still fails.", ""]
+    lines += ["`graphopt debug replay FOLDER` runs it again and says whether it still fails.", ""]
     if trace:
         lines += ["```text", trace.rstrip(), "```", ""]
     return "\n".join(lines)

@@ -47,6 +47,7 @@ class Request:
     emit_test: Path | None = None
     report: Path | None = None
     detailed: bool = False
+    advise: bool = False
     progress: bool = False
 
     @property
@@ -68,6 +69,7 @@ class Request:
             "emit_test",
             "report",
             "detailed",
+            "advise",
             "progress",
         )
         options: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array, Backend
+from graphopt.candidate_runs import ask
 from graphopt.choices import find_backend, find_target
 from graphopt.driver import optimize
 from graphopt.errors import BackendError, GraphoptError, UsageError
 from graphopt.evaluation import compare_outputs
+from graphopt.isolation import Isolation
 from graphopt.model_io import load
 from graphopt.pipeline import Pipeline
 from graphopt.plain_runs import with_plain_runs
+from graphopt.reduction_folder import KIND as REDUCTION
+from graphopt.reduction_folder import REDUCED, question_of
 from graphopt.reproducer import AFTER, BEFORE, FACTS, INPUTS, ORIGINAL, RECIPE, content_hash
 
 
@@ -43,7 +48,7 @@ def replay(folder: str | Path) -> Replay:
     folder = Path(folder)
     try:
         facts = tomllib.loads((folder / FACTS).read_text())
-        again = {"rewrite": _rewrite, "run": _run}[facts["kind"]]
+        again = {"rewrite": _rewrite, "run": _run, REDUCTION: _reduction}[facts["kind"]]
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError) as error:
         raise UsageError(
             f"`{folder}` is no reproducer", hint=f"a folder with a `{FACTS}`, as failures leave"
@@ -106,3 +111,16 @@ def _run(folder: Path, facts: dict[str, Any]) -> Replay:
     except GraphoptError as error:
         return Replay(True, error.message)
     return Replay(False, "the run ends well")
+
+
+def _reduction(folder: Path, facts: dict[str, Any]) -> Replay:
+    """Ask of a reduced model what was asked of the one it came from."""
+    model = load(folder / REDUCED)
+    question, feed = question_of(folder, facts["question"]), _feed(folder / INPUTS, model)
+    with Isolation() if facts["isolated"] else contextlib.nullcontext() as isolation:
+        shown = ask(question, model, feed, isolation)
+    if shown is None:
+        return Replay(False, "the model shows no failure")
+    if shown.kind != facts["failure"]:
+        return Replay(False, f"another failure by now: {shown.text}")
+    return Replay(True, shown.text)

@@ -80,6 +80,8 @@ def print_report(report: Report, *, verbose: bool = False) -> None:
     if report.after is not None:
         _print()
         _print(_sides(report))
+    if report.advice is not None:
+        _print(f" advice: {report.advice['text']}")
 
 
 def _sides(report: Report) -> Table:
@@ -322,8 +324,10 @@ def _list_backends() -> list[tuple[str, str]]:
     rows = []
     for one in survey_backends():
         rows.append((one.name, one.help + (f" ({one.version})" if one.version is not None else "")))
-        for place in one.places:
-            rows.append((f"  {place.text}", "runs here" if place.runs else f"not here: {place.why}; {place.hint}"))
+        rows += [
+            (f"  {place.text}", "runs here" if place.runs else f"not here: {place.why}; {place.hint}")
+            for place in one.places
+        ]
         rows += [("  TROUBLE", f"{trouble.what}; {trouble.fix}") for trouble in one.troubles]
         rows += _options_of(registry.find("BACKENDS", one.name))
     return rows

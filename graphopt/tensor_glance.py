@@ -1,4 +1,4 @@
-"""What a tensor holds, at a glance: its extremes, mean, share of zeros and a small histogram, of a part of a large one."""
+"""What a tensor holds, at a glance: extremes, mean, share of zeros and a small histogram, of a part of a large one."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _BYTE_BITS = 8
 def glance(tensor: ir.TensorProtocol) -> dict[str, Any]:
     """Return what a tensor holds, in JSON values.
 
-    Keys: `bytes`; `first` (text of the first elements); of numbers that could be read `min`, `max`, `mean`, `zeros`
-    (a share), `histogram` (counts of equal bins from `min` to `max`), and `of`, how many elements they are of, if not
-    of all. A tensor that would have to be computed and is large has `bytes` alone.
+    Keys: `bytes`; `first` (text of the first elements); of more numbers than these `min`, `max`, `mean`, `zeros` (a
+    share), `histogram` (counts of equal bins from `min` to `max`), and `of`, how many elements they are of, if not of
+    all. A tensor that would have to be computed and is large has `bytes` alone.
     """
     found: dict[str, Any] = {"bytes": int(tensor.nbytes)}
     if not _is_quick(tensor) and tensor.nbytes > _MOST_COSTLY_BYTES:
         return found
     flat = np.asarray(tensor.numpy()).reshape(-1)
     found["first"] = _first(flat)
-    if tensor.dtype in (ir.DataType.STRING, ir.DataType.BOOL) or np.iscomplexobj(flat) or flat.size <= 1:
+    if tensor.dtype in (ir.DataType.STRING, ir.DataType.BOOL) or np.iscomplexobj(flat) or flat.size <= _SHOWN_ELEMENTS:
         return found
     part = _part(flat).astype(np.float64)
     finite = part[np.isfinite(part)]

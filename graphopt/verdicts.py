@@ -68,9 +68,10 @@ def _compared(judge: Judge, model: ir.Model, guarantee: Guarantee) -> tuple[Verd
     worst = comparison.worst
     if ok or worst is None:
         return "good", ""
-    if any(map(walk.is_random, walk.every_node(model))) and not compare_outputs(outputs, judge.probe(model)).equal:
-        return "bad", "its outputs differ from run to run"
-    return "bad", f"output `{worst.name}` is off by {worst.max_abs:.3g}"
+    # A session may give the same in its first run each time, so that running it again shows nothing.
+    random = next((node for node in walk.every_node(model) if walk.is_random(node)), None)
+    why = f", and differs from run to run: `{walk.label(random)}` is a {random.op_type}" if random is not None else ""
+    return "bad", f"output `{worst.name}` is off by {worst.max_abs:.3g}{why}"
 
 
 def loss_of(job: Run) -> tuple[str, Callable[[ir.Model], float]]:
@@ -85,10 +86,10 @@ def loss_of(job: Run) -> tuple[str, Callable[[ir.Model], float]]:
 
 
 def _noise(judge: Judge, model: ir.Model) -> float:
-    """Return the noise of the worst output as a share of its signal."""
+    """Return the noise of the outputs as a share of their signal, a mean over outputs."""
     assert judge.reference is not None, "the original runs"
-    comparison = compare_outputs(judge.reference, judge.probe(model))
-    return 0.0 if comparison.equal else float(10 ** (-comparison.sqnr_db / 10))
+    outputs = compare_outputs(judge.reference, judge.probe(model)).outputs.values()
+    return sum(0.0 if one.equal else float(10 ** (-one.sqnr_db / 10)) for one in outputs) / max(len(outputs), 1)
 
 
 def by_check(check: str | Check) -> Judging:

@@ -13,8 +13,8 @@ from graphopt import walk
 from graphopt.backend import Array, Backend
 from graphopt.errors import BackendError
 from graphopt.explanation_advice import made_of_constants
-from graphopt.fragment import fragment, nodes_between
 from graphopt.provenance import origins
+from graphopt.weight_values import weight_values
 
 # The layers of most weights are shown: a page of more histograms is not read.
 MOST_LAYERS = 12
@@ -30,9 +30,8 @@ _NO_LAYERS = (
     *("QuantizeLinear", "DequantizeLinear", "Cast", "Reshape", "Transpose", "Identity", "Gather", "Mul", "Slice"),
     *("Unsqueeze", "Squeeze", "Concat", "Split", "Where", "Equal", "Add", "Sub", "Div", "Pad", "Expand", "Constant"),
 )
-# Operators that read codes themselves, here decoded by running them on the identity.
+# Reads blocks of codes, of which the shape says little.
 _READS_BLOCKS = "MatMulNBits"
-_LARGEST_IDENTITY = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class WeightHistogram:
     """The weights of one layer before and after, as what they stand for; exact zeros are counted apart.
 
     Attributes:
-        layer: The layer, a node of the model after.
-        operator: Its operator.
+        layer: The layer, a node of the original, or one of the result that comes from no layer.
+        operator: Its operator in the result.
         origins: The nodes of the original it comes from.
         stored: The dtype its weight is stored in.
         elements: How many weights it has after.
@@ -152,14 +151,14 @@ def _histogram(
     sources = [originals[origin] for origin in sorted(origins(one.node)) if origin in originals]
     old = next((source for source in sources if source.node.op_type == one.node.op_type), None)
     old = old or (sources[0] if sources else None)
-    new_values = _sample(_decoded(one, after, backend))
-    old_values = _sample(_decoded(old, before, backend)) if old is not None else np.zeros(0, np.float32)
+    new_values = _sample(_values(one, after, backend))
+    old_values = _sample(_values(old, before, backend)) if old is not None else np.zeros(0, np.float32)
     edges = _edges(np.concatenate([old_values, new_values]))
     return WeightHistogram(
-        layer=walk.label(one.node),
+        layer=walk.label(old.node if old is not None else one.node),
         operator=one.node.op_type,
-        origins=tuple(sorted(origins(one.node))),
-        stored=str(one.stored.dtype).lower(),
+        origins=tuple(sorted(origins(old.node if old is not None else one.node))),
+        stored=np.dtype(one.stored.dtype.numpy()).name,
         elements=one.elements,
         edges=tuple(edges.tolist()),
         before=_shares(old_values, edges),
@@ -170,39 +169,10 @@ def _histogram(
     )
 
 
-def _decoded(one: _Weight, model: ir.Model, backend: Backend) -> Array:
-    """Return a weight as the numbers it stands for.
-
-    Raises:
-        BackendError: The runtime does not run what decodes it.
-        ValueError: It is too large, or of codes that only their operator can read.
-    """
+def _values(one: _Weight, model: ir.Model, backend: Backend) -> Array:
     if one.elements > _MOST_ELEMENTS:
         raise ValueError(f"more than {_MOST_ELEMENTS:,} weights")
-    if one.node.op_type == _READS_BLOCKS:
-        return _by_identity(one.node, model, backend)
-    tensor = walk.constant_tensor(one.value)
-    if tensor is not None:
-        if not tensor.dtype.is_floating_point():
-            raise ValueError(f"{one.node.op_type} reads codes in {str(tensor.dtype).lower()} itself")
-        return np.asarray(tensor.numpy(), dtype=np.float32)
-    nodes = nodes_between([one.value], set(model.graph))
-    decoder = fragment(nodes, [one.value], [], model.opset_imports, model.functions)
-    with backend.open(decoder, optimize=False) as session:
-        return np.asarray(session.run({})["out0"], dtype=np.float32)
-
-
-def _by_identity(node: ir.Node, model: ir.Model, backend: Backend) -> Array:
-    """Return the weight of a product that reads blocks of codes: what it makes of the identity."""
-    size, read = node.attributes.get_int("K", 0), node.inputs[0]
-    if read is None or not size or size * size > _LARGEST_IDENTITY:
-        raise ValueError(f"{node.op_type} of {size} inputs")
-    dtype = read.dtype or ir.DataType.FLOAT
-    product = fragment([node], [node.outputs[0]], [read], model.opset_imports, model.functions)
-    product.graph.inputs[0].type = ir.TensorType(dtype)
-    product.graph.inputs[0].shape = ir.Shape([size, size])
-    with backend.open(product, optimize=False) as session:
-        return np.asarray(session.run({"in0": np.eye(size, dtype=dtype.numpy())})["out0"], dtype=np.float32)
+    return weight_values(one.node, one.value, model, backend)
 
 
 def _sample(values: Array) -> Array:

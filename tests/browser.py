@@ -1,7 +1,7 @@
 """A browser for tests of pages: Debian's or any other Chromium without a window and without network, by playwright.
 
-A test module that wants it says ``from .browser import browser, page  # noqa: F401``; it is skipped, with the reason,
-where playwright or a Chromium is missing.
+A test module that wants the fixtures ``browser`` and ``page`` imports ``new_page`` and ``start_browser``; its tests are
+skipped, with the reason, where playwright or a Chromium is missing.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def find_chromium() -> str | None:
     return named or next((found for name in _NAMES if (found := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A browser; one for all tests of a module."""
+@pytest.fixture(name="browser", scope="module")
+def start_browser() -> Iterator[Any]:
+    """A browser, one for all tests of a module."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `pip install graphopt[test]`")
     path = find_chromium()
     if path is None:
@@ -48,8 +48,8 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[BrowserPage]:
+@pytest.fixture(name="page")
+def new_page(browser: Any) -> Iterator[BrowserPage]:
     """A page of its own for a test, which fails if the page reports an error or asks for anything but its file."""
     context = browser.new_context(viewport={"width": 1400, "height": 900}, offline=True)
     opened = BrowserPage(context.new_page())

@@ -64,6 +64,7 @@ class Recording:
         place: Says which provider takes a node.
         outputs: What is played back, by name of output; zeros otherwise.
         sessions: Every session made, in order.
+        refuses: Errors the next sessions fail with, one each.
         tells_placement: Whether it is a version that knows where nodes went.
     """
 
@@ -72,6 +73,7 @@ class Recording:
     place: Placer | None = None
     outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
     sessions: list[RecordedSession] = field(default_factory=list)
+    refuses: list[Exception] = field(default_factory=list)
     tells_placement: bool = True
     __version__: ClassVar[str] = "1.99.0"
     GraphOptimizationLevel: ClassVar[Any] = SimpleNamespace(ORT_ENABLE_ALL=99, ORT_DISABLE_ALL=0)
@@ -156,6 +158,8 @@ class _Session:
         for name, given in providers:
             assert name in recording.available
             assert all(isinstance(one, str) for pair in given.items() for one in pair), given
+        if recording.refuses:
+            raise recording.refuses.pop()
         path = Path(model) if isinstance(model, str) else None
         proto = onnx.load(path) if path is not None else onnx.load_from_string(model)
         self._recording = recording

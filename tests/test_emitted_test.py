@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
@@ -16,7 +20,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
+from graphopt import emitted_test, optimization, recorded_runs
+from graphopt.errors import BackendError, DataError, UsageError
+from graphopt.output_bounds import Bound, Noise, bound, lossy_bound
+from graphopt.recorded_model import RecordedModel
+from graphopt.request import Request
 
+from .command_line import contents, run
 from .mutants import MUTANTS
 
 pytest.importorskip("onnxruntime")
@@ -95,7 +105,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcomes(folder: Path) -> dict[tuple[str, str], str]:
-    """Run every test below a folder; return (folder of the test, test without `test_`) to what it failed with, or ''."""
+    """Run every test below a folder: (its folder, its name without `test_`) to what it failed with, or nothing."""
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--import-mode=importlib"]
     done = subprocess.run(
@@ -136,3 +146,202 @@ def test_it_fails_on_a_mutant(name: str, judged: dict[tuple[str, str], str]) -> 
     place = f"m{list(MUTANTS).index(name) + 1}"
     failed = {test for (where, test), fault in judged.items() if where == place and fault}
     assert NOTICED_BY[name] in failed
+
+
+def emit(folder: Path, passes: str = "simplify", name: str = "test_net.py", **options: Any) -> Path:
+    """Optimize the network in a folder with its test, and return the test."""
+    if not (folder / "net.onnx").exists():
+        onnx.save(network(), folder / "net.onnx")
+    result = graphopt.optimize(
+        folder / "net.onnx", passes, output=folder / "out.onnx", emit_test=folder / name, **options
+    )
+    assert result.test == folder / name
+    return result.test
+
+
+def test_test_of_a_lossless_run_holds_it_to_the_original(tmp_path: Path) -> None:
+    text = emit(tmp_path).read_text()
+    assert 'model.assert_outputs("original", OFF_THE_ORIGINAL)' in text
+    assert "OFF_THE_RECORD" not in text
+    assert "IN_INTEGERS" not in text
+    assert "(made-up inputs)" in text
+    assert {side for run in recorded_runs.read(tmp_path / "test_net.npz") for side in run.outputs} == {"original"}
+
+
+def test_command_in_the_test_makes_it_again(home: Path, tmp_path: Path) -> None:
+    [line] = [line for line in (home / "test_int8.py").read_text().splitlines() if line.startswith("#     graphopt")]
+    words = [word.replace(str(home), str(tmp_path)) for word in shlex.split(line.removeprefix("#     graphopt"))]
+    for name in ("net.onnx", "data.npz"):
+        shutil.copy(home / name, tmp_path)
+    outcome = run(*words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == f"wrote {tmp_path / 'int8.onnx'}   test: {tmp_path / 'test_int8.py'}"
+    assert (tmp_path / "test_int8.npz").read_bytes() == (home / "test_int8.npz").read_bytes()
+    texts = [(folder / "test_int8.py").read_text().partition("from pathlib")[2] for folder in (home, tmp_path)]
+    assert texts[0] == texts[1]
+
+
+def test_test_of_data_in_memory_names_no_command(tmp_path: Path) -> None:
+    images = {"image": np.random.default_rng(1).standard_normal((8, 3, 8, 8)).astype(np.float32)}
+    text = emit(tmp_path, data=images).read_text()
+    assert "graphopt optimize " not in text.replace("graphopt optimize --emit-test", "")
+    assert "(2 of 2 samples of `data`, not calibrated on)" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [("check", "--select=E,F,W,I,B,UP", "--ignore=E501", "--target-version=py311"), ("format", "--check")]
+)
+def test_test_is_formatted_as_people_do(home: Path, arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "ruff", *arguments, "--isolated", str(home / "test_int8.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_own_test_is_written_anew_and_no_other(tmp_path: Path) -> None:
+    first = emit(tmp_path).read_text()
+    assert emit(tmp_path).read_text() == first
+    (tmp_path / "test_net.py").write_text("def test_mine(): pass\n")
+    with pytest.raises(UsageError, match=r"test_net.py` was not written by graphopt"):
+        emit(tmp_path)
+    assert (tmp_path / "test_net.py").read_text() == "def test_mine(): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("net.py", "pytest would not find the test"),
+        ("test_net.txt", "pytest would not find the test"),
+        ("nowhere/test_net.py", "the folder of test .* does not exist"),
+        ("test_data.py", "would keep its record in"),
+        ("test_foreign.py", r"test_foreign.npz` was not written by graphopt"),
+        ("test_folder.py", "is no regular file"),
+    ],
+)
+def test_place_that_does_not_do_is_refused_before_any_work(
+    name: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "test_data.npz", image=np.zeros((4, 3, 8, 8), np.float32))
+    (tmp_path / "test_foreign.npz").write_bytes(b"")
+    (tmp_path / "test_folder.py").mkdir()
+    onnx.save(network(), tmp_path / "net.onnx")
+    before = contents(tmp_path)
+    monkeypatch.setattr(optimization.Run, "open_judge", lambda _: pytest.fail("work was begun"))
+    with pytest.raises(UsageError, match=error) as caught:
+        emit(tmp_path, name=name, data=tmp_path / "test_data.npz")
+    assert caught.value.hint
+    assert contents(tmp_path) == before
+
+
+def test_test_without_a_model_is_refused(tmp_path: Path) -> None:
+    onnx.save(network(), tmp_path / "net.onnx")
+    with pytest.raises(UsageError, match="would have no model to test"):
+        graphopt.optimize(tmp_path / "net.onnx", "simplify", emit_test=tmp_path / "test_net.py")
+
+
+RANDOM = """
+<ir_version: 9, opset_import: ["" : 17]>
+noisy (float[4] x) => (float[4] y) { r = RandomNormalLike(x) y = Add(x, r) }
+"""
+
+
+def test_model_of_random_outputs_is_refused(tmp_path: Path) -> None:
+    onnx.save(onnx.parser.parse_model(RANDOM), tmp_path / "net.onnx")
+    with pytest.raises(BackendError, match="no test can be written: the original's outputs are random"):
+        emit(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_failed_run_leaves_no_test(home: Path, tmp_path: Path) -> None:
+    asked = ("--passes", "prune:sparsity=0.9", "--data", home / "data.npz", "--budget", "sqnr_db=1", "--keep-failed")
+    places = ("-o", tmp_path / "out.onnx", "--emit-test", tmp_path / "test_net.py")
+    outcome = run("optimize", home / "net.onnx", *asked, *places)
+    assert outcome.code == 1
+    assert "test: none, the run failed" in outcome.out
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> bytes:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    onnx.save(network(), tmp_path / "net.onnx")
+
+    class NoSpace(emitted_test.StagedFiles):
+        open = full
+
+    monkeypatch.setattr(emitted_test, "StagedFiles", NoSpace)
+    with pytest.raises(UsageError, match=r"cannot write test .*: no space left"):
+        emit(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def noise(max_abs: float, sqnr_db: float, *, dtype: str = "float32", peak: float = 10.0) -> Noise:
+    return Noise(dtype, peak, max_abs, sqnr_db)
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (noise(0.0, 200.0), Bound(0.00201, 73.9)),  # rounding of float32
+        (noise(0.5, 40.0), Bound(1.0, 33.9)),  # twice what was measured
+        (noise(0.0, 200.0, dtype="int64"), Bound(0.0)),
+        (noise(1.0, 30.0, dtype="uint8"), Bound(2.0)),
+        (noise(0.0, 200.0, peak=1e-6), Bound(1.01e-05)),  # so small that no ratio means anything
+        (noise(float("inf"), float("-inf")), Bound()),
+    ],
+)
+def test_bound_of_what_was_measured(measured: Noise, expected: Bound) -> None:
+    assert bound(measured) == expected
+
+
+def test_bound_against_the_original_leaves_room_for_both() -> None:
+    steady = Bound(1.0, 20.0)
+    found = lossy_bound(noise(0.1, 60.0), steady)
+    assert found.max_abs_error == pytest.approx(1.1)
+    assert found.sqnr_db is not None
+    assert found.sqnr_db < 20.0
+    assert lossy_bound(noise(2.0, 20.0), Bound(0.001, 73.9)) == Bound(3.0, 16.4)
+
+
+def test_large_outputs_are_kept_by_some_elements(tmp_path: Path) -> None:
+    feeds = [{"x": np.float32([1.0])}]
+    outputs = [{"y": np.random.default_rng(0).standard_normal((512, 512)).astype(np.float32), "n": np.int64(3)}]
+    runs = recorded_runs.record(feeds, {"model": outputs}, most=1 << 14)
+    (tmp_path / "r.npz").write_bytes(recorded_runs.to_bytes(runs))
+    read = recorded_runs.read(tmp_path / "r.npz")
+    assert read[0].outputs["model"]["y"].values.nbytes <= 1 << 14
+    assert read[0].outputs["model"]["y"].stride % 2 == 1
+    assert all(error.equal for error in recorded_runs.errors(read, "model", outputs).values())
+    moved = [{**outputs[0], "y": outputs[0]["y"] + np.float32(0.5)}]
+    assert recorded_runs.errors(read, "model", moved)["y"].max_abs == pytest.approx(0.5, rel=1e-3)
+    assert recorded_runs.errors(read, "model", [{"y": outputs[0]["y"][:1]}])["n"].mismatch == "it is not there any more"
+
+
+def test_outputs_that_are_no_tensors_are_kept(tmp_path: Path) -> None:
+    outputs = {
+        "parts": [np.float32([1]), np.float32([2, 3])],
+        "votes": {"cat": 0.25, "dog": 0.75},
+        "words": np.array(["a", "b"], dtype=object),
+        "nothing": None,
+        "half": np.array([1.5], ml_dtypes.bfloat16),
+    }
+    (tmp_path / "r.npz").write_bytes(recorded_runs.to_bytes(recorded_runs.record([{}], {"model": [outputs]})))
+    read = recorded_runs.read(tmp_path / "r.npz")
+    assert all(error.equal for error in recorded_runs.errors(read, "model", [outputs]).values())
+    changed = {**outputs, "parts": [np.float32([1])], "words": np.array(["a", "c"], dtype=object)}
+    found = recorded_runs.errors(read, "model", [changed])
+    assert {name for name, error in found.items() if not error.equal} == {"parts[1]", "words"}
+
+
+def test_model_that_is_gone_is_said(home: Path) -> None:
+    with pytest.raises(graphopt.GraphoptError, match=r"gone\.onnx"):
+        RecordedModel(home / "gone.onnx", home / "test_int8.npz")
+    with pytest.raises(DataError, match="there is no file"):
+        RecordedModel(home / "int8.onnx", home / "gone.npz")
+
+
+def test_request_of_a_test_runs_models_and_is_no_option_to_repeat() -> None:
+    request = Request(model="m.onnx", passes="quant", emit_test=Path("test_m.py"))
+    assert "emit_test" not in json.dumps(request.plain_options)
+    assert not request.runs_nothing
+    assert not Request(model="m.onnx", passes="quant", emit_test=Path("test_m.py"), verify="off").runs_nothing

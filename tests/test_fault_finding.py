@@ -13,7 +13,7 @@ import pytest
 import graphopt
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Pass
-from graphopt.edit_states import EditStates
+from graphopt.edit_states import KEPT_STATES, EditStates
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.optimization import Run
 from graphopt.request import Request
@@ -31,8 +31,8 @@ def test_bisect_names_the_node_at_fault(name: str, broken: Pass, at: str) -> Non
     shows = FAULTS[name].shows
     assert found.kind == ("idle" if shows == "nothing" else "breaks")
     why = {one.why for one in found.judged if one.verdict == "bad"}
-    assert ("its outputs differ from run to run" in why) == (shows == "random")
-    assert any(text.startswith("output `") for text in why) == (shows == "numbers")
+    assert any("differs from run to run" in text for text in why) == (shows == "random")
+    assert any(text.startswith("output `") for text in why) == (shows in ("numbers", "random"))
     assert (not found.before and not found.after) == (name not in CHANGES_TEXT)
 
 
@@ -41,7 +41,7 @@ CHANGES_TEXT = FAULTS.keys() - {"stale-shape", "wrong-dtype", "silent-no-op"}
 
 
 def test_nothing_is_found_where_nothing_is_broken() -> None:
-    with pytest.raises(UsageError, match="the result is good, with .* none of them idle"):
+    with pytest.raises(UsageError, match=r"the result is good, with .* none of them idle"):
         graphopt.bisect(model(), Broken(), evaluation=samples(2), threads=1)
 
 
@@ -54,7 +54,7 @@ def test_states_kept_are_those_of_runs_that_are_ended() -> None:
         job = Run(Request(model=model(), passes=Broken(fault="wrong-axis"), verify="off", stop_after_edits=count))
         result = job.run()
         assert to_bytes(states[count]) == to_bytes(result.model)
-    assert states.runs <= 2
+    assert states.runs <= 5
 
 
 def test_a_pass_that_makes_other_edits_each_time_is_named() -> None:
@@ -68,11 +68,13 @@ def test_a_pass_that_makes_other_edits_each_time_is_named() -> None:
         def run(self, model: ir.Model, ctx: Context) -> None:
             runs.append(1)
             nodes = list(walk.every_node(model))
-            for node in nodes if len(runs) == 1 else reversed(nodes):
+            for node in nodes[: KEPT_STATES + 4] if len(runs) == 1 else nodes[20:50]:
                 with ctx.rewriter.edit("touch", node):
                     ctx.rewriter.set_attribute(node, "nonsense", 1)
 
-    with pytest.raises(GraphoptError, match="pass `fickle` makes other edits each time: edit 1 was `touch` at start"):
+    with pytest.raises(
+        GraphoptError, match=r"pass `fickle` makes other edits each time: edit 1 was `touch` at `?start"
+    ):
         graphopt.bisect(model(), Fickle(), threads=1)
 
 
@@ -81,7 +83,7 @@ def test_a_pass_that_makes_other_edits_each_time_is_named() -> None:
 
 @dataclass(frozen=True)
 class Noisy(Pass):
-    """Add noise to the weights of all layers: a little, and more to some."""
+    """Add noise to the biases of the second half of the layers: a little, and more to some."""
 
     loud: tuple[int, ...] = ()
 
@@ -90,10 +92,10 @@ class Noisy(Pass):
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         rng = np.random.default_rng(0)
-        for i in range(LAYERS):
+        for i in range(LAYERS // 2, LAYERS):
             bias = model.graph.initializers[f"b_{i}"]
             assert bias.const_value is not None
-            noise = rng.standard_normal(16) * (0.5 if i in self.loud else 0.002)
+            noise = rng.standard_normal(16) * (4.0 if i in self.loud else 0.002)
             ctx.rewriter.set_weight(bias, (bias.const_value.numpy() + noise).astype(np.float32))
 
 
@@ -111,9 +113,9 @@ def test_the_layer_that_costs_most_is_found() -> None:
 
 
 def test_two_layers_that_cost_are_found_and_said_to_share_the_damage() -> None:
-    found = graphopt.bisect(model(), Noisy(loud=(6, 27)), evaluation=samples(), threads=1)
+    found = graphopt.bisect(model(), Noisy(loud=(18, 27)), evaluation=samples(), threads=1)
     assert found.costs is not None
-    assert {one.edit.nodes[0] for one in found.costs.costs[:2]} == {"bias_6", "bias_27"}
+    assert {one.edit.nodes[0] for one in found.costs.costs[:2]} == {"bias_18", "bias_27"}
 
 
 def test_damage_that_is_spread_is_said_to_be() -> None:
@@ -142,14 +144,14 @@ def test_a_lossy_run_that_breaks_the_model_is_searched_for_what_breaks_it() -> N
 
         def run(self, model: ir.Model, ctx: Context) -> None:
             super().run(model, ctx)
-            bias: Any = model.graph.initializers["b_12"]
+            bias: Any = model.graph.initializers["b_24"]
             ctx.rewriter.set_weight(bias, np.full(16, np.nan, np.float32))
 
     found = graphopt.bisect(model(), Poison(), evaluation=samples(), threads=1)
     assert found.kind == "breaks"
     assert found.edit is not None
-    assert found.edit.nodes == ("bias_12",)
-    assert found.edit.number == LAYERS + 1
+    assert found.edit.nodes == ("bias_24",)
+    assert found.edit.number == LAYERS // 2 + 1
 
 
 def test_a_lossy_run_that_loses_nothing_is_refused() -> None:
@@ -159,7 +161,7 @@ def test_a_lossy_run_that_loses_nothing_is_refused() -> None:
         guarantee = Guarantee.LOSSY
 
         def run(self, model: ir.Model, ctx: Context) -> None:
-            bias: Any = model.graph.initializers["b_12"]
+            bias: Any = model.graph.initializers["b_24"]
             ctx.rewriter.set_weight(bias, bias.const_value.numpy())
 
     with pytest.raises(UsageError, match="nothing is lost that could be told"):

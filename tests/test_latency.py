@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from graphopt import latency, machine
-from graphopt.latency import Latency, measure, within
+from graphopt.latency import Latency, measure, rounds, within
 from graphopt.machine import Moment, pinned, taken_by_others
 
 
@@ -24,11 +24,11 @@ class Recorded:
     input_names, output_names = ("x",), ("y",)
 
     def __init__(self, name: str, log: list[str], seconds: float = 0.0) -> None:
-        self.name, self.log, self.seconds = name, log, seconds
+        self.name, self.log, self.seconds, self.collecting = name, log, seconds, True
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         self.log.append(self.name)
-        assert not gc.isenabled() or len(self.log) <= 2 * latency.WARM_UP_RUNS, "garbage is collected in the midst"
+        self.collecting = gc.isenabled()
         time.sleep(self.seconds)
         return {}
 
@@ -50,11 +50,13 @@ class Bound(Recorded):
 
 def test_each_round_runs_all_in_an_order_of_its_own() -> None:
     log: list[str] = []
-    first, second = measure([Recorded("a", log), Recorded("b", log)], [{}, {}], seconds=0.0, min_runs=40)
+    sessions = [Recorded("a", log), Recorded("b", log)]
+    first, second = measure(sessions, [{}, {}], seconds=0.0, min_runs=40)
     assert first.runs == second.runs == 40
     rounds = ["".join(log[place : place + 2]) for place in range(2 * latency.WARM_UP_RUNS, len(log), 2)]
     assert len(rounds) == 40
     assert set(rounds) == {"ab", "ba"}
+    assert not any(session.collecting for session in sessions), "garbage is collected in the midst of runs"
     assert gc.isenabled()
 
 
@@ -105,8 +107,23 @@ def test_verdicts(low: float, high: float, verdict: str) -> None:
 
 
 def test_interval_of_few_values_is_all_there_is() -> None:
-    assert within(np.array([3.0, 1.0, 2.0])) == (1.0, 3.0)
-    assert within(np.array([5.0])) == (5.0, 5.0)
+    assert within([np.array([3.0, 1.0, 2.0])]) == (1.0, 3.0)
+    assert within([np.array([5.0])]) == (5.0, 5.0)
+
+
+def test_parts_are_the_openings_where_there_are_enough() -> None:
+    openings = [np.full(100, float(level)) for level in range(6)]
+    assert within(openings) == (0.0, 5.0)
+    assert within(openings[:5]) != (0.0, 4.0), "stretches of time, each of which is of one level"
+
+
+def test_a_burst_does_not_count_its_first_run() -> None:
+    log: list[str] = []
+    (once,) = rounds([Recorded("a", log, 0.02)], [{}], seconds=0.0, least=1, burst=0.01)
+    assert len(once[0]) == 1, "a run that takes all of the burst is the only one"
+    log.clear()
+    (several,) = rounds([Recorded("a", log, 0.001)], [{}], seconds=0.0, least=1, burst=0.02)
+    assert len(several[0]) == len(log) - latency.WARM_UP_RUNS - 1 > 3
 
 
 @pytest.mark.parametrize("inertia", [0.0, 0.8], ids=["independent", "slow spells"])
@@ -118,7 +135,7 @@ def test_intervals_hold_the_median_as_often_as_they_say(inertia: float) -> None:
         noise = rng.standard_normal(runs)
         for place in range(1, runs):
             noise[place] = inertia * noise[place - 1] + np.sqrt(1 - inertia**2) * noise[place]
-        low, high = within(np.exp(0.3 * noise))  # the median is 1
+        low, high = within([np.exp(0.3 * noise)])  # the median is 1
         held += low <= 1 <= high
     assert held / trials > 0.91
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +23,8 @@ from graphopt.errors import BackendError, UsageError
 from .recorded_session import CPU, CUDA, GPU, TENSORRT, Recording
 
 pytest.importorskip("onnxruntime")
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 # All but Reshape and Relu is arithmetic on shapes.
 TEXT = """<ir_version: 8, opset_import: ["": 17]>
@@ -90,6 +94,7 @@ def tensorrt(tmp_path: Path, **options: object) -> OnnxRuntime:
             "without `trt_engine_cache_enable`",
         ),
         ("provider=cuda:provider_options=nonsense", "`nonsense` is no provider option"),
+        ("provider=cuda:provider_options=enable_cuda_graph=1", "`enable_cuda_graph` cannot be"),
         ("provider=cuda:provider_options=use_tf32=1", "`use_tf32` is an option of its own"),
         ("provider=tensorrt:dims=batch", "no sizes of a dimension"),
         ("provider=tensorrt:dims=batch=8..4", "not in order"),
@@ -249,6 +254,22 @@ def test_tensorrt_is_given_every_shape_that_can_be_inferred(tmp_path: Path, reco
     assert not path.exists()
 
 
+def test_files_that_hang_on_their_place_or_name_keep_them(tmp_path: Path, recording: Recording) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]> agraph (float[1] x) => (float[1] y)
+    { y = com.microsoft.EPContext <ep_cache_context = "beside.engine"> (x) }"""
+    graphopt.save(model(text), tmp_path / "with_engines.onnx")
+    with tensorrt(tmp_path).open(tmp_path / "with_engines.onnx"):
+        assert recording.last.path == tmp_path / "with_engines.onnx"
+    graphopt.save(quantized(), tmp_path / "named.onnx")
+    stripped = {"trt_weight_stripped_engine_enable": True, "trt_onnx_model_folder_path": str(tmp_path)}
+    for options, name in (({}, "model.onnx"), (stripped, "named.onnx")):
+        with tensorrt(tmp_path, **options).open(tmp_path / "named.onnx"):
+            path = recording.last.path
+            assert path is not None
+            assert path.name == name
+            assert path.parent != tmp_path
+
+
 # Profiles
 
 
@@ -293,6 +314,35 @@ def test_dimensions_without_a_name_or_named_by_a_sum(tmp_path: Path, recording: 
         assert recording.last.options(TENSORRT)["trt_profile_max_shapes"] == "x:2x3x2x2,mask:2x4"
     with pytest.raises(UsageError, match=r"`mask`: past \+ seq"):
         tensorrt(tmp_path, dims=("x[0]=1", "batch=1", "seq=1")).open(subject)
+
+
+def test_a_part_that_begins_inside_the_model_gets_its_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = "Following input(s) has no associated shape profiles provided: pooled"
+    recording = Recording(refuses=[RuntimeError(says)]).install(monkeypatch)
+    text = """<ir_version: 8, opset_import: ["": 17]> agraph (float[n, 3, side, side] x) => (float[n, 3, a, b] y) {
+      pooled = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)
+      y = Relu (pooled)
+    }"""
+    with tensorrt(tmp_path, dims=("n=1..4", "side=9..17..33")).open(model(text)):
+        options = recording.last.options(TENSORRT)
+    assert options["trt_profile_min_shapes"] == "x:1x3x9x9,pooled:1x3x4x4"
+    assert options["trt_profile_opt_shapes"] == "x:4x3x17x17,pooled:4x3x8x8"
+    assert options["trt_profile_max_shapes"] == "x:4x3x33x33,pooled:4x3x16x16"
+    # Once is enough: what it asks for again is its own affair.
+    recording.refuses = [RuntimeError(says)] * 2
+    with pytest.raises(BackendError, match="no associated shape profiles"):
+        tensorrt(tmp_path, dims=("n=1..4", "side=9..17..33")).open(model(text))
+
+
+def test_sizes_that_hang_on_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = RuntimeError("has no associated shape profiles provided: found")
+    Recording(refuses=[refused]).install(monkeypatch)
+    text = """<ir_version: 8, opset_import: ["": 17]> agraph (float[n] x) => (int64[1, m] y) {
+      found = NonZero (x)
+      y = Abs (found)
+    }"""
+    with pytest.raises(UsageError, match="begins at `found`"):
+        tensorrt(tmp_path, dims=("n=1..4",)).open(model(text))
 
 
 # Caches
@@ -386,6 +436,24 @@ def test_arithmetic_on_shapes_belongs_on_the_cpu(tmp_path: Path, monkeypatch: py
         assert placement is not None
         assert placement.counts[CPU] == 3
         assert not placement.elsewhere
+
+
+def test_factors_made_of_sizes_are_arithmetic_on_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu("Shape", "Cast", "Div").install(monkeypatch)
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    agraph (float[1, 3, a, b] x, float[1, 3, c, d] like) => (float[1, 3, e, f] y) {
+      wanted = Shape (like)
+      w = Cast <to = 1> (wanted)
+      had = Shape (x)
+      h = Cast <to = 1> (had)
+      factors = Div (w, h)
+      y = Resize (x, , factors)
+    }"""
+    with OnnxRuntime(provider="cuda").open(model(text)) as session:
+        placement = session.placement()
+    assert placement is not None
+    assert placement.counts == {CPU: 5, CUDA: 1}
+    assert not placement.elsewhere
 
 
 def test_numbers_that_are_no_shape_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,3 +584,41 @@ def test_recorded_outputs_come_back_by_name(monkeypatch: pytest.MonkeyPatch) -> 
     Recording(outputs={"z": np.array([7.0], np.float32)}).install(monkeypatch)
     with OnnxRuntime(provider="cuda").open(model()) as session:
         assert session.run({"x": np.zeros(1), "mask": np.zeros(1)})["z"].tolist() == [7.0]
+
+
+# The benchmark that runs the real ones
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return runpy.run_path(str(BENCHMARKS / "gpu.py"))
+
+
+def test_the_benchmark_says_why_there_are_no_figures(
+    benchmark: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Recording(available=[CPU]).install(monkeypatch)
+    assert benchmark["main"]([]) == 1
+    said = capsys.readouterr().out
+    assert said.count("No figures: backend `onnxruntime") == 2
+    assert "|" not in said
+
+
+def test_the_benchmark_compares_what_it_wrote(benchmark: dict[str, Any], tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> agraph (float[n, 64] x, float[64, 64] w) => (float[n, 64] y)
+    { y = MatMul (x, w) }"""
+    subject = model(text)
+    weight = subject.graph.inputs.pop()
+    rng = np.random.default_rng(0)
+    weight.const_value = ir.tensor(rng.standard_normal((64, 64)).astype(np.float32), name="w")
+    subject.graph.register_initializer(weight)
+    graphopt.save(subject, tmp_path / "m.onnx")
+    feeds = [{"x": rng.standard_normal((2, 64)).astype(np.float32)}]
+    rows = list(benchmark["rows"]("m", tmp_path / "m.onnx", feeds, None, OnnxRuntime(), 0.01, tmp_path))
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[2] for row in cells] == ["float32", "dynamic int8"]
+    assert [row[4] for row in cells] == ["equal", "equal"]
+    assert cells[0][5] == "equal"
+    assert 20 < float(cells[1][5]) < 60
+    assert [row[8] for row in cells] == ["0", "0"]

@@ -145,7 +145,7 @@ def test_a_pass_that_fails(
     with pytest.raises(error) as caught:
         graphopt.optimize(model, f"identities,{name}", reproducers=tmp_path, seed=3, threads=1)
     folder = only_folder(tmp_path)
-    assert f"`graphopt replay {folder}` repeats it" in str(caught.value.hint)
+    assert f"`graphopt debug replay {folder}` repeats it" in str(caught.value.hint)
     facts = facts_of(folder)
     assert (facts["kind"], facts["pass"], facts["edits_before_the_pass"]) == ("run", name, 1)
     assert facts["options"] == {"seed": 3, "threads": 1}
@@ -239,7 +239,7 @@ def test_command_line(model: Path, tmp_path: Path) -> None:
     assert f"at abs (from abs); see `{folder}`" in outcome.out
     assert [node.op_type for node in onnx.load(tmp_path / "model.opt.onnx").graph.node] == ["Mul", "Abs", "Sqrt"]
 
-    replay = run("replay", folder)
+    replay = run("debug", "replay", folder)
     assert replay.err == ""
     assert (replay.code, replay.out.split(":")[0]) == (1, "still fails")
 
@@ -258,7 +258,7 @@ def test_command_line(model: Path, tmp_path: Path) -> None:
 def test_what_is_no_reproducer(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "reproducer.toml").write_text(content)
-    outcome = run("replay", tmp_path)
+    outcome = run("debug", "replay", tmp_path)
     assert outcome.code == 2
     assert "is no reproducer" in outcome.error
 

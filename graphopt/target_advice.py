@@ -1,0 +1,130 @@
+"""Advice after a run: another runtime on this machine that would run the written file faster."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from graphopt import latency, registry
+from graphopt.backend import Backend, Feeds, Session, is_timed
+from graphopt.backend_survey import backends_here, option_of
+from graphopt.comparison import Comparison
+from graphopt.errors import BackendError
+from graphopt.target import Target
+
+# Less is not worth another runtime.
+WORTH = 1.3
+# Runtimes are timed in turn, so long each time, so often each: run by run, the threads of one would wake while the
+# other computes, and caches be cold for both.
+STRETCH_SECONDS = 0.1
+STRETCHES = 5
+# Another runtime holds the model once more; beyond this, compiling it takes longer than people wait for advice.
+MOST_BYTES = 500_000_000
+# Between runtimes codes fall on either side of a rounding; below this they compute something else.
+LEAST_SQNR_DB = 20.0
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Another runtime that runs the file faster.
+
+    Attributes:
+        backend: What `--backend` calls it.
+        target: The target it runs, which lays models out for it, or None.
+        name: What tables call it.
+        milliseconds: Of a run there.
+        here: Of a run on the runtime that was asked for.
+        speedup: Median over paired stretches of runs.
+    """
+
+    backend: str
+    target: str | None
+    name: str
+    milliseconds: float
+    here: float
+    speedup: float
+
+    def text(self) -> str:
+        """Return it in one line, with what to type."""
+        option = f"--target {self.target}" if self.target is not None else f"--backend {self.backend}"
+        times = f"{self.milliseconds:.3g} ms instead of {self.here:.3g} ms"
+        return f"{self.name} runs the result {self.speedup:.1f}× faster ({times}): try `{option}`"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON values, its text among them."""
+        return asdict(self) | {"text": self.text()}
+
+
+def advise(backend: Backend, file: Path, size: int, feed: Feeds, threads: int) -> Advice | None:
+    """Time a file on every other runtime that is here, and return the fastest that is worth to be named, or None.
+
+    Args:
+        backend: What runs it as asked.
+        file: The model.
+        size: Its bytes, with all data files.
+        feed: What it runs on.
+        threads: Threads for each; 0 leaves it to the runtimes.
+    """
+    if size > MOST_BYTES or not is_timed(backend):
+        return None
+    found = [one for other in others(backend) if (one := _timed(backend, other, file, feed, threads)) is not None]
+    return max(found, key=lambda one: one.speedup, default=None)
+
+
+def others(backend: Backend) -> list[Backend]:
+    """Return the backends that run here and are timed, but for the one there is, whatever it runs on.
+
+    What one backend can run on otherwise is a choice of its user's, who has named one.
+    """
+    own = getattr(backend, "deployed", backend).name
+    return [one for one in backends_here() if is_timed(one) and one.name != own]
+
+
+def _timed(backend: Backend, other: Backend, file: Path, feed: Feeds, threads: int) -> Advice | None:
+    """Return advice if another backend runs the file, computes the same, and is clearly faster by so much."""
+    # What it refuses is no advice, and nobody asked for it.
+    with contextlib.suppress(BackendError), _both(backend, other, file, threads) as sessions:
+        comparison = Comparison()
+        comparison.update(*(session.run(feed) for session in sessions))
+        if any(output.sqnr_db < LEAST_SQNR_DB for output in comparison.outputs.values()):
+            return None
+        here, there, ratio = _in_stretches(sessions, feed)
+        if ratio * WORTH > 1:
+            return None
+        target = _target_of(other)
+        name = target.name if target is not None else None
+        return Advice(option_of(other), name, other.describe(), there, here, 1 / ratio)
+    return None
+
+
+@contextlib.contextmanager
+def _both(backend: Backend, other: Backend, file: Path, threads: int) -> Iterator[list[Session]]:
+    with backend.open(file, threads=threads) as here, other.open(file, threads=threads) as there:
+        yield [here, there]
+
+
+def _in_stretches(sessions: Sequence[Session], feed: Feeds) -> tuple[float, float, float]:
+    """Return the milliseconds of a run of each of two sessions, and their ratio: the median over the stretches.
+
+    Where the machine is too busy to tell, the ratio is 1: the second is to be faster in all stretches but one.
+    """
+    times = [
+        [latency.measure([session], [feed], seconds=STRETCH_SECONDS)[0].median for session in sessions]
+        for _ in range(STRETCHES)
+    ]
+    ratios = sorted(there / here for here, there in times)
+    here, there = (statistics.median(column) for column in zip(*times, strict=True))
+    return here, there, ratios[STRETCHES // 2] if ratios[-2] < 1 else 1.0
+
+
+def _target_of(backend: Backend) -> Target | None:
+    """Return the target that a backend runs: where several do, this machine's, or the first."""
+    provider = getattr(backend, "provider", None)
+    targets: list[Target] = [registry.find("TARGETS", name) for name in registry.table("TARGETS")]
+    fitting = [one for one in targets if one.backend == backend.name and one.provider == provider]
+    host = registry.host_target()
+    return next((one for one in fitting if one.name == host), fitting[0] if fitting else None)

@@ -1,0 +1,336 @@
+"""The report as a file: every form from the same facts, what is not there named, and the page in a browser."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import graphopt
+from graphopt import report_findings, walk
+from graphopt.choices import find_backend, find_target, open_model
+from graphopt.report_charts import LIGHT
+from graphopt.report_findings import operator_shares
+from graphopt.report_page import SECTIONS
+from graphopt.weight_histograms import MOST_LAYERS, weight_histograms
+
+from .browser import BrowserPage, new_page, start_browser  # noqa: F401
+from .command_line import Outcome, classifier, contents, fill, run
+
+pytest.importorskip("bokeh", reason="pages need `pip install graphopt[report]`")
+pytest.importorskip("jinja2", reason="pages need `pip install graphopt[report]`")
+
+PASSES = "prune,quant:mode=static"
+STYLE = Path(graphopt.__file__).with_name("report_page.css")
+# What a model may be called, and its nodes, to get out of where a page, a script or a table cell puts them.
+HOSTILE = '</script><img src=x onerror="window.hacked=1"> | `a`'
+
+
+def report_of(folder: Path, name: str, *args: Any, passes: str = PASSES) -> tuple[Outcome, Path]:
+    """Optimize the small classifier with a report of some name."""
+    model, file = fill(folder), folder / name
+    options = ("--data", folder / "data.npz", "--threads", 1, *args)
+    return run("optimize", model, "--passes", passes, "--report", file, *options), file
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outcome, file = report_of(tmp_path_factory.mktemp("report"), "out.html")
+    assert outcome.code == 0, outcome.err
+    assert f"report: {file}" in outcome.out
+    return file
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    outcome, file = report_of(tmp_path_factory.mktemp("report"), "out.json")
+    assert outcome.code == 0, outcome.err
+    found: dict[str, Any] = json.loads(file.read_text())["findings"]
+    return found
+
+
+# The facts
+
+
+def test_json_holds_what_was_found(findings: dict[str, Any]) -> None:
+    assert findings.keys() == {
+        *("operators", "kernels", "layers", "sensitivity", "weights", "coverage", "repetition", "not_measured"),
+    }
+    assert findings["not_measured"].keys() == {"sensitivity"}
+    assert {one["kernel"] for one in findings["kernels"] if one["ms_after"]} >= {"QGemm"}
+    assert all(one["ms_before"] or one["ms_after"] for one in findings["kernels"])
+    assert {layer["origin"] for layer in findings["layers"]["layers"]} & {"first", "relu", "second"}
+    assert [layer["layer"] for layer in findings["weights"]["layers"]] == ["first", "second"]
+    assert all(one["in_integers"] if "in_integers" in one else one["state"] for one in findings["coverage"]["findings"])
+
+
+def test_repetition_names_the_command_and_every_file(findings: dict[str, Any]) -> None:
+    again = findings["repetition"]
+    assert again["command"].startswith("graphopt optimize ")
+    assert f"--passes {PASSES}" in again["command"]
+    assert [one["role"] for one in again["files"]] == ["model", "data", "result"]
+    for one in again["files"]:
+        assert one["bytes"] == Path(one["path"]).stat().st_size
+        assert re.fullmatch("[0-9a-f]{64}", one["sha256"])
+    assert again["versions"].keys() >= {"graphopt", "python", "onnxruntime"}
+
+
+def test_command_of_a_report_repeats_it(tmp_path: Path) -> None:
+    outcome, file = report_of(tmp_path, "out.json", "--seed", 3)
+    assert outcome.code == 0
+    first = json.loads(file.read_text())
+    result = (tmp_path / "net.opt.onnx").read_bytes()
+    (tmp_path / "net.opt.onnx").unlink()
+    assert run(*first["findings"]["repetition"]["command"].split()[1:]).code == 0
+    assert (tmp_path / "net.opt.onnx").read_bytes() == result
+    assert json.loads(file.read_text())["after"]["bytes"] == first["after"]["bytes"]
+
+
+def test_operators_account_for_every_byte() -> None:
+    before = open_model(ir.from_proto(classifier()))
+    after = graphopt.optimize(before, "quant:mode=dynamic").model
+    shares = operator_shares(before, after)
+    for model, name in ((before, "before"), (after, "after")):
+        assert sum(getattr(one, f"bytes_{name}") for one in shares) == sum(t.nbytes for t in walk.stored_tensors(model))
+        assert sum(getattr(one, f"count_{name}") for one in shares) == len(list(walk.every_node(model)))
+
+
+def test_who_asks_for_the_shape_of_a_weight_is_not_its_reader() -> None:
+    weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
+    nodes = [helper.make_node("Shape", ["w"], ["size"]), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], [weight])
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    assert {one.operator: one.bytes_before for one in operator_shares(model, model)} == {"MatMul": 64, "Shape": 0}
+
+
+@pytest.mark.parametrize(
+    ("passes", "stored", "bits"),
+    [
+        ("quant:mode=static", "int8", 7),
+        ("quant:mode=dynamic", "int8", 7),
+        ("quant:mode=weights", "int8", 7),
+        ("quant:mode=weights:weights=int4", "uint8", 3),
+        ("cast", "float16", 10),
+    ],
+)
+def test_histograms_show_the_numbers_that_codes_stand_for(passes: str, stored: str, bits: int) -> None:
+    model = wide()
+    data = {"x": np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)}
+    result = graphopt.optimize(ir.from_proto(model), passes, data=data)
+    found = weight_histograms(open_model(ir.from_proto(model)), result.model, find_backend(None, find_target(None)))
+    assert found.undecoded == ()
+    (one,) = found.layers
+    assert (one.layer, one.origins, one.stored) == ("layer", ("layer",), stored)
+    middle = [(left + right) / 2 for left, right in zip(one.edges, one.edges[1:], strict=False)]
+    spread = [float(np.sqrt(np.average(np.square(middle), weights=side))) for side in (one.before, one.after)]
+    assert spread[1] == pytest.approx(spread[0], rel=2.0**-bits + 0.02), "other numbers, or another scale"
+    assert 0.97 < sum(one.before) <= 1
+
+
+def test_zeros_are_counted_apart() -> None:
+    model = wide()
+    pruned = graphopt.optimize(ir.from_proto(model), "prune:sparsity=0.75:method=magnitude").model
+    found = weight_histograms(open_model(ir.from_proto(model)), pruned, find_backend(None, find_target(None)))
+    (one,) = found.layers
+    assert one.zeros_before == 0
+    assert one.zeros_after == pytest.approx(0.75, abs=0.01)
+    assert sum(one.after) <= 0.26
+
+
+def test_only_the_largest_layers_are_shown() -> None:
+    count = MOST_LAYERS + 3
+    weights = [numpy_helper.from_array(np.eye(4, dtype=np.float32), f"w{n}") for n in range(count)]
+    nodes = [helper.make_node("MatMul", [f"v{n}", f"w{n}"], [f"v{n + 1}"], f"layer{n}") for n in range(count)]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("v0", f"v{count}")]
+    graph = helper.make_graph(nodes, "g", ports[:1], ports[1:], weights)
+    model = open_model(ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])))
+    found = weight_histograms(model, model.clone(), find_backend(None, find_target(None)))
+    assert (len(found.layers), found.left) == (MOST_LAYERS, 3)
+
+
+def wide() -> onnx.ModelProto:
+    """One product with a weight wide enough for every way to store it."""
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 64]) for name in ("x", "y")]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "layer")
+    graph = helper.make_graph([node], "wide", ports[:1], ports[1:], [numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+# What is not there
+
+
+def test_what_was_not_run_is_said_in_every_form(tmp_path: Path) -> None:
+    for suffix in ("json", "md", "html"):
+        model = fill(tmp_path)
+        file = tmp_path / f"out.{suffix}"
+        assert run("optimize", model, "--passes", "simplify", "--verify", "off", "--report", file).code == 0
+        text = file.read_text()
+        if suffix == "json":
+            found = json.loads(text)["findings"]
+            assert found["not_measured"]["layers"] == found["not_measured"]["kernels"] == "no model was run"
+            assert (found["layers"], found["kernels"]) == (None, [])
+        else:
+            assert text.count("Not measured: no model was run.") == 2
+
+
+def test_a_finding_that_fails_fails_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("of all things")
+
+    monkeypatch.setattr(report_findings, "explain", fail)
+    monkeypatch.setattr(report_findings, "compare_layers", fail)
+    outcome, file = report_of(tmp_path, "out.json", passes="simplify")
+    assert outcome.code == 0
+    missing = json.loads(file.read_text())["findings"]["not_measured"]
+    assert missing["coverage"] == missing["layers"] == "a fault of graphopt: RuntimeError: of all things"
+
+
+def test_missing_libraries_are_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bokeh" else found(name, *a))
+    model = fill(tmp_path)
+    before = contents(tmp_path)
+    outcome = run("optimize", model, "--passes", "prune", "--report", tmp_path / "out.html")
+    assert outcome.code == 2
+    assert "`bokeh`, which is not installed" in outcome.error
+    assert "graphopt[report]" in outcome.hint
+    assert contents(tmp_path) == before
+    assert run("optimize", model, "--passes", "prune", "--report", tmp_path / "out.md").code == 0
+
+
+def test_report_may_not_replace_what_is_read(tmp_path: Path) -> None:
+    model = fill(tmp_path)
+    (tmp_path / "data.json").write_bytes((tmp_path / "data.npz").read_bytes())
+    file = tmp_path / "data.json"
+    before = contents(tmp_path)
+    with pytest.raises(graphopt.GraphoptError, match="it is what is read"):
+        graphopt.optimize(model, "prune", data=file, report=file)
+    assert contents(tmp_path) == before
+
+
+def test_over_budget_leaves_a_report_that_says_so(tmp_path: Path) -> None:
+    outcome, file = report_of(
+        tmp_path, "out.html", "--budget", "top1=0%", passes="prune:sparsity=0.97:method=magnitude"
+    )
+    assert outcome.code == 1
+    text = file.read_text()
+    assert "<h1>Over budget</h1>" in text
+    assert "over budget after pass" in text
+    assert not (tmp_path / "net.opt.onnx").exists()
+
+
+def test_models_in_memory_have_reports_without_a_command(tmp_path: Path) -> None:
+    model = ir.from_proto(classifier())
+    graphopt.optimize(model, "simplify", report=tmp_path / "out.md")
+    text = (tmp_path / "out.md").read_text()
+    assert text.startswith("# a model in memory: ")
+    assert "There is no command: the model was given in memory, from Python." in text
+
+
+# Markdown
+
+
+def test_markdown_has_every_section_and_whole_tables(tmp_path: Path) -> None:
+    outcome, file = report_of(tmp_path, "out.md")
+    assert outcome.code == 0
+    text = file.read_text()
+    for heading in ("Before and after", "Step by step", "Error by layer", "In integers", "Weights", "How to repeat it"):
+        assert f"\n## {heading}\n" in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) >= 7
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+    assert "| size |" in text
+
+
+# The page
+
+
+def test_page_has_every_section_and_loads_nothing(html: Path) -> None:
+    text = html.read_text()
+    for name, _ in SECTIONS:
+        assert f'<section id="{name}"' in text
+        assert f'href="#{name}"' in text
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]*\b(?:src|href)=\"(?!data:)", text)
+
+
+def test_both_themes_know_every_colour_of_the_charts() -> None:
+    light, dark = re.findall(r":root[^{]*\{(.*?)\}", STYLE.read_text(), re.DOTALL)[:2]
+    for token, colour in LIGHT.items():
+        assert f"--{token}: {colour};" in light
+        assert re.search(rf"--{token}: #[0-9a-f]{{6}};", dark)
+
+
+def test_charts_are_drawn_in_the_colours_of_the_theme(html: Path, page: BrowserPage) -> None:
+    page.open(html)
+    page.tab.wait_for_function("window.Bokeh && Bokeh.documents.length > 0 && Bokeh.index.roots.length > 5")
+    colours = """() => {
+        const found = new Set()
+        for (const one of Bokeh.documents[0]._all_models.values())
+            for (const tag of one.tags ?? [])
+                if (tag == "fill_color=after") found.add(one.fill_color.value)
+        return [...found]
+    }"""
+    light = page.evaluate(colours)
+    page.tab.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    dark = page.evaluate(colours)
+    assert len(light) == len(dark) == 1
+    assert light == [LIGHT["after"]] != dark
+    page.tab.emulate_media(media="print")
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(colours) == light
+    page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert page.evaluate(colours) == dark
+
+
+def test_page_fits_a_phone(html: Path, page: BrowserPage) -> None:
+    page.tab.set_viewport_size({"width": 360, "height": 740})
+    page.open(html)
+    page.tab.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_layer_of_a_table_is_shown_in_the_graph(html: Path, page: BrowserPage) -> None:
+    page.open(html)
+    page.evaluate("document.addEventListener('graphopt-select', e => { window.chosen = e.detail.origin })")
+    link = page.tab.locator("#weights .link").first
+    link.click()
+    assert page.evaluate("window.chosen") == link.get_attribute("data-origin") == "first"
+
+
+def test_what_can_be_seen_can_be_heard(html: Path, page: BrowserPage) -> None:
+    page.open(html)
+    assert page.evaluate("[...document.querySelectorAll('.chart [role=img]')].every(one => one.ariaLabel.length > 10)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('button')].every(one => (one.ariaLabel || one.textContent).trim())"
+    )
+    assert page.evaluate(
+        "[...document.querySelectorAll('table')].every(one => one.caption && one.querySelector('th[scope]'))"
+    )
+    assert page.evaluate("document.querySelectorAll('h1').length") == 1
+
+
+def test_names_of_a_model_are_no_code(tmp_path: Path, page: BrowserPage) -> None:
+    model = classifier()
+    for node in model.graph.node:
+        node.name += HOSTILE
+    path = tmp_path / "a<b>&.onnx"
+    onnx.save(model, path)
+    graphopt.optimize(path, "quant:mode=weights", report=tmp_path / "out.html", data=None)
+    page.open(tmp_path / "out.html")
+    page.tab.wait_for_timeout(300)
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.querySelectorAll('img').length") == 0
+    assert page.tab.locator(".file").text_content() == str(path)

@@ -121,6 +121,11 @@ class OnnxRuntime(TensorRtOptions, CudaOptions, GpuOptions, SessionOptions):
         why = self.missing()
         if why is not None:
             raise why
+        if self.cpu_ops and not self.allow_cpu and not _tells_placement():
+            raise BackendError(
+                f"backend `{self.describe()}`: this ONNX Runtime does not tell where nodes run, as `cpu_ops` asks",
+                hint="ONNX Runtime 1.24 or newer, or `allow_cpu=true`",
+            )
         check_weak_typing(self, tensorrt_version() if self.provider == "tensorrt" else None)
 
     def _open(self, model: ir.Model | Path, options: Any) -> OnnxRuntimeSession:
@@ -170,7 +175,7 @@ class OnnxRuntime(TensorRtOptions, CudaOptions, GpuOptions, SessionOptions):
             disabled = entries.get(_DISABLE_OPTIMIZERS, "").split(";")
             entries[_DISABLE_OPTIMIZERS] = ";".join(filter(None, dict.fromkeys([*disabled, _BIAS_QUANTIZATION])))
         # Where ONNX Runtime cannot tell where nodes went, it is asked to refuse any on the CPU.
-        if self.provider != "cpu" and not self.allow_cpu and not self.cpu_ops and not _tells_placement():
+        if self.provider != "cpu" and not self.allow_cpu and not _tells_placement():
             entries.setdefault(NO_FALLBACK, "1")
         return {RECORD: "1", **entries}
 
@@ -183,14 +188,16 @@ class OnnxRuntime(TensorRtOptions, CudaOptions, GpuOptions, SessionOptions):
         return chosen
 
     def _session(self, model: str | bytes, options: Any, own: dict[str, str]) -> Any:
-        wanted, providers = PROVIDERS[self.provider], self._providers(own)
+        wanted = PROVIDERS[self.provider]
+        # With a fallback, an error of the provider is printed, and the model run by another one: even in mid-run.
+        start = functools.partial(runtime().InferenceSession, providers=self._providers(own), enable_fallback=0)
         try:
-            session = runtime().InferenceSession(model, options, providers=providers)
+            session = start(model, options)
         except Exception as error:
             if not _fused_floats(error) or any(entry.startswith(_DISABLE_FUSIONS) for entry in self.config):
                 raise
             options.add_session_config_entry(_DISABLE_FUSIONS, "1")
-            session = runtime().InferenceSession(model, options, providers=providers)
+            session = start(model, options)
         # A provider whose libraries fail to load is replaced by the next with no more than a line in the log.
         if wanted not in session.get_providers():
             libraries = "TensorRT, CUDA and cuDNN" if self.provider == "tensorrt" else "CUDA and cuDNN"

@@ -186,6 +186,12 @@ def _gpu_missing(provider: Provider, device: int, name: str) -> BackendError | N
     if device >= len(found):
         listed = ", ".join(f"{number} {gpu.name}" for number, gpu in enumerate(found))
         return BackendError(f"backend `{name}`: there is no GPU number {device}", hint=f"`device_id` of: {listed}")
+    built = str(getattr(runtime(), "cuda_version", None) or "")
+    # Within a major version, a driver runs what was built for a newer minor one.
+    if built and int(found[device].driver.split(".")[0]) < int(built.split(".")[0]):
+        why = f"its driver knows CUDA {found[device].driver}, and this ONNX Runtime is built for CUDA {built}"
+        hint = f"a newer driver of NVIDIA's, or an older `onnxruntime-gpu`; {elsewhere}"
+        return BackendError(f"backend `{name}` cannot run on {found[device].name}: {why}", hint=hint)
     if provider == "tensorrt" and tensorrt_version() is None:
         hint = f"`pip install 'graphopt[tensorrt]'`; {elsewhere}"
         return BackendError(f"backend `{name}` cannot run here: TensorRT is not installed", hint=hint)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.errors import UsageError
-from graphopt.model_io import load, save
+from graphopt.model_io import PROTOBUF_LIMIT, load, save, saved_bytes
 from graphopt.shapes import infer_shapes
 
 from .onnxruntime_engines import cache_options
@@ -44,6 +44,7 @@ class TensorRtModel:
         # TensorRT takes over only what has shapes, and what divides the model asks for all of them.
         infer_shapes(self._model)
         self._check_calibration()
+        self._check_embedding()
         self._profiles = profile_options(self._model, backend.dims)
         self.options = self._with_caches()
         self.file = model if isinstance(model, Path) and _has_engines(self._model) else self._written(model, held)
@@ -85,6 +86,14 @@ class TensorRtModel:
             raise UsageError(
                 "a calibration table is no use to a model that is quantized already: TensorRT refuses to have both",
                 hint="leave `trt_int8_calibration_table_name` out, or give the float model",
+            )
+
+    def _check_embedding(self) -> None:
+        # An engine holds all weights of its model.
+        if self._backend.trt_ep_context_embed_mode and saved_bytes(self._model) > PROTOBUF_LIMIT:
+            raise UsageError(
+                "engines of this model do not fit into one file with it: protobuf holds 2 GB",
+                hint="leave `trt_ep_context_embed_mode` out: they are then written beside it",
             )
 
 

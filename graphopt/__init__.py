@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from graphopt.options import opt
     from graphopt.pattern import Miss, Rule
     from graphopt.pipeline import Pipeline
+    from graphopt.reduction import reduce
+    from graphopt.reduction_result import Reduction
     from graphopt.registry import Preset
-    from graphopt.reduction import Reduction, reduce
     from graphopt.rerun import Replay, replay
     from graphopt.summary import summarize
     from graphopt.target import Target
@@ -46,7 +47,8 @@ _HOMES = {
     "graphopt.pattern": ("Miss", "Rule"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.registry": ("Preset",),
-    "graphopt.reduction": ("Reduction", "reduce"),
+    "graphopt.reduction": ("reduce",),
+    "graphopt.reduction_result": ("Reduction",),
     "graphopt.rerun": ("Replay", "replay"),
     "graphopt.model_comparison": ("compare",),
     "graphopt.summary": ("summarize",),

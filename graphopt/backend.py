@@ -128,7 +128,7 @@ class Kernel:
         op: Operator it runs, as ``domain::op`` outside the ONNX domain.
         name: Name the runtime gave it, made from that of a node it stands for.
         inputs: Names of what it reads.
-        outputs: Names of what it makes.
+        outputs: Names of what it makes; none where the runtime does not tell.
         reads: Dtypes of its inputs, such as ``uint8``; empty where it did not run.
         milliseconds: Time it takes in a run; 0 where it did not run.
         provider: What ran it, as the runtime calls it; empty where it has but one place, or it did not run.

@@ -36,7 +36,7 @@ def listing_of(found: Bench, *, verbose: bool = False) -> Listing:
     """
     sheets = [_times(found.rows)]
     for one in found.profiles:
-        sheets += [_by_op(one), _slowest(one, verbose)]
+        sheets += [_by_op(one, verbose), _slowest(one, verbose)]
     roofs = [f"{one.model} on {one.backend}: {_in_words(one.roof)}" for one in found.profiles if one.roof is not None]
     peaks = {one.roof.peaks.backend: one.roof.peaks for one in found.profiles if one.roof is not None}
     failures = dict.fromkeys(f"{row.model} on {row.backend}: {row.failure}" for row in found.rows if row.failure)
@@ -51,8 +51,8 @@ def _times(rows: Sequence[Row]) -> Sheet:
         columns.append(_Column("backend", lambda row: row.backend, number=False))
     columns.append(_Column("batch", lambda row: str(row.batch)))
     columns += [_size(name) for name in rows[0].sizes]
-    columns += [_timed("median", lambda one: f"{one.median:.3g} ms"), _timed("95 %", _median_within)]
-    columns.append(_timed("p10–p90", lambda one: f"{one.low:.3g}–{one.high:.3g} ms"))
+    columns += [_timed("median", lambda one: f"{_short(one.median)} ms"), _timed("95 %", _median_within)]
+    columns.append(_timed("p10–p90", lambda one: f"{_short(one.low)}–{_short(one.high)} ms"))
     columns += [
         _timed("runs", lambda one: str(one.runs)),
         _timed("samples/s", lambda one: _short(one.samples_per_second)),
@@ -61,7 +61,9 @@ def _times(rows: Sequence[Row]) -> Sheet:
         columns += [_timed("ratio", lambda one: f"{one.ratio:.2f}"), _Column("verdict", _verdict, number=False)]
     if any(row.cold for row in rows):
         columns += [_cold("start", "start"), _cold("load", "load"), _cold("first run", "first")]
-        columns.append(_Column("memory", lambda row: f"{row.cold.peak_mb:.3g} MB" if row.cold is not None else _NONE))
+        columns.append(
+            _Column("memory", lambda row: f"{_short(row.cold.peak_mb)} MB" if row.cold is not None else _NONE)
+        )
     cells = [[column.cell(row) for column in columns] for row in rows]
     return Sheet([column.name for column in columns], cells, [column.name for column in columns if column.number])
 
@@ -80,12 +82,12 @@ def _timed(name: str, show: Callable[[Latency], str]) -> _Column:
 
 
 def _cold(name: str, field: str) -> _Column:
-    return _Column(name, lambda row: f"{getattr(row.cold, field):.3g} ms" if row.cold is not None else _NONE)
+    return _Column(name, lambda row: f"{_short(getattr(row.cold, field))} ms" if row.cold is not None else _NONE)
 
 
 def _median_within(one: Latency) -> str:
     low, high = one.median_within
-    return f"{low:.3g}–{high:.3g}"
+    return f"{_short(low)}–{_short(high)}"
 
 
 def _verdict(row: Row) -> str:
@@ -106,17 +108,23 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _by_op(one: Profiled) -> Sheet:
+def _by_op(one: Profiled, verbose: bool) -> Sheet:
     columns = [f"{one.model} on {one.backend}", "kernels", "time", "share", "GFLOP/s"]
-    rows = [_op_cells(row, one.profile.milliseconds) for row in one.profile.by_op]
-    rows.append(["all", str(len(one.profile.kernels)), f"{one.profile.milliseconds:.3g} ms", "", ""])
+    ops = one.profile.by_op
+    shown = len(ops) if verbose else SLOWEST_SHOWN
+    rows = [_op_cells(row, one.profile.milliseconds) for row in ops[:shown]]
+    if rest := ops[shown:]:
+        time = sum(row.milliseconds for row in rest)
+        other = OpTime(f"{len(rest)} other operators", sum(row.count for row in rest), time, None)
+        rows.append(_op_cells(other, one.profile.milliseconds))
+    rows.append(["all", str(len(one.profile.kernels)), f"{_short(one.profile.milliseconds)} ms", "", ""])
     return Sheet(columns, rows, columns[1:])
 
 
 def _op_cells(row: OpTime, whole: float) -> list[str]:
     rate = row.operations / row.milliseconds / 1e6 if row.operations and row.milliseconds else None
     share = row.milliseconds / whole if whole else 0.0
-    return [row.op, str(row.count), f"{row.milliseconds:.3g} ms", f"{share:.1%}", _rate(rate)]
+    return [row.op, str(row.count), f"{_short(row.milliseconds)} ms", f"{share:.1%}", _rate(rate)]
 
 
 def _slowest(one: Profiled, verbose: bool) -> Sheet:
@@ -135,7 +143,7 @@ def _slowest(one: Profiled, verbose: bool) -> Sheet:
 def _kernel_cells(kernel: KernelTime, one: Profiled) -> list[str]:
     flops, moved = kernel.operations_per_second, kernel.bytes_per_second
     share = kernel.milliseconds / one.profile.milliseconds if one.profile.milliseconds else 0.0
-    cells = [kernel.op, _nodes(kernel), f"{kernel.milliseconds:.3g} ms", f"{share:.1%}"]
+    cells = [kernel.op, _nodes(kernel), f"{_short(kernel.milliseconds)} ms", f"{share:.1%}"]
     cells += [_rate(flops / 1e9 if flops else None), _rate(moved / 1e9 if moved else None)]
     if _providers(one) > 1:
         cells.append(kernel.provider)
@@ -158,21 +166,22 @@ def _nodes(kernel: KernelTime) -> str:
 
 
 def _rate(number: float | None) -> str:
-    return _NONE if number is None else f"{number:.3g}"
+    return _NONE if number is None else _short(number)
 
 
 def _peaks(peaks: Peaks) -> str:
     integers = peaks.integer_operations
-    parts = [f"float32 {peaks.float_operations / 1e9:.3g} GFLOP/s"]
-    parts.append(f"int8 {integers / 1e9:.3g} GOP/s" if integers is not None else "no int8")
-    parts.append(f"memory {peaks.memory / 1e9:.3g} GB/s, caches {peaks.caches / 1e9:.3g} GB/s")
+    parts = [f"float32 {_short(peaks.float_operations / 1e9)} GFLOP/s"]
+    parts.append(f"int8 {_short(integers / 1e9)} GOP/s" if integers is not None else "no int8")
+    parts.append(f"memory {_short(peaks.memory / 1e9)} GB/s, caches {_short(peaks.caches / 1e9)} GB/s")
     return f"peaks of {peaks.backend}, measured: {', '.join(parts)}"
 
 
 def _in_words(roof: Roof) -> str:
     bounds = ", ".join(f"{share:.0%} {name}" for name, share in sorted(roof.bound_by.items(), key=lambda one: -one[1]))
-    text = f"{roof.share:.0%} of the roof: {roof.taken:.3g} ms, at the peaks {roof.least:.3g} ms (bound by: {bounds})"
-    return f"{text}; {roof.unknown:.3g} ms more of kernels whose work is not known" if roof.unknown else text
+    times = f"{_short(roof.taken)} ms, at the peaks {_short(roof.least)} ms"
+    text = f"{roof.share:.0%} of the roof: {times} (bound by: {bounds})"
+    return f"{text}; {_short(roof.unknown)} ms more of kernels whose work is not known" if roof.unknown else text
 
 
 def _where(one: Placed) -> str:

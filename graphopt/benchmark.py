@@ -25,13 +25,13 @@ from graphopt.progress import Display
 from graphopt.roofline import Peaks, measure_peaks, roof_of
 
 SECONDS = 2.0
-# Two runtimes that take turns run by run wait for each other's threads and find the caches cold, which neither does where
-# it is deployed.
+# Two runtimes that take turns run by run wait for each other's threads and find the caches cold, which neither does
+# where it is deployed.
 _BURST = 0.1
 _LEAST_ROUNDS = 6
-# Where threads and memory of a session come to lie is luck that lasts as long as the session. Opening it six times makes
-# that visible; it may take as long again as the runs.
-_OPENING_SHARE = 1.0
+# Where threads and memory of a session come to lie is luck that lasts as long as the session. Opening it several times
+# makes that visible; it may take as long again as the runs. Of twelve parts the two least and largest are left out.
+_OPENING_SHARE, _MOST_OPENINGS = 1.0, 12
 
 
 @dataclass
@@ -46,6 +46,14 @@ class _Contender:
     session: Session | None = None
     failure: str = ""
     error: BackendError | None = None
+
+    @property
+    def opened(self) -> Session:
+        """The session, which is open; raises what a backend said that did not open it another time."""
+        if self.session is not None:
+            return self.session
+        assert self.error is not None, "what is not open has failed"
+        raise self.error
 
 
 @dataclass
@@ -64,8 +72,8 @@ class _Run:
     @property
     def openings(self) -> int:
         """How often to open everything at each point: as often as intervals need, or once where that takes long."""
-        affordable = self.opening * latency.LEAST_PARTS <= self.seconds * _OPENING_SHARE
-        return latency.LEAST_PARTS if affordable else 1
+        affordable = int(self.seconds * _OPENING_SHARE / max(self.opening, self.seconds / _MOST_OPENINGS))
+        return affordable if affordable >= latency.LEAST_PARTS else 1
 
     def open(self) -> None:
         """Open the sessions of all contenders but those that failed."""
@@ -87,7 +95,8 @@ class _Run:
     def note_placements(self) -> None:
         """Ask sessions where their nodes run."""
         for one in self.contenders:
-            placement = one.session.placement() if isinstance(one.session, Placing) else None
+            session: object = one.session
+            placement = session.placement() if isinstance(session, Placing) else None
             if placement is not None:
                 self.placements.append(Placed(one.name, one.label, placement))
 
@@ -136,7 +145,7 @@ def bench(
         require_same_names("input", *([spec.name for spec in input_specs(one)] for one in (opened[0], other)))
     names = [str(model) for model in models]
     points = points_of(opened, names, data, batch, sweep or {}, seed)
-    count = threads or len(machine.physical_cores())
+    count = threads or machine.usual_threads()
     contenders = [
         _Contender(Path(file), str(file), model, label, runtime)
         for label, runtime in backends.items()
@@ -236,7 +245,7 @@ def _times(run: _Run, point: Point) -> list[tuple[Latency | None, str]]:
         if done:
             run.close()
             run.open()
-        sessions = [session for number in able if (session := run.contenders[number].session) is not None]
+        sessions = [run.contenders[number].opened for number in able]
         least = max(1, _LEAST_ROUNDS // openings)
         done.append(latency.rounds(sessions, feeds, seconds=run.seconds / openings, least=least, burst=burst))
     for number, time, feed in zip(able, latency.summarize(done), feeds, strict=True):

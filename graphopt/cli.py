@@ -342,8 +342,9 @@ def _mistake(error: Exception) -> tuple[str, str]:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "graphopt"
     if message.startswith("No such command"):
-        unknown = message.split("'")[1]
-        return f"unknown command `{unknown}`", did_you_mean(unknown, _commands(command))
+        unknown, known = message.split("'")[1], _commands(command)
+        moved = [name for name in known if name.endswith(f" {unknown}")]
+        return f"unknown command `{unknown}`", did_you_mean(unknown, moved or known)
     message, _, close = message.partition(" (Possible options: ")
     option = message.rpartition(": ")[2]
     hint = did_you_mean(option, close.rstrip(")").split(", ")) if close else f"see `{command} --help`"

@@ -27,18 +27,24 @@ from graphopt.cli_options import (
     VerboseOption,
     open_pipeline,
 )
-from graphopt.errors import EXIT_CHECK_FAILED, UsageError
+from graphopt.errors import EXIT_CHECK_FAILED, EXIT_USAGE, UsageError
 
 if TYPE_CHECKING:
     from graphopt.bisection import Bisection, Judged
-    from graphopt.reduction import Progress, Reduction
+    from graphopt.reduction_result import Progress, Reduction
     from graphopt.rewriter import Edit
 
 app = typer.Typer(
-    help="Find the edit that breaks a model, make a failing model small, see a failure again.",
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
+
+
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context) -> None:
+    """Find the edit that breaks a model, make a failing model small, see a failure again."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(EXIT_USAGE)
 
 
 @app.command(short_help="Find the edit that breaks a model, or costs it most.")
@@ -74,8 +80,8 @@ def bisect(
 
     A state of the model is bad if its outputs are not those of the original by the guarantee of the passes, or if the
     check says so: it exits as for `git bisect run`, with 0 (good), 1-124, 126 or 127 (bad), 125 (cannot be told), or
-    128 and above (stop). Of a lossy run, the edits are found that cost most: in the metric of the budget, or in the noise
-    of the outputs. Where nothing is wrong, edits are found that change nothing.
+    128 and above (stop). Of a lossy run, the edits are found that cost most: in the metric of the budget, or in the
+    noise of the outputs. Where nothing is wrong, edits are found that change nothing.
 
     Exit code 0: one edit was found. 1: several are left: what is between cannot be told, or the damage is spread. 2:
     there is nothing to find, or something is wrong.
@@ -131,6 +137,7 @@ def _as_values(found: Bisection) -> dict[str, object]:
         "kind": found.kind,
         "suspects": [_edit_values(edit) for edit in found.suspects],
         "lost": found.costs.total if found.costs is not None else None,
+        "lost_at_worst": found.costs.worst if found.costs is not None else None,
         "measured_by": found.costs.what if found.costs is not None else None,
         "costs": [
             {**_edit_values(one.edit), "cost": one.cost, "share": one.share}

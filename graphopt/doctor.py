@@ -30,7 +30,6 @@ _LITTLE_MEMORY = 2_000_000_000
 # A model of the size of most, staged beside its destination, with what a runtime keeps in its temporary files.
 _LITTLE_DISK = 1_000_000_000
 _MEMORY = Path("/proc/meminfo")
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Variables that change what runtimes do, and so what is measured.
 _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "ORT_DISABLE_ALL_OPTIMIZATION", "OV_THREADING")
 
@@ -129,7 +128,7 @@ def _processor() -> Iterator[Finding]:
     cores = f"{physical} {'core' if physical == 1 else 'cores'}"
     cores += f" of two threads, {allowed} in all" if allowed > physical else ""
     yield Finding("fact", "processor", f"{machine.cpu_name()}, {cores}")
-    quota = _cpu_quota()
+    quota = machine.cpu_quota()
     if quota is not None and quota < allowed:
         yield Finding(
             "warning",
@@ -137,15 +136,6 @@ def _processor() -> Iterator[Finding]:
             f"this container may use {quota:g} of the {allowed} cores it sees; runtimes start a thread for each",
             f"`--threads {max(1, int(quota))}`",
         )
-
-
-def _cpu_quota() -> float | None:
-    """Return how many cores' time the control group of this process is given, or None where there is no limit."""
-    try:
-        quota, period = _QUOTA.read_text().split()
-        return float(quota) / float(period)
-    except (OSError, ValueError):  # no such file, or `max`
-        return None
 
 
 def _target() -> Iterator[Finding]:

@@ -38,6 +38,7 @@ def optimize(
     reproducers: str | Path | None = None,
     calibration_cache: str | Path | None = None,
     emit_test: str | Path | None = None,
+    timed: bool = True,
     report: str | Path | None = None,
     detailed: bool = False,
     advise: bool = False,
@@ -70,6 +71,7 @@ def optimize(
         calibration_cache: Folder that keeps what was observed on the calibration samples, for later runs, of the same
             model for another target or with other options; None keeps it for this run only.
         emit_test: Test file to write, for pytest, that holds the result to what was measured of it.
+        timed: Time the model before and after, and ask the runtime where its nodes went.
         report: File to write the report to, as ``.html``, ``.md`` or ``.json``; written also where a check fails.
         detailed: Measure what weights hold and take after gzip also where no step is lossy.
         advise: Time the written file on the other runtimes of this machine, too, and name one that is clearly faster.
@@ -101,6 +103,7 @@ def optimize(
         reproducers=Path(reproducers) if reproducers is not None else None,
         calibration_cache=Path(calibration_cache) if calibration_cache is not None else None,
         emit_test=Path(emit_test) if emit_test is not None else None,
+        timed=timed,
         report=Path(report) if report is not None else None,
         detailed=detailed or report is not None,
         advise=advise,

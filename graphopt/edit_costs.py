@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.rewriter import Edit
 
@@ -26,7 +26,7 @@ class EditCost:
     Attributes:
         edit: The edit.
         cost: What is lost by it.
-        share: The share of all that is lost.
+        share: The share of the most that is lost at any state looked at.
     """
 
     edit: Edit
@@ -41,17 +41,24 @@ class EditCosts:
     Attributes:
         what: What was measured, for people.
         total: What is lost by all edits together.
+        worst: The most that is lost at any state looked at; more than in the end where later edits make up for others.
         costs: The costliest edits, the worst first; not all of them.
     """
 
     what: str
     total: float
+    worst: float
     costs: tuple[EditCost, ...]
 
     @property
     def found(self) -> float:
         """The share of what is lost that the edits listed make up."""
-        return sum(one.share for one in self.costs)
+        return min(1.0, sum(one.share for one in self.costs))
+
+    @property
+    def is_made_up_for(self) -> bool:
+        """Whether later edits make up for much of what others cost."""
+        return self.worst > self.total / DOMINANT
 
     @property
     def dominant(self) -> Edit | None:
@@ -64,8 +71,10 @@ class EditCosts:
             return f"{self.what} is lost in many edits, none of which costs {NEGLIGIBLE:.0%} of it"
         worst = self.costs[0].share
         if self.dominant is not None:
-            return f"one edit costs {worst:.0%} of the {self.what} that is lost"
-        return f"the damage is spread: no edit costs more than {worst:.0%} of the {self.what} that is lost"
+            text = f"one edit costs {worst:.0%} of the {self.what} that is lost"
+        else:
+            text = f"the damage is spread: no edit costs more than {worst:.0%} of the {self.what} that is lost"
+        return f"{text}, for which later edits make up" if self.is_made_up_for else text
 
 
 def costly_edits(edits: list[Edit], loss: Callable[[int], float], what: str) -> EditCosts:
@@ -80,23 +89,23 @@ def costly_edits(edits: list[Edit], loss: Callable[[int], float], what: str) -> 
         what: What that is, for people.
     """
     lost = {0: 0.0, len(edits): loss(len(edits))}
-    total = lost[len(edits)]
+    total = worst = lost[len(edits)]
     stretches = [(-total, 0, len(edits))]
     found: list[EditCost] = []
     while stretches and total > 0 and len(lost) < MOST_STATES:
         negative, low, high = heapq.heappop(stretches)
-        share = -negative / total
-        if share < NEGLIGIBLE or sum(one.share for one in found) >= ENOUGH:
+        if -negative < NEGLIGIBLE * worst or sum(one.cost for one in found) >= ENOUGH * worst:
             break
         if high - low == 1:
-            found.append(EditCost(edits[low], -negative, share))
+            found.append(EditCost(edits[low], -negative, 0.0))
             continue
         middle = (low + high) // 2
         lost[middle] = loss(middle)
+        worst = max(worst, lost[middle])
         for start, end in ((low, middle), (middle, high)):
             heapq.heappush(stretches, (-(lost[end] - lost[start]), start, end))
     found.sort(key=lambda one: one.cost, reverse=True)
-    return EditCosts(what, total, tuple(found))
+    return EditCosts(what, total, worst, tuple(replace(one, share=one.cost / worst) for one in found))
 
 
 def is_measurable(loss: float) -> bool:

@@ -18,13 +18,13 @@ from graphopt.backend import Array, Backend
 from graphopt.data import Dataset, batch_size
 from graphopt.emitted_text import MARK, About, Facts, as_python
 from graphopt.errors import BackendError, UsageError
-from graphopt.evaluation import Judge, nudged
+from graphopt.evaluation import Judge, Outputs, compare_outputs, nudged
 from graphopt.output_bounds import RUN_NUDGE, Noise
 from graphopt.output_files import is_same_file
-from graphopt.recorded_model import signature_of
+from graphopt.recorded_model import place_of, signature_of, versions_of
 from graphopt.recorded_runs import Run
 from graphopt.staged_files import StagedFiles
-from graphopt.versions import all_versions
+from graphopt.versions import installed_version
 
 RECORD_SUFFIX = ".npz"
 # Samples kept, and the bytes of inputs they may take; one sample is kept in any case.
@@ -98,8 +98,10 @@ class EmittedTest:
             raise UsageError(f"cannot write test `{path}`: no permission", hint="choose another place")
         if any(file.exists() and not file.is_file() for file in (path, self.record)):
             raise UsageError(f"cannot write test `{path}`: it, or its record, is no regular file", hint="name another")
-        if any(isinstance(one, (str, Path)) and is_same_file(self.record, Path(one)) for one in (*data, self._output)):
-            raise UsageError(f"test `{path}` would keep its record in `{self.record}`", hint="name the test otherwise")
+        taken = [Path(one) for one in (*data, self._output) if isinstance(one, (str, Path))]
+        if any(is_same_file(file, other) for file in (path, self.record) for other in taken):
+            what = f"test `{path}`, or its record `{self.record.name}`, is the model or its data"
+            raise UsageError(what, hint="name the test otherwise")
         ours = path.exists() and _is_ours(path)
         for file in (path, self.record):
             if file.exists() and not ours:
@@ -137,7 +139,7 @@ class EmittedTest:
             target=subject.target,
             backend=subject.backend_text,
             command=subject.command,
-            versions=_versions(subject.backend),
+            versions={"graphopt": installed_version(), **versions_of(subject.backend)},
         )
         text = as_python(about, facts)
         for file, content in ((self.record, recorded_runs.to_bytes(runs)), (self.path, text.encode())):
@@ -161,12 +163,6 @@ class EmittedTest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._staged.discard()
-
-
-def _versions(backend: Backend) -> dict[str, str]:
-    """Return the versions of what decides what a model gives."""
-    words = ("graphopt", "python", *backend.describe().replace(",", " ").split())
-    return {name: text for name, text in all_versions().items() if any(name.startswith(word) for word in words)}
 
 
 def _is_ours(path: Path) -> bool:
@@ -216,14 +212,23 @@ def measure(subject: Subject) -> tuple[Facts, list[Run]]:
         inputs=inputs,
         outputs=outputs,
         noise=noise,
+        repeats_on=None if all(one.is_rounding for one in noise.values()) else _repeats_on(subject, own),
         loss=None if subject.lossless else {name: Noise.of([error]) for name, error in against.items()},
         operators=_integer_operators(subject),
         bytes=sum(file.stat().st_size for file in subject.files),
-        runs=len(runs),
     ), runs
 
 
-def _own_runs(subject: Subject) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+def _repeats_on(subject: Subject, own: Outputs) -> str | None:
+    """Return where another session gives the same bits, or None if it does not, or runs where no processor counts."""
+    if "cpu" not in subject.backend.describe():
+        return None
+    with subject.backend.open(subject.files[0], threads=THREADS) as session:
+        again = [session.run(feed) for feed in subject.feeds]
+    return place_of(subject.backend) if compare_outputs(own, again).equal else None
+
+
+def _own_runs(subject: Subject) -> tuple[Outputs, list[Outputs]]:
     """Return the model's outputs, and those of runs that should give the same but for what machines differ in.
 
     Those are with the runtime's own optimizations off, and of the model with its float weights nudged by rounding.

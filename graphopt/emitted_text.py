@@ -50,19 +50,20 @@ class Facts:
         inputs: Each input as ``name: dtype [shape]``.
         outputs: Each output.
         noise: Output to how far runs that should agree are apart.
+        repeats_on: Runtime and processor on which the model gives the same bits again; None where rounding is all that
+            is allowed anyway.
         loss: Output to how far it is off the original's, or None where these should agree, too.
         operators: Operator to how many are in integers.
         bytes: Of the model and its data files.
-        runs: Runs recorded.
     """
 
     inputs: Sequence[str]
     outputs: Sequence[str]
     noise: Mapping[str, Noise]
+    repeats_on: str | None
     loss: Mapping[str, Noise] | None
     operators: Mapping[str, int]
     bytes: int
-    runs: int
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ def _checks(facts: Facts) -> list[_Check]:
     steady = {name: bound(noise) for name, noise in facts.noise.items()}
     checks = [_signature(facts)]
     if facts.noise and facts.loss is None:
-        checks.append(_agreement(steady, facts.noise, "original"))
+        checks.append(_agreement(steady, facts, "original"))
     elif facts.noise and facts.loss is not None:
-        checks.append(_agreement(steady, facts.noise, "model"))
+        checks.append(_agreement(steady, facts, "model"))
         checks.append(_quality({name: lossy_bound(one, steady[name]) for name, one in facts.loss.items()}, facts.loss))
     if facts.operators:
         checks.append(_operators(facts.operators))
@@ -128,21 +129,25 @@ def _signature(facts: Facts) -> _Check:
     )
 
 
-def _agreement(bounds: Mapping[str, Bound], noise: Mapping[str, Noise], side: str) -> _Check:
+def _agreement(bounds: Mapping[str, Bound], facts: Facts, side: str) -> _Check:
     what = "what the original gave" if side == "original" else "what the model gave"
     said = (
         f"How far outputs may be off {what}: rounding of their dtype, or {RUN_MARGIN:g} times what runs differed by "
         f"that should agree (the runtime's own optimizations on and off, weights off by {RUN_NUDGE:g} of themselves): "
-        f"{_measured(noise)}."
+        f"{_measured(facts.noise)}."
     )
     if Bound() in bounds.values():
         said += " What has no bound holds NaN or infinity, at places that vary."
     name = "OFF_THE_ORIGINAL" if side == "original" else "OFF_THE_RECORD"
+    figures, more = _bounds(name, bounds), ""
+    if side == "model" and facts.repeats_on is not None:
+        said += " Where it was recorded, runs repeat to the bit: there rounding alone is allowed."
+        figures, more = f"{figures}\nREPEATS_ON = {_text(facts.repeats_on)}", ", repeats_on=REPEATS_ON"
     return _Check(
         comment=said,
-        figures=_bounds(name, bounds),
+        figures=figures,
         name="outputs_are_the_originals" if side == "original" else "outputs_are_as_recorded",
-        call=f'model.assert_outputs("{side}", {name})',
+        call=f'model.assert_outputs("{side}", {name}{more})',
     )
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.backend import Feeds, Inspectable, Kernel
+from graphopt.errors import BackendError
 from graphopt.explanation_rules import WEIGHT_KERNELS, State
 
 # Names by which kernels are told apart: runtimes make the names of their own nodes from those of nodes or outputs.
@@ -87,6 +88,11 @@ def prove(model: ir.Model, backend: Inspectable, feeds: Feeds, *, threads: int, 
     """
     nodes = numbered(model)
     kernels, standing = kernels_by_node(model, backend, feeds, threads=threads, runs=runs)
+    if kernels and not any(kernel.outputs for kernel in kernels):
+        raise BackendError(
+            "the runtime runs whole parts of the model at once, and does not tell as what",
+            hint="`graphopt bench --profile` shows the time of each part",
+        )
     left = [kernel for kernel in kernels if kernel.op in _CONVERSIONS]
     return Proof(
         ran={number: _verdict(nodes[number], standing.get(number, ())) for number in range(len(nodes))},

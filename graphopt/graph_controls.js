@@ -11,8 +11,15 @@ const Controls = {
     this.element.querySelectorAll(".gv-chip").forEach((chip) => chip.addEventListener("click", (event) => this.step(chip.dataset.status, !event.shiftKey)));
     new ResizeObserver(() => this.resize()).observe(this.find(".gv-stage"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.recolour());
-    window.addEventListener("beforeprint", () => { this.element.classList.add("gv-print"); this.resize(); this.fit(); this.draw(); });
-    window.addEventListener("afterprint", () => { this.element.classList.remove("gv-print"); this.resize(); });
+    window.addEventListener("beforeprint", () => this.beforePrint());
+    window.addEventListener("afterprint", () => { if (this.unprinted) { this.view = this.unprinted; this.unprinted = null; this.redraw(); } });
+  },
+
+  // On paper: the whole graph. Nothing that is put off to the next frame is in time.
+  beforePrint() {
+    this.unprinted ??= this.view;
+    this.fit();
+    this.recolour();
   },
 
   listenToPane(name, canvas) {

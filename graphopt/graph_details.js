@@ -28,7 +28,7 @@ function showDetails(place, graphs, at, sideName, go, open) {
       make("span", { class: `gv-badge gv-${facts.status}` }, facts.status)),
     make("p", { class: "gv-name" }, facts.name || "(no name)"));
   if (facts.changes.length) place.append(heading("What changed"), make("ul", {}, ...facts.changes.map((text) => make("li", {}, text))));
-  appendRelated(place, graphs, facts, other, go, at);
+  appendRelated(place, graphs, facts, other, go);
   for (const index of facts.graphs || []) {
     const inner = graphs[index], count = (inner[sideName] || inner[other]).nodes.filter((node) => node.kind === "node").length;
     place.append(make("button", { type: "button", class: "gv-open", onclick: () => open(index) }, `⊞ open ${inner.title} (${count} nodes)`));
@@ -46,8 +46,8 @@ function attributeTable(attributes) {
   return make("table", {}, ...attributes.map(([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, value))));
 }
 
-function appendRelated(place, graphs, facts, other, go, at) {
-  const others = facts.related.filter(([graph, node]) => graph !== at.graph || graphs[graph][other].nodes[node].slot !== facts.slot);
+function appendRelated(place, graphs, facts, other, go) {
+  const others = facts.related;
   if (facts.status === "removed" && facts.kind === "node" && !others.length) {
     place.append(make("p", { class: "gv-muted" }, "Nothing after comes from it."));
   }

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import onnx_ir as ir
 
 from graphopt import provenance, walk
-from graphopt.model_diff import same_content, show_attribute
+from graphopt.fragment import values_read
+from graphopt.model_diff import show_attribute
+from graphopt.tensor_glance import kind, look_alike
 
 AnyGraph = ir.Graph | ir.Function
 _Item = TypeVar("_Item")
@@ -22,6 +24,8 @@ _Item = TypeVar("_Item")
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 # After so many values a common source is given up: a reader would not see that it is one.
 _LONGEST_LOOK = 64
+# What passes put between nodes, and no node has become.
+_PUT_BETWEEN = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast")
 # How well an after-node fits a node before it that shares an origin, best first.
 _SAME_VALUE_SAME_OPERATOR, _SAME_OPERATOR, _SAME_VALUE, _RELATED = range(4)
 
@@ -118,17 +122,63 @@ def _by_key(old: Mapping[Any, _Item], new: Mapping[Any, _Item]) -> list[tuple[An
 
 def _pair_nodes(old: AnyGraph, new: AnyGraph, pairs: Pairs) -> None:
     """Pair the nodes of two graphs, each at most once, the best fit first."""
-    inside = set(old)
+    place = {node: index for index, node in enumerate(old)}
     by_value = {value.name: node for node in old for value in node.outputs if value.name}
+    varying = _varying(old) | _varying(new)
     fits: list[list[tuple[ir.Node, ir.Node]]] = [[], [], [], []]
     for node in new:
-        related = [source for source in pairs.made_from[node] if source in inside]
+        related = sorted((one for one in pairs.made_from[node] if one in place), key=place.__getitem__, reverse=True)
         named = next((by_value[value.name] for value in node.outputs if value.name in by_value), None)
-        for source in dict.fromkeys([*([named] if named is not None else []), *reversed(related)]):
-            fits[_fit(source, node, same_value=source is named)].append((source, node))
-    for source, node in (pair for rank in fits for pair in rank):
-        if source not in pairs.after and node not in pairs.before:
-            pairs.after[source], pairs.before[node] = node, source
+        for source in dict.fromkeys([*([named] if named is not None else []), *related]):
+            fit = _fit(source, node, same_value=source is named)
+            # What prepares a weight is not what has become of a node on the way from inputs to outputs.
+            if fit != _RELATED or ((source in varying) == (node in varying) and node.op_type not in _PUT_BETWEEN):
+                fits[fit].append((source, node))
+    for fit, found in enumerate(fits):
+        for source, node in found:
+            if source in pairs.after or node in pairs.before:
+                continue
+            if fit in (_SAME_VALUE_SAME_OPERATOR, _SAME_VALUE) or _is_in_place(node, place[source], place, pairs):
+                pairs.after[source], pairs.before[node] = node, source
+
+
+def _is_in_place(node: ir.Node, at: int, place: Mapping[ir.Node, int], pairs: Pairs) -> bool:
+    """Return whether a node, were it paired with the one at a place before, would still be between its neighbours."""
+    above = (one for value in node.inputs if value is not None for one in _sources(value, pairs.before))
+    partners = [pairs.before[one] for one in above if isinstance(one, ir.Node)]
+    if any(place.get(partner, -1) >= at for partner in partners):
+        return False
+    return all(place.get(pairs.before[one], at + 1) > at for one in _readers(node, pairs.before))
+
+
+def _readers(node: ir.Node, paired: Mapping[ir.Node, ir.Node]) -> set[ir.Node]:
+    """Return the nearest nodes that have a partner and are computed from a node."""
+    found: set[ir.Node] = set()
+    frontier, seen = [node], {node}
+    while frontier and len(seen) < _LONGEST_LOOK:
+        for reader in (use.node for value in frontier.pop(0).outputs for use in value.uses()):
+            if reader in paired:
+                found.add(reader)
+            elif reader not in seen:
+                seen.add(reader)
+                frontier.append(reader)
+    return found
+
+
+def _varying(graph: AnyGraph) -> set[ir.Node]:
+    """Return the nodes of a graph that compute something other than from constants alone."""
+    found: set[ir.Node] = set()
+    for node in graph:
+        for value in values_read(node):
+            producer = value.producer()
+            if producer in found or ((producer is None or producer.graph is not graph) and not _is_constant(value)):
+                found.add(node)
+                break
+    return found
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return walk.constant_tensor(value) is not None
 
 
 def _fit(source: ir.Node, node: ir.Node, *, same_value: bool) -> int:
@@ -199,7 +249,7 @@ def _same_attribute(was: ir.Attr, now: ir.Attr) -> bool:
     if was.is_ref():
         return was.ref_attr_name == now.ref_attr_name
     if was.type == ir.AttributeType.TENSOR:
-        return same_content(was.as_tensor(), now.as_tensor())
+        return look_alike(was.as_tensor(), now.as_tensor())
     return bool(was.value == now.value)
 
 
@@ -210,8 +260,8 @@ def _input_differences(index: int, was: ir.Value | None, now: ir.Value | None, p
         return
     old_tensor, new_tensor = walk.constant_tensor(was), walk.constant_tensor(now)
     if old_tensor is not None and new_tensor is not None:
-        if not same_content(old_tensor, new_tensor):
-            yield f"input {index}: {_kind(old_tensor)} → {_kind(new_tensor)}{_only_numbers(old_tensor, new_tensor)}"
+        if not look_alike(old_tensor, new_tensor):
+            yield f"input {index}: {kind(old_tensor)} → {kind(new_tensor)}{_only_numbers(old_tensor, new_tensor)}"
         return
     if was.name == now.name and (old_tensor is None) == (new_tensor is None):
         return
@@ -246,10 +296,6 @@ def _sources(value: ir.Value, paired: Mapping[ir.Node, ir.Node]) -> set[ir.Node 
             frontier += new
         frontier.pop(0)
     return found
-
-
-def _kind(tensor: ir.TensorProtocol) -> str:
-    return f"{str(tensor.dtype).lower()}[{'×'.join(map(str, walk.dims(tensor)))}]"
 
 
 def _only_numbers(old: ir.TensorProtocol, new: ir.TensorProtocol) -> str:

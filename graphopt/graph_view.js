@@ -1,7 +1,7 @@
 // The graph view: state, the two sides moved together, search, the map of the whole, keys and pointers.
 
 const FURTHEST_IN = 2.5, WHEEL_STEP = 0.0016, KEY_PAN = 80, ZOOM_STEP = 1.35, MARGIN = 40, READABLE = 0.75, LEAST_FITTED = 0.42;
-const CLICK_REACH = 4, MOST_RESULTS = 60, CAPTION = 28, BREATH = 120;
+const CLICK_REACH = 4, MOST_RESULTS = 60, IDLE_AFTER = 1500, CAPTION = 28, BREATH = 120;
 
 class GraphView {
   constructor(element, graphs) {
@@ -82,13 +82,14 @@ class GraphView {
   resize() {
     this.names.forEach((name) => this.painters[name].resize());
     this.mapPicture = null;
+    if (this.unprinted) this.fit();
     this.redraw();
   }
 
   recolour() {
     Object.assign(this.colours, readColours(this.element));
     this.mapPicture = null;
-    this.redraw();
+    this.draw();
   }
 
   redraw() {
@@ -113,8 +114,7 @@ class GraphView {
     const node = this.scene.sides[chosen.side].nodes[chosen.node];
     if (name === chosen.side) return { ...look, selected: node };
     const related = node.facts.related.filter(([graph]) => graph === this.at).map(([, index]) => side.nodes[index]);
-    const partner = related.find((other) => other.facts.slot === node.facts.slot) || null;
-    return { selected: partner, related: new Set(related.filter((other) => other !== partner)) };
+    return { selected: side.nodes[node.facts.partner] ?? null, related: new Set(related) };
   }
 
   select(side, node, { centre = false } = {}) {
@@ -295,6 +295,9 @@ for (const element of document.querySelectorAll(".graph-view")) {
     start();
   }, { rootMargin: "300px" });
   watch.observe(element);
+  // A reader may print or search the page without having been here: as soon as there is nothing else to do.
+  (window.requestIdleCallback ?? ((act) => setTimeout(act, IDLE_AFTER)))(start, { timeout: IDLE_AFTER });
+  window.addEventListener("beforeprint", start);
   document.addEventListener("graphopt-theme", () => view?.then((found) => found.recolour()));
   document.addEventListener("graphopt-select", (event) => start().then((found) => found.selectNamed(event.detail)));
 }

@@ -63,7 +63,7 @@ def graph_view(before: ir.Model, after: ir.Model | None = None) -> GraphView:
     if after is None:
         graphs = [{**graph, "before": None} for graph in graphs]
         for node in (node for graph in graphs for node in graph["after"]["nodes"]):
-            node["related"] = []
+            node["partner"], node["related"] = None, []
     sides = ("after",) if after is None else ("before", "after")
     script = "(() => {\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();\n"
     return GraphView(_fragment(graphs, sides), _asset("graph_view.css"), script, _remark(graphs))

@@ -20,6 +20,13 @@ def inspect(
     shared: Annotated[
         bool, typer.Option("--shared", help="Show what is stored twice: in other layouts, signs and scales too.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write the graph here, to be explored in a browser.", metavar="FILE")
+    ] = None,
+    before: Annotated[
+        Path | None,
+        typer.Option("--before", help="With --html: the model it was made from, shown beside it.", metavar="MODEL"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model is made of: operators, parameters, bytes, MACs, inputs, outputs, largest layers.
@@ -29,9 +36,18 @@ def inspect(
 
     With `--shared`, show instead which tensors hold the numbers of others, and which layers are equal. The model is
     looked at as it is stored.
+
+    With `--html`, write its graph as a page instead. With `--before`, the page shows that model beside it, and what was
+    kept, changed, removed and added: nodes are matched by their names and the names of values.
     """
-    if groups and shared:
-        raise UsageError("`--groups` and `--shared` do not go together", hint="ask for one after the other")
+    if groups + shared + (html is not None) > 1:
+        what = "`--groups` and `--shared`" if html is None else "`--html` and `--groups` or `--shared`"
+        raise UsageError(f"{what} do not go together", hint="ask for one after the other")
+    if before is not None and html is None:
+        raise UsageError("`--before` goes with `--html` only", hint="add `--html FILE`, or see `graphopt compare`")
+    if html is not None:
+        _write_page(model, before, html, as_json)
+        return
     if groups or shared:
         _print_listing("groups" if groups else "shared", model, as_json, canonical=groups)
         return
@@ -62,6 +78,25 @@ def _print_listing(name: str, path: Path, as_json: bool, *, canonical: bool) -> 
         _print_json({"model": str(path), **found.values})
     else:
         tables.print_listing(found)
+
+
+def _write_page(path: Path, before: Path | None, page: Path, as_json: bool) -> None:
+    """Write the graph of a model, or of two beside each other, as a page."""
+    from graphopt.graph_view import graph_page, graph_view
+    from graphopt.model_io import load
+    from graphopt.output_files import check_output
+    from graphopt.staged_files import write_text
+
+    models = {file: load(file) for file in (before, path) if file is not None}
+    for file, model in models.items():
+        check_output(page, model, file)
+    view = graph_view(models[before], models[path]) if before is not None else graph_view(models[path])
+    title = path.name if before is None else f"{before.name} → {path.name}"
+    write_text(page, graph_page(view, title))
+    if as_json:
+        _print_json({"model": str(path), "before": None if before is None else str(before), "html": str(page)})
+    else:
+        typer.echo(f"wrote {page}")
 
 
 def _print_json(values: Any) -> None:

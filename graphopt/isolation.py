@@ -52,7 +52,10 @@ class Isolation:
         self._timeout = timeout
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "graphopt.isolation"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            [sys.executable, "-c", "from graphopt.isolation import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
         )
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -109,7 +112,7 @@ def _receive(pipe: IO[bytes]) -> bytes:
     return message
 
 
-def _serve() -> None:
+def serve() -> None:
     """Answer calls until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends this process
     asked = os.fdopen(os.dup(0), "rb")
@@ -185,10 +188,3 @@ def _last_line(said: IO[bytes]) -> str:
     said.seek(max(0, size - _TAIL_BYTES))
     lines = said.read().decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else ""
-
-
-if __name__ == "__main__":
-    # Under its own name, so that what is sent is of the classes that whoever asks knows.
-    from graphopt.isolation import _serve as serve
-
-    serve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ STRETCHES = 20
 CONFIDENCE = 0.95
 # What six independent medians enclose holds the true one in all but 2 / 2⁶ = 3 % of cases; five reach 94 %.
 LEAST_PARTS = 6
-# Two sessions of one and the same file differ by as much on a quiet machine: where their memory lies is luck.
+# A model differs by as much between two builds of a runtime, or two places in memory.
 SAME = 0.02
 # A ratio that is known no better than to ± this says nothing of what most passes gain.
 UNCLEAR = 0.05
@@ -176,23 +177,22 @@ def summarize(openings: Sequence[Sequence[Round]]) -> list[Latency]:
     Args:
         openings: Rounds in the order they were made in, by the opening of the sessions they were made with.
     """
-    together = [one for done in openings for one in done]
-    return [_summary(openings, together, place) for place in range(len(together[0]))]
+    return [_summary(openings, place) for place in range(len(openings[0][0]))]
 
 
-def _summary(openings: Sequence[Sequence[Round]], together: Sequence[Round], place: int) -> Latency:
-    times = np.concatenate([one[place] for one in together]) * 1e3
-    low, median, high = np.percentile(times, [10, 50, 90])
-    medians = [np.array([np.median(one[place]) * 1e3 for one in done]) for done in openings]
-    firsts = [np.array([np.median(one[0]) * 1e3 for one in done]) for done in openings]
-    ratios = [own / first for own, first in zip(medians, firsts, strict=True)]
+def _summary(openings: Sequence[Sequence[Round]], place: int) -> Latency:
+    runs = [np.concatenate([one[place] for one in done]) * 1e3 for done in openings]
+    low, median, high = np.percentile(np.concatenate(runs), [10, 50, 90])
+    ratios = [
+        np.array([statistics.median(one[place]) / statistics.median(one[0]) for one in done]) for done in openings
+    ]
     return Latency(
         float(median),
         float(low),
         float(high),
-        len(times),
+        sum(map(len, runs)),
         float(np.median(np.concatenate(ratios))),
-        median_within=within(medians),
+        median_within=within(runs),
         ratio_within=within(ratios),
         openings=len(openings),
     )

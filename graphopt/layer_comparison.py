@@ -207,7 +207,9 @@ class _Run:
 
     def _update(self, one: Reading, two: Reading, array: Array, other: Array) -> None:
         error = self._errors.setdefault(one.value, OutputError(one.value.name or ""))
-        _add(error, one.numbers(array), two.numbers(other))
+        numbers, others = one.numbers(array), two.numbers(other)
+        # What a pass left under its name has its shape, too.
+        _add(error, numbers, others if one.value.name == two.value.name else _in_rows_of(numbers, others))
 
     def _compare_constants(self, pairs: Sequence[tuple[Reading, Reading]]) -> None:
         """Compare what is computed from constants by itself: fed to later parts, it would be no constant there."""
@@ -346,6 +348,14 @@ def _add(error: OutputError, array: Array, other: Array) -> None:
         error.update(piece, rest)
     if coarser:
         error.dtype = coarser
+
+
+def _in_rows_of(array: Array, other: Array) -> Array:
+    """Return the other side in the shape of the first where it has the same rows along other axes."""
+    both = isinstance(array, np.ndarray) and isinstance(other, np.ndarray) and array.ndim and other.ndim
+    if not both or array.ndim == other.ndim or array.size != other.size or array.shape[-1] != other.shape[-1]:
+        return other
+    return other.reshape(array.shape)
 
 
 def _pieces(array: Array, other: Array) -> Iterator[tuple[Array, Array]]:

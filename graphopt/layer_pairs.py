@@ -162,20 +162,21 @@ class _Pairing:
             node = value.producer()
             if value in self.pairs or node is None:
                 continue
-            for made in sorted(self._index.made_from(node), key=lambda one: self._order.get(one, -1), reverse=True):
-                if made.graph is not self._b.graph or not self._is_last_of_group(node, made):
-                    continue
-                other = _same_port(value, node, made)
-                if other is not None and _may_be_same(value, other, loosely=False) and self._pair(value, other):
-                    break
+            # What comes before the last, such as a Reshape of an input, is no counterpart.
+            made = max(self._index.made_from(node), key=lambda one: self._order.get(one, -1), default=None)
+            if made is None or made.graph is not self._b.graph or not self._is_last_of_group(node, made):
+                continue
+            other = _same_port(value, node, made)
+            if other is not None and _may_be_same(value, other, loosely=False):
+                self._pair(value, other)
 
     def _is_last_of_group(self, node: ir.Node, made: ir.Node) -> bool:
         """Return whether no node that ``made`` stands for, too, comes behind ``node``."""
         group = {one for origin in self._index.of(made) for one in self._by_origin.get(origin, ())}
-        readers = {use.node for value in node.outputs for use in value.uses()}
-        if readers & group - {node}:
+        if any(self._place[one] > self._place[node] for one in group):
             return False
         # By its name alone, a node may have taken the place of more than the one it is named after.
+        readers = {use.node for value in node.outputs for use in value.uses()}
         return made not in self._index.guessed or not any(self._index.is_gone(reader) for reader in readers)
 
 
@@ -190,7 +191,10 @@ def _same_operator(node: ir.Node, other: ir.Node) -> bool:
 
 
 def _may_be_same(value: ir.Value, other: ir.Value, *, loosely: bool) -> bool:
-    """Return whether dtypes and shapes let two values be the same; loosely, shapes of one rank may differ."""
+    """Return whether dtypes and shapes let two values be the same: loosely, shapes do not matter.
+
+    The same rows, along one axis or along several, are the same value.
+    """
     kinds = [one.dtype.is_floating_point() for one in (value, other) if one.dtype is not None]
     if len(set(kinds)) > 1:
         return False
@@ -198,7 +202,7 @@ def _may_be_same(value: ir.Value, other: ir.Value, *, loosely: bool) -> bool:
     if loosely or first is None or second is None:
         return True
     if len(first) != len(second):
-        return False
+        return len(first) > 1 and len(second) > 1 and first[-1] == second[-1]
     return all(x == y for x, y in zip(first, second, strict=True) if isinstance(x, int) and isinstance(y, int))
 
 

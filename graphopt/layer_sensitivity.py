@@ -14,10 +14,10 @@ from graphopt.authoring import Attempt, Context, Guarantee, Note, Pass
 from graphopt.backend import Array
 from graphopt.candidates import CandidateJudge
 from graphopt.choices import ModelLike
-from graphopt.optimization import Run
 from graphopt.errors import BackendError, UsageError
 from graphopt.layers import Layer, layers_of, name_nodes
 from graphopt.metrics import Metric
+from graphopt.optimization import Run
 from graphopt.pipeline import Pipeline, Step
 from graphopt.request import Request
 from graphopt.rewriter import Rewriter

@@ -13,6 +13,7 @@ from pathlib import Path
 
 _MB = 1e6
 _CORES = Path("/sys/devices/system/cpu")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CACHE_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Columns of /proc/stat behind a core's name in which it works: user, nice, system, irq, softirq, and what other
 # guests of the same host took.
@@ -59,15 +60,39 @@ def last_level_cache() -> int | None:
     return max(sizes, default=None)
 
 
+def _speed(core: int) -> int:
+    """Return a number that is larger for faster cores, where a machine has several kinds; else 0."""
+    for file in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        with contextlib.suppress(OSError, ValueError):
+            return int((_CORES / f"cpu{core}" / file).read_text())
+    return 0
+
+
+def cpu_quota() -> float | None:
+    """Return how many cores' time the control group of this process is given, or None where there is no limit."""
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+
+
+def usual_threads() -> int:
+    """Return how many threads are worth starting: one for each physical core that the process is given the time of."""
+    quota = cpu_quota()
+    cores = len(physical_cores())
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
 @contextlib.contextmanager
 def pinned(threads: int) -> Iterator[tuple[int, ...]]:
     """Keep this thread, and those it starts, on as many cores as there are threads; yields the cores.
 
-    Physical cores first, the last ones of them: the first are where systems do their own work. Yields none where the
-    system cannot, and then nothing is changed.
+    Physical cores first, the fastest and then the last of them: the first are where systems do their own work. Yields
+    none where the system cannot, and then nothing is changed.
     """
-    physical, allowed = physical_cores(), allowed_cores()
-    cores = tuple(physical[-threads:] if threads <= len(physical) else allowed[-threads:])
+    physical, allowed = sorted(physical_cores(), key=lambda core: (_speed(core), core)), allowed_cores()
+    cores = tuple(sorted(physical[-threads:]) if threads <= len(physical) else allowed)
     if not hasattr(os, "sched_setaffinity"):
         yield ()
         return

@@ -42,6 +42,7 @@ class Setting:
     calibration: CalibrationCache = field(default_factory=CalibrationCache)
     weigh: Callable[[ir.Model], Standing] | None = None
     judge: Judging | None = None
+    predicts: bool = False
     display: Display | None = None
 
 
@@ -166,6 +167,7 @@ class PassManager:
             check_rewrite=self.setting.check_rewrite,
             weigh=self.setting.weigh,
             judge=self.setting.judge,
+            predicts=self.setting.predicts,
             guarantee=one.guarantee,
             analyses=self._analyses,
             calibration=self.setting.calibration,

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt import walk
 
 # A constant of more elements than this is shown by its first ones; one of more bytes is compared by identity alone.
-_SHOWN_ELEMENTS, _COMPARED_BYTES = 4, 1 << 24
+_SHOWN_ELEMENTS, COMPARED_BYTES = 4, 1 << 24
 _LONGEST_ATTRIBUTE = 60
 
 
@@ -65,7 +65,7 @@ def show_attribute(attribute: ir.Attr) -> str:
 def show_tensor(tensor: ir.TensorProtocol) -> str:
     """Return a tensor's dtype, shape and first elements."""
     shape = ",".join(map(str, walk.dims(tensor)))
-    if tensor.nbytes > _COMPARED_BYTES:
+    if tensor.nbytes > COMPARED_BYTES:
         return f"{tensor.dtype}[{shape}]"
     flat = np.asarray(tensor.numpy()).reshape(-1)
     shown = ", ".join(str(item) for item in flat[:_SHOWN_ELEMENTS].tolist())
@@ -83,7 +83,7 @@ def same_content(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
     """
     if a is b:
         return True
-    if a.dtype != b.dtype or walk.dims(a) != walk.dims(b) or a.nbytes > _COMPARED_BYTES:
+    if a.dtype != b.dtype or walk.dims(a) != walk.dims(b) or a.nbytes > COMPARED_BYTES:
         return False
     if a.dtype == ir.DataType.STRING:
         return bool(np.array_equal(a.numpy(), b.numpy()))

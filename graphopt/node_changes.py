@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from graphopt import provenance, walk
@@ -15,6 +17,9 @@ from graphopt.model_diff import show_attribute
 
 # Constants of more bytes are not compared element by element.
 _COMPARED_BYTES = 1 << 26
+
+# Operators that hand all numbers on as they are; where one is gone, its reader has them from elsewhere.
+_MOVES = ("Dropout", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 
 
 class Weight(enum.IntEnum):
@@ -28,6 +33,7 @@ class Weight(enum.IntEnum):
     NEW = 5
     STORED = 6
     OPERATOR = 7
+    MOVED = 8
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class ChangeFinder:
     def _changes_of(self, node: ir.Node, made: list[ir.Node]) -> Iterator[Change]:
         origin = _origin(node)
         if not made:
-            yield Change(node, origin, Weight.GONE, f"{_call(node)} is gone")
+            yield Change(node, origin, Weight.GONE if _computes(node) else Weight.MOVED, f"{_call(node)} is gone")
             return
         for one in made:
             if walk.is_random(one) and not walk.is_random(node):
@@ -119,7 +125,7 @@ class ChangeFinder:
             kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
             if any(one is not None and one.type in kinds for one in (a, b)):
                 continue  # the nodes inside are looked at by themselves
-            shown = [show_attribute(one) if one is not None else "none" for one in (a, b)]
+            shown = [show_attribute(one) if one is not None else _default(node, name) for one in (a, b)]
             if shown[0] != shown[1]:
                 what = f"{_call(node)}: attribute `{name}` is {shown[1]}, was {shown[0]}"
                 yield Change(node, origin, Weight.ATTRIBUTE, what)
@@ -181,6 +187,28 @@ def _call(node: ir.Node) -> str:
 
 def _name(value: ir.Value | None) -> str:
     return f"`{value.name}`" if value is not None else "left out"
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults(op_type: str, domain: str) -> dict[str, str]:
+    try:
+        schema = onnx.defs.get_schema(op_type, domain=domain)
+    except onnx.defs.SchemaError:
+        return {}
+    given = {name: one.default_value for name, one in schema.attributes.items() if one.default_value.type}
+    return {name: str(onnx.helper.get_attribute_value(one)) for name, one in given.items()}
+
+
+def _default(node: ir.Node, name: str) -> str:
+    """Return what an attribute that is left out stands for."""
+    return _defaults(node.op_type, node.domain).get(name, "none")
+
+
+def _computes(node: ir.Node) -> bool:
+    """Return whether numbers hang on a node: it neither only moves them nor computes sizes."""
+    dtypes = [value.dtype for value in node.outputs if value.dtype is not None]
+    is_integer = bool(dtypes) and not any(dtype.is_floating_point() for dtype in dtypes)
+    return not is_integer and not walk.is_onnx_op(node, *_MOVES)
 
 
 def _is_constant(node: ir.Node) -> bool:

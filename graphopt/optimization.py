@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graphopt import walk
 from graphopt.authoring import Guarantee
 from graphopt.backend import Array
 from graphopt.calibration_cache import CalibrationCache
@@ -66,6 +67,8 @@ from graphopt.versions import installed_version
 
 # Samples that candidates are weighed by. A mean over a quarter as many is off by twice as much; each costs a run more.
 SELECTION_SAMPLES = 256
+# Of larger models what predictions take, a matrix for each layer, would add to the peak of memory.
+_PREDICTED_BYTES = 128 << 20
 
 
 @dataclass
@@ -348,8 +351,16 @@ class Run:
             calibration=self.calibration_cache,
             weigh=self._candidate_judge() if self.budgets and self.calibration is not None else None,
             judge=comparing(self.backend, self.metrics, self.request.threads),
+            predicts=self._predicts,
             display=self.display,
         )
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether passes say for the report what they expect of single layers."""
+        if self.request.report is None or self.calibration is None:
+            return False
+        return sum(tensor.nbytes for tensor in walk.stored_tensors(self.original)) <= _PREDICTED_BYTES
 
     def _candidate_judge(self) -> Callable[[ir.Model], Standing]:
         """Return what passes weigh candidates by: the budgets, on samples that are not scored later."""
@@ -443,7 +454,7 @@ class Run:
         return None
 
     def _time(self, report: Report, staged: Path, feed: dict[str, Array] | None) -> None:
-        if feed is None or report.after is None:
+        if feed is None or report.after is None or not self.request.timed:
             return
         before, after = time_side_by_side(self.backend, [self.source, staged], feed, self.request.threads)
         report.before.latency_ms, report.after.latency_ms = before.latency.median, after.latency.median

@@ -31,7 +31,8 @@ class Bound:
 
     def fault(self, error: OutputError) -> str | None:
         """Return what an error breaks of it, in words, or None."""
-        if error.mismatch is not None:
+        # Where nothing is asked for, NaN may be at other places. Another dtype or shape may not: it has no elements.
+        if error.mismatch is not None and (self != Bound() or not error.elements):
             return error.mismatch
         if self.max_abs_error is not None and not error.max_abs <= self.max_abs_error:
             return f"off by {error.max_abs:.3g} of {error.peak:.3g}; at most {self.max_abs_error} is allowed"
@@ -59,13 +60,24 @@ class Noise:
             min(error.sqnr_db for error in errors),
         )
 
+    @property
+    def rounding(self) -> float:
+        """The largest error that rounding of the dtype makes."""
+        relative, absolute = RELATIVE_TOLERANCE.get(self.dtype, 0.0), ABSOLUTE_TOLERANCE.get(self.dtype, 0.0)
+        return relative * self.peak + absolute
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether all that is allowed for it is rounding."""
+        return RUN_MARGIN * self.max_abs <= self.rounding
+
 
 def bound(noise: Noise) -> Bound:
     """Return how far outputs may be off that should agree: rounding of the dtype, or `RUN_MARGIN` times the noise."""
     if not math.isfinite(noise.max_abs):
         return Bound()
     relative, absolute = RELATIVE_TOLERANCE.get(noise.dtype, 0.0), ABSOLUTE_TOLERANCE.get(noise.dtype, 0.0)
-    largest = max(relative * noise.peak + absolute, RUN_MARGIN * noise.max_abs)
+    largest = max(noise.rounding, RUN_MARGIN * noise.max_abs)
     if not relative or relative * noise.peak < absolute:  # integers, or all so small that no ratio means anything
         return Bound(_up(largest))
     return Bound(_up(largest), _down(min(_decibels(1 / relative), noise.sqnr_db - _decibels(RUN_MARGIN))))

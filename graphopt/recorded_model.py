@@ -11,10 +11,13 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt import explanation, recorded_runs
+from graphopt.backend import Backend
 from graphopt.choices import find_backend, find_target
+from graphopt.machine import cpu_name
 from graphopt.model_io import load, stored_bytes
 from graphopt.output_bounds import Bound
 from graphopt.summary import describe_port
+from graphopt.versions import all_versions
 
 
 class RecordedModel:
@@ -58,12 +61,13 @@ class RecordedModel:
             if list(wanted) != now:
                 raise AssertionError(f"other {kind} of `{self.path.name}`:\n{_two_lists(wanted, now)}")
 
-    def assert_outputs(self, side: str, bounds: Mapping[str, Bound]) -> None:
+    def assert_outputs(self, side: str, bounds: Mapping[str, Bound], *, repeats_on: str | None = None) -> None:
         """Assert that on the recorded inputs the model gives what a side gave.
 
         Args:
             side: ``model``, for what this model gave, or ``original``.
             bounds: How far each output may be off.
+            repeats_on: Runtime and processor on which runs repeat; there rounding alone is allowed, too.
 
         Raises:
             AssertionError: One is further off, is not there any more, or has no bound.
@@ -78,6 +82,12 @@ class RecordedModel:
             for name, error in found.items()
             if name in bounds and (fault := bounds[name].fault(error)) is not None
         ]
+        if not faults and repeats_on == self.place:
+            faults += [
+                f"  `{name}`: off by {error.max_abs:.3g} of {error.peak:.3g}, which is no rounding, and runs repeat"
+                for name, error in found.items()
+                if not error.within()
+            ]
         if faults:
             what = "what it gave when recorded" if side == "model" else "what the original gave"
             raise AssertionError("\n".join([f"outputs of `{self.path.name}` are not {what}:", *faults]))
@@ -85,9 +95,16 @@ class RecordedModel:
     @cached_property
     def outputs(self) -> list[dict[str, Any]]:
         """What the model gives on the recorded inputs, the runtime's own optimizations on."""
-        backend = find_backend(self._backend, find_target(self._target))
-        with backend.open(self.path, threads=self._threads) as session:
+        with self._runtime().open(self.path, threads=self._threads) as session:
             return [session.run(run.feeds) for run in self.runs]
+
+    @property
+    def place(self) -> str:
+        """The runtime and processor this runs on."""
+        return place_of(self._runtime())
+
+    def _runtime(self) -> Backend:
+        return find_backend(self._backend, find_target(self._target))
 
     def assert_integer_operators(self, least: Mapping[str, int]) -> None:
         """Assert how many operators of each kind compute in integers or on integer weights, as `explain` finds it.
@@ -135,6 +152,18 @@ def signature_of(model: ir.Model) -> tuple[list[str], list[str]]:
     return described(value for value in model.graph.inputs if not value.is_initializer()), described(
         model.graph.outputs
     )
+
+
+def versions_of(backend: Backend) -> dict[str, str]:
+    """Return the versions of a backend's runtime, by package."""
+    words = backend.describe().replace(",", " ").split()
+    return {name: text for name, text in all_versions().items() if any(name.startswith(word) for word in words)}
+
+
+def place_of(backend: Backend) -> str:
+    """Return the runtime with its version and the processor, for people and to tell places apart."""
+    versions = [f"{name} {text}" for name, text in versions_of(backend).items()]
+    return f"{', '.join(versions) or backend.describe()} on {cpu_name()}"
 
 
 def integer_operators(found: explanation.Explanation) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from graphopt.errors import GraphoptError, UsageError
 from graphopt.failures import Failure, Question, names_of
 from graphopt.generated import generated_feeds
 from graphopt.isolation import Isolation
-from graphopt.model_diff import node_lines
 from graphopt.model_io import saved_bytes
 from graphopt.pipeline import Pipeline
 from graphopt.progress import Display
@@ -35,6 +34,7 @@ from graphopt.reduction_cuts import (
     without_output,
 )
 from graphopt.reduction_folder import check_folder, write_folder
+from graphopt.reduction_result import Progress, Reduction
 from graphopt.reduction_search import fewest
 from graphopt.reduction_sizes import ContentChange, SizeChange, content_changes, size_changes
 from graphopt.reduction_values import feed_for
@@ -46,57 +46,6 @@ Check = Callable[[Path], bool | None]
 Feed = dict[str, Array]
 # Rounds over the ways to make a model of few nodes smaller; each makes way for others, and one that gains nothing ends.
 MOST_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What `reduce` found.
-
-    Attributes:
-        model: The reduced model.
-        feed: What it runs on.
-        failure: What is wrong with it, as it was with the original.
-        original: What was wrong with the original.
-        nodes: Nodes of the original and of the reduced model, nested graphs included.
-        bytes: What each takes on disk.
-        tried: How many candidates were tried.
-        seconds: How long that took.
-        complete: Whether nothing is left to try; False where time was up.
-        folder: Where it was written, or None.
-    """
-
-    model: ir.Model
-    feed: Feed
-    failure: Failure
-    original: Failure
-    nodes: tuple[int, int]
-    bytes: tuple[int, int]
-    tried: int
-    seconds: float
-    complete: bool
-    folder: Path | None = None
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """The nodes of the reduced model as text."""
-        return tuple(node_lines(self.model))
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a reduction stands, told whenever a smaller model was found.
-
-    Attributes:
-        stage: What made it smaller.
-        nodes: Its nodes.
-        bytes: What it takes on disk.
-        tried: How many candidates were tried until then.
-    """
-
-    stage: str
-    nodes: int
-    bytes: int
-    tried: int
 
 
 def reduce(

@@ -87,10 +87,18 @@ def cut_out(model: ir.Model, kept: Collection[int], known: Known, *, fix_shapes:
     clone.graph.remove(removed)
     clone.graph.outputs.extend(_outputs(clone, ends, were_read))
     for value in clone.graph.outputs:
-        if value.type is None:
-            value.type, value.shape = known.types.get(value.name or "", (None, None))
+        _declare(value, known)
     tidy(clone)
     return clone if clone.graph.outputs else None
+
+
+def _declare(value: ir.Value, known: Known) -> None:
+    """Say of an output what ONNX wants to be told of one: its dtype, and its rank at least."""
+    if value.type is None:
+        value.type, value.shape = known.types.get(value.name or "", (None, None))
+    array = known.arrays.get(value.name or "")
+    if value.shape is None and array is not None and isinstance(value.type, ir.TensorType):
+        value.shape = ir.Shape([None] * array.ndim)
 
 
 def _missing(own: dict[ir.Node, None], known: Known) -> list[ir.Value]:

@@ -6,7 +6,7 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -15,12 +15,10 @@ from graphopt.errors import UsageError
 from graphopt.failures import Question, names_of
 from graphopt.model_io import save
 from graphopt.pipeline import Pipeline
+from graphopt.reduction_result import Reduction
 from graphopt.reproducer import FACTS, INPUTS
 from graphopt.user_check import CheckCommand
 from graphopt.versions import all_versions
-
-if TYPE_CHECKING:
-    from graphopt.reduction import Reduction
 
 REDUCED = "reduced.onnx"
 KIND = "reduction"

@@ -12,7 +12,7 @@ Fails = Callable[[Items], bool]
 def fewest(items: Items, fails: Fails) -> list[int]:
     """Return items that still fail, such that none of them can be left out by itself.
 
-    What fails is most often a stretch of a long list; a search by halves finds it in a few tries, and delta debugging
+    What fails is most often a short stretch of a long list; halves find it in a few tries, and delta debugging
     (Zeller and Hildebrandt, Simplifying and Isolating Failure-Inducing Input, 2002) what is needed of it.
 
     Args:
@@ -27,7 +27,18 @@ def fewest(items: Items, fails: Fails) -> list[int]:
             asked[key] = bool(key) and fails(some)
         return asked[key]
 
-    return _minimal(_window(list(items), ask), ask)
+    return _minimal(_window(_half_of_half(list(items), ask), ask), ask)
+
+
+def _half_of_half(items: list[int], fails: Fails) -> list[int]:
+    """Return a half of a list that fails, and a half of that, for as long as there is one: large models take long."""
+    while len(items) > 1:
+        middle = len(items) // 2
+        half = next((half for half in (items[:middle], items[middle:]) if fails(half)), None)
+        if half is None:
+            return items
+        items = half
+    return items
 
 
 def _window(items: list[int], fails: Fails) -> list[int]:

@@ -271,10 +271,16 @@ def sensitivity_chart(costs: Sequence[LayerCost]) -> Any:
     measured = [one for one in costs if one.measured is not None][:MOST_BARS]
     if measured:
         values = [one.measured or 0.0 for one in measured]
-        return _single_bars([one.layer for one in measured], values, [f"{one:.3g}" for one in values], "warn")
+        return _single_bars(_named(measured), values, [f"{one:.3g}" for one in values], "warn")
     rows = costs[:MOST_BARS]
     shares = [one.predicted or 0.0 for one in rows]
-    return _single_bars([one.layer for one in rows], shares, [show_share(one) for one in shares], "warn")
+    return _single_bars(_named(rows), shares, [show_share(one) for one in shares], "warn")
+
+
+def _named(costs: Sequence[LayerCost]) -> list[str]:
+    """Return the layers, with the pass where there are several."""
+    several = len({one.pass_name for one in costs}) > 1
+    return [f"{one.layer}, {one.pass_name}" if several else one.layer for one in costs]
 
 
 def _single_bars(names: Sequence[str], values: Sequence[float], texts: Sequence[str], token: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ LAYER_SAMPLES = 16
 _LARGE, _HUGE = 256 << 20, 2 << 30
 _SAMPLES_OF_LARGE, _SAMPLES_OF_HUGE = 4, 1
 # Runs whose times are averaged, and of a model so slow (in ms) that one has to do.
-_RUNS, _SLOW_MS = 5, 500.0
+_RUNS, _SLOW_MS = 5, 50.0
 # Facts of notes: which share of a layer's outputs is noise; and what layers that were tried by themselves cost.
 _PREDICTED, _KEPT = "predicted_error", "kept"
 
@@ -177,7 +177,7 @@ def collect(given: Material) -> Findings:
     found = Findings(_repetition(given), operators=operator_shares(given.original, given.result))
     found.sensitivity = _layer_costs(report)
     if not found.sensitivity:
-        why = "no pass of this run tries layers one at a time; `graphopt sensitivity` does"
+        why = "no pass of this run says what single layers cost; `graphopt sensitivity` measures it"
         found.not_measured["sensitivity"] = why
 
     def attempt(name: str, stage: str, work: Callable[[], T]) -> T | None:
@@ -195,9 +195,7 @@ def collect(given: Material) -> Findings:
         "weights", "looking at weights", lambda: weight_histograms(given.original, given.result, given.backend)
     )
     if not given.feeds:
-        why = (
-            "the runtime was not asked to run anything" if report.scored == NOT_RUN else "there are no inputs to run on"
-        )
+        why = "no model was run" if report.scored == NOT_RUN else "the original runs on no inputs there are"
         found.not_measured |= dict.fromkeys(("kernels", "layers"), why)
     else:
         found.kernels = attempt("kernels", "profiling", lambda: _kernel_times(given)) or ()
@@ -263,8 +261,7 @@ def _kernel_times(given: Material) -> tuple[KernelTime, ...]:
         raise GraphoptError(f"backend `{backend.describe()}` does not tell what it runs", hint="another `--backend`")
     if given.report.before.bytes > _HUGE:
         raise GraphoptError("the model is too large to be profiled for a report", hint="`graphopt bench --profile`")
-    slowest = max((side.latency_ms or 0.0) for side in (given.report.before, given.report.after) if side is not None)
-    runs = _RUNS if slowest <= _SLOW_MS else 1
+    runs = _runs(given.report)
     before = _times(backend, given.original, given.feeds[0], given.threads, runs)
     after = _times(backend, given.result, given.feeds[0], given.threads, runs)
     rows = []
@@ -274,18 +271,23 @@ def _kernel_times(given: Material) -> tuple[KernelTime, ...]:
     return tuple(sorted(rows, key=lambda row: -max(row.ms_before, row.ms_after)))
 
 
+def _runs(report: Report) -> int:
+    slowest = max((side.latency_ms or 0.0) for side in (report.before, report.after) if side is not None)
+    return _RUNS if slowest <= _SLOW_MS else 1
+
+
 def _times(
     backend: Inspectable, model: ir.Model, feeds: Feeds, threads: int, runs: int
 ) -> Mapping[str, tuple[float, int]]:
     """Return milliseconds and number of kernels by operator, whichever of its domains a runtime took it from."""
-    milliseconds: Counter[str] = Counter()
+    milliseconds: dict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
     for kernel in backend.kernels(model.clone(), feeds, threads=threads, runs=runs):
         if kernel.milliseconds:
             name = kernel.op.rpartition("::")[2]
-            milliseconds[name] += kernel.milliseconds  # type: ignore[assignment]
+            milliseconds[name] += kernel.milliseconds
             counts[name] += 1
-    return {name: (float(time), counts[name]) for name, time in milliseconds.items()}
+    return {name: (time, counts[name]) for name, time in milliseconds.items()}
 
 
 def _layers(given: Material) -> LayerComparison:
@@ -310,6 +312,7 @@ def _coverage(given: Material) -> Explanation:
         data=[dict(given.feeds[0])] if given.feeds else None,
         backend=given.asked_backend,
         threads=given.threads,
+        runs=_runs(given.report),
     )
 
 

@@ -11,12 +11,13 @@ from graphopt.report import Report, show_bytes, show_count
 from graphopt.report_findings import Findings
 from graphopt.report_rows import STEP_COLUMNS, doubts, refusals, side_rows, specialised_lines, step_cells
 from graphopt.report_words import (
+    SENSITIVITY_COLUMNS,
     coverage_message,
     float_rows,
     headline,
     layers_message,
     left_message,
-    show_share,
+    sensitivity_rows,
     show_time,
     steps_message,
     verdict,
@@ -145,16 +146,7 @@ def _weights(found: WeightHistograms | None) -> list[str]:
 
 
 def _sensitivity(findings: Findings) -> str:
-    rows = [
-        (
-            one.layer,
-            one.pass_name,
-            "–" if one.predicted is None else show_share(one.predicted),
-            "–" if one.measured is None else f"{one.measured:.3g}",
-        )
-        for one in findings.sensitivity
-    ]
-    return _table(("layer", "pass", "noise predicted", "cost measured"), rows)
+    return _table(SENSITIVITY_COLUMNS, sensitivity_rows(findings.sensitivity))
 
 
 def _remarks(report: Report) -> str:

@@ -22,6 +22,7 @@ from graphopt.report_rows import (
     doubts,
     ratio,
     refusals,
+    remarks,
     show_threads,
     side_rows,
     specialised_lines,
@@ -29,12 +30,14 @@ from graphopt.report_rows import (
     summaries,
 )
 from graphopt.report_words import (
+    SENSITIVITY_COLUMNS,
     coverage_message,
     float_rows,
     headline,
     layers_message,
     left_message,
     sensitivity_message,
+    sensitivity_rows,
     show_time,
     steps_message,
     undecoded_lines,
@@ -195,6 +198,8 @@ def _words(report: Report, findings: Findings) -> dict[str, Any]:
         ],
         "coverage": _coverage_words(findings.coverage),
         **_weight_words(findings.weights),
+        "sensitivity_columns": SENSITIVITY_COLUMNS,
+        "sensitivity": sensitivity_rows(findings.sensitivity)[:_MOST_ROWS],
         "remarks": _remarks(report),
         "repeat": findings.repetition,
         "files": [(one.path, one.role, show_bytes(one.bytes), one.sha256) for one in findings.repetition.files],
@@ -304,7 +309,7 @@ def _weight_words(found: WeightHistograms | None) -> dict[str, Any]:
 def _remarks(report: Report) -> list[dict[str, Any]]:
     found = []
     for step in report.steps:
-        single = [(note.node, note.text) for note in step.notes if note.node is not None]
+        single = [(note.node, note.text) for note in remarks(step) if note.node is not None]
         texts = [note.text for note in summaries(step)]
         left = [note.text for note in step.notes if note.node is None and note.left]
         if texts or left or single:

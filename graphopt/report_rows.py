@@ -15,6 +15,8 @@ _ROUNDING = 0.005
 # Run times of one and the same model differ by as much on a machine that others use, too.
 _LATENCY_NOISE = 0.05
 
+# Facts of notes that forecast what single layers lose.
+FORECASTS = frozenset({"predicted_error", "error_curve"})
 STEP_COLUMNS = ("pass", "edits", "nodes", "size", "time", "check")
 
 
@@ -97,6 +99,11 @@ def step_cells(step: StepRecord, report: Report) -> tuple[str, ...]:
         f"{step.seconds:.1f} s",
         show_check(step.check, report.metric_types, report.before.metrics),
     )
+
+
+def remarks(step: StepRecord) -> list[Note]:
+    """Return every remark about a step that says something to people; forecasts of layers are figures for a chart."""
+    return [note for note in step.notes if not FORECASTS & note.facts.keys()]
 
 
 def summaries(step: StepRecord) -> list[Note]:

@@ -12,6 +12,8 @@ from graphopt.report_findings import LayerCost
 from graphopt.report_rows import SideRow, counted
 from graphopt.weight_histograms import WeightHistograms
 
+SENSITIVITY_COLUMNS = ("layer", "pass", "noise predicted", "cost measured")
+
 
 def headline(report: Report, rows: Sequence[SideRow]) -> str:
     """Return what a run comes to in a few words: how much smaller and faster, or that it failed."""
@@ -63,8 +65,10 @@ def layers_message(layers: LayerComparison | None) -> str:
         return f"{start} None differs by more than rounding."
     first = layers.first_diverging
     outputs = [one for one in layers.layers if one.is_output]
-    end = f" Outputs keep {min(one.sqnr_db for one in outputs):.0f} dB." if outputs else ""
-    begins = f" The first to differ is made by {first.origin} ({first.sqnr_db:.0f} dB)." if first is not None else ""
+    end = f" Outputs keep {show_decibels(min(one.sqnr_db for one in outputs))}." if outputs else ""
+    begins = ""
+    if first is not None:
+        begins = f" The first to differ is made by `{first.origin}` ({show_decibels(first.sqnr_db)})."
     return f"{start} {len(differing)} differ by more than rounding.{begins}{end}"
 
 
@@ -122,8 +126,9 @@ def coverage_message(found: Explanation | None) -> str:
     if not found.findings:
         return ""
     done = sum(one.in_integers for one in found.findings)
-    how = "ran" if found.proven_by else "are expected to run"
-    return f"{done} of {len(found.findings)} operators {how} in integers on {found.target}."
+    how = "run" if found.proven_by else "are expected to run"
+    which = f"{done} of {len(found.findings)} operators"
+    return f"{which} {how} on integers, or on weights in integers, on {found.target}."
 
 
 def float_rows(found: Explanation) -> list[tuple[str, str, str, str]]:
@@ -157,11 +162,24 @@ def show_share(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
+def sensitivity_rows(costs: Sequence[LayerCost]) -> list[tuple[str, str, str, str]]:
+    """Return what single layers cost, as `SENSITIVITY_COLUMNS` names it."""
+    return [
+        (
+            one.layer,
+            one.pass_name,
+            "–" if one.predicted is None else show_share(one.predicted),
+            "–" if one.measured is None else f"{one.measured:.3g}",
+        )
+        for one in costs
+    ]
+
+
 def sensitivity_message(costs: Sequence[LayerCost]) -> str:
     """Return what the figures of single layers mean."""
     if any(one.measured is not None for one in costs):
         return "How far the outputs move with only this layer changed: KL divergence in nats, or noise"
-    return "Share of the layer's outputs expected to be noise"
+    return "Expected noise as a share of each output of a layer, the mean of all its outputs, weak ones counted as any"
 
 
 def undecoded_lines(found: WeightHistograms) -> list[str]:
@@ -170,3 +188,8 @@ def undecoded_lines(found: WeightHistograms) -> list[str]:
     for layer, why in found.undecoded:
         reasons.setdefault(why, []).append(layer)
     return [f"{counted(len(ones), 'layer')} not shown, `{ones[0]}` first: {why}." for why, ones in reasons.items()]
+
+
+def show_decibels(decibels: float) -> str:
+    """Return a whole number of decibels."""
+    return f"{decibels:.0f} dB".replace("-0 ", "0 ").replace("-", "−")

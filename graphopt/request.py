@@ -45,6 +45,7 @@ class Request:
     reproducers: Path | None = None
     calibration_cache: Path | None = None
     emit_test: Path | None = None
+    timed: bool = True
     report: Path | None = None
     detailed: bool = False
     advise: bool = False
@@ -67,6 +68,7 @@ class Request:
             "reproducers",
             "calibration_cache",
             "emit_test",
+            "timed",
             "report",
             "detailed",
             "advise",

@@ -100,7 +100,7 @@ def as_markdown(passes: Sequence[type[Pass]], entries: Sequence[Entry]) -> str:
 _INTRODUCTION = """# Rules
 
 Every rule of every pass that comes with graphopt, with the equation it rests on. `graphopt list rules` prints the same,
-for installed passes of others too. `pytest tests/test_rules_doc.py --graphopt-update` makes this page from the passes."""
+for installed passes of others too. `pytest tests/test_rules_doc.py --graphopt-update` makes this page of the passes."""
 
 
 def _row(rules: Sequence[str], entry: Entry) -> str:

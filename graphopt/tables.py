@@ -26,6 +26,7 @@ from graphopt.report_rows import (
     counted,
     doubts,
     refusals,
+    remarks,
     side_rows,
     specialised_lines,
     step_cells,
@@ -70,7 +71,7 @@ def print_report(report: Report, *, verbose: bool = False) -> None:
         _print(f" {line}")
     _print(table)
     for step in report.steps:
-        for note in step.notes if verbose else summaries(step):
+        for note in remarks(step) if verbose else summaries(step):
             where = f" [{note.node}]" if note.node else ""
             _print(f" {note.pass_name}{where}: {note.text}", style="dim")
     for line in (*refusals(report), *doubts(report)):

@@ -134,7 +134,7 @@ def optimized_into(folder: Path, model: Any, passes: Any, **options: Any) -> Res
         folder: Where the result goes.
         model: A path, an `onnx_ir.Model` or an `onnx.ModelProto`.
         passes: Pipeline text, or passes in a list.
-        options: Those of `graphopt.optimize`.
+        options: Those of `graphopt.optimize`; models are not timed unless `timed` says so.
 
     Raises:
         GraphoptError: As `graphopt.optimize` raises it.
@@ -145,7 +145,7 @@ def optimized_into(folder: Path, model: Any, passes: Any, **options: Any) -> Res
     given = _as_model(model)
     name = Path(given).name if isinstance(given, (str, Path)) else _OUTPUT
     try:
-        return optimize(given, passes, output=folder / name, **options)
+        return optimize(given, passes, output=folder / name, **{"timed": False, **options})
     except GraphoptError as error:
         if error.hint:
             error.add_note(f"hint: {error.hint}")

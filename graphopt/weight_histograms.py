@@ -42,7 +42,7 @@ class WeightHistogram:
         layer: The layer, a node of the original, or one of the result that comes from no layer.
         operator: Its operator in the result.
         origins: The nodes of the original it comes from.
-        stored: The dtype its weight is stored in.
+        stored: What its weight is stored as.
         elements: How many weights it has after.
         edges: Edges of the bins, one more than bins.
         before: Share of the weights in each bin, before; empty where no layer of the original has a like weight.
@@ -158,7 +158,7 @@ def _histogram(
         layer=walk.label(old.node if old is not None else one.node),
         operator=one.node.op_type,
         origins=tuple(sorted(origins(old.node if old is not None else one.node))),
-        stored=np.dtype(one.stored.dtype.numpy()).name,
+        stored=_format(one),
         elements=one.elements,
         edges=tuple(edges.tolist()),
         before=_shares(old_values, edges),
@@ -173,6 +173,13 @@ def _values(one: _Weight, model: ir.Model, backend: Backend) -> Array:
     if one.elements > _MOST_ELEMENTS:
         raise ValueError(f"more than {_MOST_ELEMENTS:,} weights")
     return weight_values(one.node, one.value, model, backend)
+
+
+def _format(one: _Weight) -> str:
+    """Return what a weight is stored as; several codes of few bits lie in one byte."""
+    if one.node.op_type == _READS_BLOCKS:
+        return f"{one.node.attributes.get_int('bits', 4)}-bit codes"
+    return np.dtype(one.stored.dtype.numpy()).name
 
 
 def _sample(values: Array) -> Array:

@@ -16,7 +16,7 @@ import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")
 # Without a sandbox, because tests may run as root; what would ask the network for something is off.
-_OPTIONS = (
+OPTIONS = (
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -43,7 +43,7 @@ def start_browser() -> Iterator[Any]:
     if path is None:
         pytest.skip("no Chromium on this machine; set GRAPHOPT_CHROMIUM to one")
     with api.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=path, args=list(_OPTIONS))
+        started = driver.chromium.launch(executable_path=path, args=list(OPTIONS))
         yield started
         started.close()
 

@@ -38,6 +38,7 @@ class RecordedSession:
         runs: Feeds it was run on, as they were bound or given.
         devices: Where each output was bound to.
         deterministic: Whether the same result was asked of every run.
+        optimized: Whether ONNX Runtime's own optimizations were on.
     """
 
     model: onnx.ModelProto
@@ -48,6 +49,7 @@ class RecordedSession:
     runs: list[dict[str, Any]] = field(default_factory=list)
     devices: dict[str, tuple[str, int]] = field(default_factory=dict)
     deterministic: bool = False
+    optimized: bool = True
 
     def options(self, provider: str) -> dict[str, str]:
         """Return the options of one of its providers."""
@@ -63,6 +65,7 @@ class Recording:
         started: Providers that start when asked for; others are replaced by the CPU without a word.
         place: Says which provider takes a node.
         outputs: What is played back, by name of output; zeros otherwise.
+        computes: Whether the real ONNX Runtime computes the outputs, on the CPU.
         sessions: Every session made, in order.
         refuses: Errors the next sessions fail with, one each.
         tells_placement: Whether it is a version that knows where nodes went.
@@ -72,6 +75,7 @@ class Recording:
     started: Sequence[str] = (TENSORRT, CUDA, CPU)
     place: Placer | None = None
     outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
+    computes: bool = False
     sessions: list[RecordedSession] = field(default_factory=list)
     refuses: list[Exception] = field(default_factory=list)
     tells_placement: bool = True
@@ -111,7 +115,8 @@ class Recording:
         recording = self
 
         class Session(_Session):
-            def __init__(self, model: Any, options: Any, providers: Any) -> None:
+            def __init__(self, model: Any, options: Any, providers: Any, enable_fallback: int = 1) -> None:
+                assert not enable_fallback, "what a provider refuses would be printed, and run elsewhere"
                 super().__init__(recording, model, options, providers)
 
         if recording.tells_placement:
@@ -165,7 +170,9 @@ class _Session:
         self._recording = recording
         self.record = RecordedSession(proto, path, list(providers), options.entries, options.weights)
         self.record.deterministic = options.use_deterministic_compute
+        self.record.optimized = options.graph_optimization_level != recording.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._profile = options.profile_file_prefix
+        self._real = _on_cpu(model, options.weights) if recording.computes else None
         recording.sessions.append(self.record)
 
     def get_providers(self) -> list[str]:
@@ -182,6 +189,8 @@ class _Session:
 
     def run(self, _names: None, feeds: dict[str, Any]) -> list[Any]:
         self.record.runs.append(feeds)
+        if self._real is not None:
+            return list(self._real.run(None, feeds))
         return [self._recording.outputs.get(one.name, np.zeros(1, np.float32)) for one in self.get_outputs()]
 
     def io_binding(self) -> _Binding:
@@ -189,6 +198,8 @@ class _Session:
 
     def run_with_iobinding(self, binding: _Binding) -> None:
         self.record.runs.append(dict(binding.inputs))
+        if self._real is not None:
+            self._real.run(None, {name: value.array for name, value in binding.inputs.items()})
 
     def end_profiling(self) -> str:
         """Return a file in which each node took 250 µs in each run."""
@@ -209,6 +220,16 @@ class _Session:
             SimpleNamespace(ep_name=place(node), get_nodes=lambda node=node: [node])
             for node in self.record.model.graph.node
         ]
+
+
+def _on_cpu(model: Any, weights: dict[str, Any]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    values = [onnxruntime.OrtValue.ortvalue_from_numpy(value.array) for value in weights.values()]
+    if weights:
+        options.add_external_initializers(list(weights), values)
+    return onnxruntime.InferenceSession(model, options, providers=[CPU])
 
 
 class _Binding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,49 @@ def test_a_size_that_fails_is_a_row_that_says_so(pairs: Path) -> None:
     assert [bool(row.failure) for row in found.rows] == [False, True, False]
     assert [row.latency is None for row in found.rows] == [False, True, False]
     assert not found.complete
+
+
+class Counting:
+    """ONNX Runtime, its sessions counted."""
+
+    name = "onnxruntime"
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._backend, self._seconds = registry.backend("onnxruntime"), seconds
+        self.opened: list[Any] = []
+
+    def describe(self) -> str:
+        return "counting"
+
+    def open(self, model: Any, **options: Any) -> Any:
+        time.sleep(self._seconds)
+        if len(self.opened) >= self.most:
+            raise BackendError("no more of them", hint="none")
+        self.opened.append(self._backend.open(model, **options))
+        return self.opened[-1]
+
+    most = 1000
+
+
+@pytest.mark.parametrize(("seconds", "openings"), [(0.0, 12), (0.05, 1)], ids=["at once", "slowly"])
+def test_what_opens_quickly_is_opened_often(
+    model: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, openings: int
+) -> None:
+    backend = Counting(seconds)
+    monkeypatch.setattr(benchmark, "find_backend", lambda *_: backend)
+    found = graphopt.bench([model, model], seconds=0.2, threads=1)
+    assert [row.latency.openings for row in found.rows if row.latency] == [openings] * 2
+    assert len(backend.opened) == 2 * openings
+    assert all(session._session is None for session in backend.opened), "each is closed"
+
+
+def test_a_backend_that_opens_no_more_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Counting()
+    backend.most = 3
+    monkeypatch.setattr(benchmark, "find_backend", lambda *_: backend)
+    with pytest.raises(BackendError, match="no more of them"):
+        graphopt.bench([model], seconds=0.2, threads=1)
+    assert all(session._session is None for session in backend.opened), "each is closed"
 
 
 def test_data_are_named(model: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ ADDED = {
         "deployed",
         "latency_ratio",
         "latency_batch",
+        "advice",
         "stopped_after_edits",
         "specialised",
         "failure",

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 
-from graphopt import backend_survey, doctor, package_skews, registry
+from graphopt import backend_survey, doctor, machine, package_skews, registry
 from graphopt.backend import Backend
 from graphopt.backends import onnxruntime_health, targets
 from graphopt.backends.reference import Reference
@@ -146,7 +146,7 @@ def test_little_memory_and_disk_are_warnings(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_system_that_tells_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_MEMORY", tmp_path / "none")
-    monkeypatch.setattr(doctor, "_QUOTA", tmp_path / "none")
+    monkeypatch.setattr(machine, "_QUOTA", tmp_path / "none")
     diagnosis = examine()
     assert diagnosis.ok
     assert not found(diagnosis, "memory")
@@ -158,7 +158,7 @@ def test_a_container_that_may_use_less_than_it_sees(
 ) -> None:
     quota = tmp_path / "cpu.max"
     quota.write_text(text + "\n")
-    monkeypatch.setattr(doctor, "_QUOTA", quota)
+    monkeypatch.setattr(machine, "_QUOTA", quota)
     told = [one for one in found(examine(), "processor") if one.verdict == "warning"]
     assert bool(told) == warned
     assert all("--threads 1" in one.hint for one in told)

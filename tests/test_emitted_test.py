@@ -21,6 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt import emitted_test, optimization, recorded_runs
+from graphopt.comparison import OutputError
+from graphopt.emitted_text import About, Facts, as_python
 from graphopt.errors import BackendError, DataError, UsageError
 from graphopt.output_bounds import Bound, Noise, bound, lossy_bound
 from graphopt.recorded_model import RecordedModel
@@ -212,7 +214,7 @@ def test_own_test_is_written_anew_and_no_other(tmp_path: Path) -> None:
         ("net.py", "pytest would not find the test"),
         ("test_net.txt", "pytest would not find the test"),
         ("nowhere/test_net.py", "the folder of test .* does not exist"),
-        ("test_data.py", "would keep its record in"),
+        ("test_data.py", r"its record `test_data\.npz`, is the model or its data"),
         ("test_foreign.py", r"test_foreign.npz` was not written by graphopt"),
         ("test_folder.py", "is no regular file"),
     ],
@@ -331,6 +333,63 @@ def test_outputs_that_are_no_tensors_are_kept(tmp_path: Path) -> None:
     changed = {**outputs, "parts": [np.float32([1])], "words": np.array(["a", "c"], dtype=object)}
     found = recorded_runs.errors(read, "model", [changed])
     assert {name for name, error in found.items() if not error.equal} == {"parts[1]", "words"}
+
+
+def test_model_with_a_data_file(tmp_path: Path) -> None:
+    """The size is that of both files, and the test is of the model that has both."""
+    model = network()
+    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    emit(tmp_path)
+    record = RecordedModel(tmp_path / "out.onnx", tmp_path / "test_net.npz")
+    size = sum((tmp_path / name).stat().st_size for name in ("out.onnx", "out.onnx.data"))
+    record.assert_size(size)
+    with pytest.raises(AssertionError, match=f"takes {size:,} bytes"):
+        record.assert_size(size - 1)
+    record.assert_outputs("original", {"shares": Bound(1e-5)})
+    with pytest.raises(AssertionError, match="`other`: not among the recorded outputs\n  `shares`: no bound for it"):
+        record.assert_outputs("original", {"other": Bound()})
+
+
+def test_where_runs_repeat_nothing_but_rounding_is_allowed(home: Path, tmp_path: Path) -> None:
+    model = onnx.load(home / "int8.onnx")
+    MUTANTS["weight perturbed"](model)
+    onnx.save(model, tmp_path / "mutant.onnx")
+    loose = {"shares": Bound(max_abs_error=1.0)}
+    mutant = RecordedModel(tmp_path / "mutant.onnx", home / "test_int8.npz")
+    mutant.assert_outputs("model", loose, repeats_on="another machine")
+    with pytest.raises(AssertionError, match="which is no rounding, and runs repeat"):
+        mutant.assert_outputs("model", loose, repeats_on=mutant.place)
+    RecordedModel(home / "int8.onnx", home / "test_int8.npz").assert_outputs("model", loose, repeats_on=mutant.place)
+
+
+@pytest.mark.parametrize(("max_abs", "repeats_on"), [(0.5, "a runtime 1.0 on a processor"), (0.0, None)])
+def test_place_where_runs_repeat_is_named(max_abs: float, repeats_on: str | None) -> None:
+    about = About("out.onnx", "test_out.npz", "net.onnx", "made-up inputs", "cpu", "runtime", None, {"graphopt": "1"})
+    one = {"y": noise(max_abs, 40.0)}
+    text = as_python(about, Facts(["x: float [1]"], ["y: float [1]"], one, repeats_on, one, {}, 1000))
+    compile(text, "test_out.py", "exec")
+    assert ("repeats_on=REPEATS_ON" in text) is (repeats_on is not None)
+    assert 'BACKEND = "runtime"' in text
+    assert "backend=BACKEND" in text
+
+
+def test_bound_that_asks_for_nothing_still_asks_for_the_shape() -> None:
+    moved, other = OutputError("y"), OutputError("y")
+    moved.update(np.float32([1, np.nan]), np.float32([np.nan, 1]))
+    other.update(np.float32([1]), np.float32([1, 2]))
+    assert Bound().fault(moved) is None
+    assert Bound(1.0).fault(moved) is not None
+    assert Bound().fault(other) == "float32[1] against float32[2]"
+
+
+def test_model_in_memory(tmp_path: Path) -> None:
+    model = graphopt.ir.from_proto(network())
+    result = graphopt.optimize(
+        model, "simplify", output=tmp_path / "out.onnx", emit_test=tmp_path / "test_out.py", verify="off", timed=False
+    )
+    assert result.report.after is not None
+    assert result.report.after.latency_ms is None
+    assert "# of `network`, with graphopt" in (tmp_path / "test_out.py").read_text()
 
 
 def test_model_that_is_gone_is_said(home: Path) -> None:

@@ -297,9 +297,11 @@ def test_backend_that_tells_nothing_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_long_lists_are_cut_unless_asked_for() -> None:
-    kernels = tuple(KernelTime("Conv", tuple("abcde"), "", False, 1.0, 1000, 100) for _ in range(30))
+    kernels = tuple(KernelTime(f"Op{n}", tuple("abcde"), "", False, 1.0, 1000, 100) for n in range(30))
     row = Row("m", "b", 1, {}, Latency(1.0, 1.0, 1.0, 1, 1.0))
     found = Bench((row,), (Profiled("m", "b", Profile(kernels), None),), 1, (), "cpu", "made-up inputs", None, ())
+    assert [row[0] for row in listing_of(found).sheets[1].rows][-2:] == ["20 other operators", "all"]
+    assert len(listing_of(found, verbose=True).sheets[1].rows) == 31
     slowest = listing_of(found).sheets[2]
     assert slowest.columns[0] == "slowest of 30"
     assert len(slowest.rows) == 10

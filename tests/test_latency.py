@@ -18,18 +18,37 @@ from graphopt.latency import Latency, measure, rounds, within
 from graphopt.machine import Moment, pinned, taken_by_others
 
 
+class Clock:
+    """A clock that stands still but for what sessions say they take; in the place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-9  # what is timed is never nothing
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    own = Clock()
+    monkeypatch.setattr(latency, "time", own)
+    return own
+
+
 class Recorded:
-    """A session that writes down its runs."""
+    """A session that writes down its runs, and takes as long as it is told to by a clock of the tests' own."""
 
     input_names, output_names = ("x",), ("y",)
 
-    def __init__(self, name: str, log: list[str], seconds: float = 0.0) -> None:
+    def __init__(self, name: str, log: list[str], seconds: float = 0.0, clock: Clock | None = None) -> None:
         self.name, self.log, self.seconds, self.collecting = name, log, seconds, True
+        self.clock = clock or Clock()
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         self.log.append(self.name)
         self.collecting = gc.isenabled()
-        time.sleep(self.seconds)
+        self.clock.now += self.seconds
         return {}
 
     def close(self) -> None: ...
@@ -79,12 +98,13 @@ def test_garbage_is_collected_again_after_a_failure() -> None:
     assert gc.isenabled()
 
 
-def test_what_takes_longer_is_slower() -> None:
+def test_what_takes_longer_is_slower(clock: Clock) -> None:
     log: list[str] = []
-    sessions = [Recorded("a", log, 0.001), Recorded("b", log, 0.003), Recorded("c", log, 0.001)]
-    _, slow, _ = measure(sessions, [{}] * 3, seconds=0.2)
-    assert slow.ratio > 1.3
-    assert slow.verdict == "slower"
+    sessions = [Recorded(name, log, seconds, clock) for name, seconds in (("a", 0.001), ("b", 0.003), ("c", 0.001))]
+    first, slow, same = measure(sessions, [{}] * 3, seconds=0.2)
+    assert (first.verdict, slow.verdict, same.verdict) == ("the same", "slower", "the same")
+    assert slow.ratio == pytest.approx(3, rel=1e-3)
+    assert slow.median == pytest.approx(3, rel=1e-3)
     assert slow.median_within[0] <= slow.median <= slow.median_within[1]
     assert slow.samples_per_second == pytest.approx(1e3 / slow.median)
     assert replace(slow, batch=4).samples_per_second == pytest.approx(4e3 / slow.median)
@@ -117,13 +137,14 @@ def test_parts_are_the_openings_where_there_are_enough() -> None:
     assert within(openings[:5]) != (0.0, 4.0), "stretches of time, each of which is of one level"
 
 
-def test_a_burst_does_not_count_its_first_run() -> None:
+def test_a_burst_does_not_count_its_first_run(clock: Clock) -> None:
     log: list[str] = []
-    (once,) = rounds([Recorded("a", log, 0.02)], [{}], seconds=0.0, least=1, burst=0.01)
+    (once,) = rounds([Recorded("a", log, 0.02, clock)], [{}], seconds=0.0, least=1, burst=0.01)
     assert len(once[0]) == 1, "a run that takes all of the burst is the only one"
     log.clear()
-    (several,) = rounds([Recorded("a", log, 0.001)], [{}], seconds=0.0, least=1, burst=0.02)
-    assert len(several[0]) == len(log) - latency.WARM_UP_RUNS - 1 > 3
+    (several,) = rounds([Recorded("a", log, 0.001, clock)], [{}], seconds=0.0, least=1, burst=0.02)
+    assert len(several[0]) == 20
+    assert len(log) == latency.WARM_UP_RUNS + 1 + 20
 
 
 @pytest.mark.parametrize("inertia", [0.0, 0.8], ids=["independent", "slow spells"])
@@ -185,6 +206,30 @@ def test_threads_of_one_core_are_one_core(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(machine, "_CORES", tmp_path / "nothing here")
     assert machine.physical_cores() == [0, 1, 2, 3]
     assert machine.last_level_cache() is None
+
+
+def test_fast_cores_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _fake_cores(tmp_path, {core: str(core) for core in range(4)})
+    for core, speed in enumerate((5_000_000, 5_000_000, 3_000_000, 3_000_000)):
+        (folder / f"cpu{core}" / "cpufreq").mkdir()
+        (folder / f"cpu{core}" / "cpufreq" / "cpuinfo_max_freq").write_text(f"{speed}\n")
+    kept: list[Any] = []
+    monkeypatch.setattr(machine, "_CORES", folder)
+    monkeypatch.setattr(machine, "allowed_cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: kept.append(tuple(cores)))
+    for threads, cores in ((1, (1,)), (2, (0, 1)), (3, (0, 1, 3)), (9, (0, 1, 2, 3))):
+        with pinned(threads) as found:
+            assert found == cores
+    assert kept[::2] == [(1,), (0, 1), (0, 1, 3), (0, 1, 2, 3)]
+
+
+def test_no_more_threads_than_a_container_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "physical_cores", lambda: list(range(8)))
+    monkeypatch.setattr(machine, "_QUOTA", tmp_path / "cpu.max")
+    assert machine.usual_threads() == 8
+    for text, threads in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("6400000 100000", 8)):
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        assert machine.usual_threads() == threads
 
 
 def test_what_others_take() -> None:

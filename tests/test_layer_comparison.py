@@ -28,14 +28,16 @@ from .pass_runs import loaded, run_passes
 
 NETWORK = Path(__file__).resolve().parent.parent / "models"
 
-CHAIN = """
+WEIGHT = "{0.1, 0.2, -0.3, 0.4, 0.2, -0.2, 0.4, 0.2, -0.3, 0.3, 0.1, 0.2, 0.4, 0.1, -0.1, 0.3}"
+HALVED = "{0.05, 0.1, -0.15, 0.2, 0.1, -0.1, 0.2, 0.1, -0.15, 0.15, 0.05, 0.1, 0.2, 0.05, -0.05, 0.15}"
+CHAIN = f"""
 <ir_version: 8, opset_import: ["" : 18]>
-g (float[n,4] x) => (float[n,4] y) <float[4,4] w = {1, 2, 3, 4, 5, 6, 7, 8, 8, 7, 6, 5, 4, 3, 2, 1}, float two = {2}> {
+g (float[n,4] x) => (float[n,4] y) <float[4,4] w = {WEIGHT}, float two = {{2}}> {{
   [fc] a = MatMul (x, w)
   [scale] b = Mul (a, two)
   [tanh] c = Tanh (b)
   [sum] y = Add (c, x)
-}
+}}
 """
 
 
@@ -96,8 +98,7 @@ def test_the_same_model_is_said_to_be_the_same() -> None:
 
 
 def test_a_difference_that_is_made_up_for_is_no_fault() -> None:
-    moved = chain(("{2}", "{4}"), ("{1, 2, 3, 4, 5, 6, 7, 8, 8, 7, 6, 5, 4, 3, 2, 1}",
-                                   "{0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4, 3.5, 3, 2.5, 2, 1.5, 1, 0.5}"))  # fmt: skip
+    moved = chain(("two = {2}", "two = {4}"), (WEIGHT, HALVED))
     found = compare(chain(), moved)
     assert found.ok
     assert [one.name for one in found.made_up_for] == ["a"]
@@ -117,8 +118,11 @@ def test_the_first_difference_is_told_from_those_that_follow() -> None:
 
 
 def test_a_large_value_beside_it_does_not_hide_where_an_error_comes_from() -> None:
-    masked = (("[sum] y = Add (c, x)", "[mask] d = Add (b, m) [soft] y = Softmax (d)"), ("float two", "float[4] m = {0, 0, 0, -10000000}, float two"))  # fmt: skip
-    found = compare(chain(*masked), chain(*masked, ("two = {2}", "two = {2.001}")))
+    masked = (
+        ("[sum] y = Add (c, x)", "[mask] d = Add (b, m) [soft] y = Softmax (d)"),
+        ("float two", "float[4] m = {0, 0, 0, -10000000}, float two"),
+    )
+    found = compare(chain(*masked), chain(*masked, ("two = {2}", "two = {2.1}")))
     assert found.suspect == "scale"
     assert not next(one for one in found.layers if one.name == "d").differs
 
@@ -137,7 +141,10 @@ def test_another_shape_is_a_difference() -> None:
 
 
 def test_outputs_that_are_lost_new_or_of_another_dtype() -> None:
-    other = chain(("(float[n,4] y)", "(double[n,4] y, float[n,4] c)"), ("y = Add (c, x)", "s = Add (c, x) y = Cast <to = 11> (s)"))  # fmt: skip
+    other = chain(
+        ("(float[n,4] y)", "(double[n,4] y, float[n,4] c)"),
+        ("y = Add (c, x)", "s = Add (c, x) y = Cast <to = 11> (s)"),
+    )
     said = {one.what for one in compare(chain(), other).faults}
     assert said == {"output `y` is DOUBLE, was FLOAT", "output `c` is new"}
     lost = {one.what for one in compare(other, chain()).faults}
@@ -163,10 +170,10 @@ def test_a_second_model_that_does_not_run_is_a_result() -> None:
 
 
 def test_codes_are_compared_as_what_they_mean() -> None:
-    data = {"image": np.load(NETWORK / "digits.npz")["image"][:64]}
+    data = {"image": np.load(NETWORK / "digits.npz")["image"][:32]}
     original = graphopt.load(NETWORK / "digits_cnn.onnx")
-    result = graphopt.optimize(original, "quant:mode=static", data=data, verify="structure")
-    found = compare(original, result.model, data=data, samples=16)
+    result = graphopt.optimize(original, "quant:mode=static:solver=rtn", data=data, verify="structure")
+    found = compare(original, result.model, data=data, samples=8)
     read = [one for one in found.layers if one.error.dtype.startswith("float") and not one.error.equal]
     assert len(read) > 3
     # A wrong pair would have about 0 dB.
@@ -195,25 +202,27 @@ def test_wrong_codes_are_found_where_they_are_read() -> None:
 
 
 def test_half_precision_is_judged_by_its_own_rounding() -> None:
-    result = graphopt.optimize(chain(), "cast:to=float16", verify="structure")
+    result = graphopt.optimize(chain(), "cast:compute=half:keep=none", verify="structure")
     found = compare(chain(), result.model)
     coarse = [one for one in found.layers if not one.error.equal]
     assert coarse
     assert not any(one.error.mismatch for one in coarse)
-    assert found.left.unmatched == 0
+    assert {"b", "y"} <= {one.name for one in found.layers}
+    assert found.ok
 
 
 def test_pieces_give_the_same_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = broken(dict((name, one) for name, one, _ in BROKEN)["wrong-constant"])
-    whole = compare(model(), other, data=samples(4))
-    monkeypatch.setattr(layer_comparison, "_GROUP_BYTES", 3000)
-    monkeypatch.setattr(layer_comparison, "_CHUNK_ELEMENTS", 7)
-    pieces = compare(model(), other, data=samples(4))
-    # The runtime puts other operators together, which rounds otherwise.
+    other = chain(("two = {2}", "two = {3}"))
+    whole = compare(chain(), other)
+    monkeypatch.setattr(layer_comparison, "_GROUP_BYTES", 1)
+    monkeypatch.setattr(layer_comparison, "_CHUNK_ELEMENTS", 5)
+    pieces = compare(chain(), other)
+    # The runtime may put other operators together, which rounds otherwise.
     for one, two in zip(whole.layers, pieces.layers, strict=True):
         assert one.name == two.name
-        assert one.max_abs_error == pytest.approx(two.max_abs_error, rel=1e-2, abs=1e-4)
-    assert pieces.suspect == whole.suspect
+        assert one.max_abs_error == pytest.approx(two.max_abs_error, rel=1e-4, abs=1e-6)
+        assert one.sqnr_db == pytest.approx(two.sqnr_db, abs=0.01)
+    assert pieces.suspect == whole.suspect == "scale"
 
 
 def test_only_as_many_samples_as_asked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from graphopt import report_findings, walk
+from graphopt import measurement, report_findings, walk
 from graphopt.choices import find_backend, find_target, open_model
 from graphopt.report_charts import LIGHT
 from graphopt.report_findings import operator_shares
@@ -39,6 +40,14 @@ def report_of(folder: Path, name: str, *args: Any, passes: str = PASSES) -> tupl
     model, file = fill(folder), folder / name
     options = ("--data", folder / "data.npz", "--threads", 1, *args)
     return run("optimize", model, "--passes", passes, "--report", file, *options), file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _timed_briefly() -> Iterator[None]:
+    """No test here looks at a latency."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "LATENCY_SECONDS", 0.05)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "f8e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
     "f8e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "f8e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LEAST_BITS = 8
@@ -94,9 +95,9 @@ def model_in_memory(model: ir.Model) -> tuple[bytes, list[Array]]:
 
 
 def to_tensor(array: Array) -> Any:
-    """Return an array as a tensor of OpenVINO's, which shares its memory where it is contiguous."""
+    """Return an array as a tensor of OpenVINO's, which shares its memory where it is contiguous and may be written to."""
     openvino = importlib.import_module("openvino")
-    array = np.ascontiguousarray(array).reshape(array.shape)  # it makes a vector of a scalar
+    array = np.require(array, requirements=["C", "W"])  # what may not be written to is not shared, though only read
     name = _NAMES.get(array.dtype)
     if name is not None:
         bits = array.view(np.uint16 if array.dtype.itemsize == 2 else np.uint8)

@@ -92,7 +92,7 @@ def written(source: Path, passes: str, backend: OnnxRuntime, samples: Any, outpu
         source,
         passes,
         data=samples,
-        metric="sqnr",
+        metric="sqnr_db",
         target=TARGETS[backend.provider],
         backend=f"onnxruntime:provider={judge}",
         verify="off",

@@ -109,7 +109,7 @@ def _short(number: float) -> str:
 
 
 def _by_op(one: Profiled, verbose: bool) -> Sheet:
-    columns = [f"{one.model} on {one.backend}", "kernels", "time", "share", "GFLOP/s"]
+    columns = [f"{one.model} on {one.backend}", "kernels", "time", "share", "GOP/s"]
     ops = one.profile.by_op
     shown = len(ops) if verbose else SLOWEST_SHOWN
     rows = [_op_cells(row, one.profile.milliseconds) for row in ops[:shown]]
@@ -130,7 +130,7 @@ def _op_cells(row: OpTime, whole: float) -> list[str]:
 def _slowest(one: Profiled, verbose: bool) -> Sheet:
     kernels = one.profile.kernels if verbose else one.profile.kernels[:SLOWEST_SHOWN]
     head = "kernel" if verbose else f"slowest of {len(one.profile.kernels)}"
-    columns = [head, "nodes", "time", "share", "GFLOP/s", "GB/s"]
+    columns = [head, "nodes", "time", "share", "GOP/s", "GB/s"]
     numbers = columns[2:]
     if _providers(one) > 1:
         columns.append("run by")
@@ -150,7 +150,7 @@ def _kernel_cells(kernel: KernelTime, one: Profiled) -> list[str]:
     if one.roof is None:
         return cells
     bound = one.roof.peaks.least(kernel, one.profile.bytes)
-    if bound is None or not bound[0]:
+    if bound is None or not bound[0] or not kernel.milliseconds:
         return [*cells, _NONE, ""]
     return [*cells, f"{bound[0] / kernel.milliseconds:.0%}", bound[1]]
 

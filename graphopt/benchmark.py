@@ -18,7 +18,7 @@ from graphopt.choices import find_backend, find_target, open_model
 from graphopt.cold_start import ColdStart, measure_cold_start
 from graphopt.comparison import require_same_names
 from graphopt.data import batch_size, input_specs
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, UsageError
 from graphopt.kernel_profile import profile
 from graphopt.latency import Latency
 from graphopt.progress import Display
@@ -179,6 +179,9 @@ def _backends(text: str | None) -> dict[str, Backend]:
     names = [one.describe() for one in found]
     # Two of one kind are told apart by what was written.
     labels = [name if names.count(name) == 1 else str(one) for name, one in zip(names, texts, strict=True)]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UsageError(f"backend `{twice}` is given twice", hint="to see the noise, give a model twice")
     return dict(zip(labels, found, strict=True))
 
 

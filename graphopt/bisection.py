@@ -311,7 +311,8 @@ def _edit_in_words(edit: Edit, total: int) -> Iterator[tuple[str, str]]:
 def _costs_in_words(costs: EditCosts, total: int) -> Iterator[str]:
     yield costs.describe()
     at_worst = f", {costs.worst:.3g} at worst" if costs.is_made_up_for else ""
-    yield f" {costs.what} lost: {costs.total:.3g} in {total} edits{at_worst}; those listed cost {costs.found:.0%} of it"
+    yield f" {costs.lost}: {costs.total:.3g} in {total} edits{at_worst}; those listed cost {costs.found:.0%} of it"
     for one in costs.costs:
         where = ", ".join(one.edit.nodes) or ", ".join(sorted(one.edit.origins)) or "–"
-        yield f" {one.share:>6.1%}  {one.cost:.3g}: edit {one.edit.number}, {one.edit.rule} of {one.edit.pass_name} at {where}"
+        edit = f"edit {one.edit.number}, {one.edit.rule} of {one.edit.pass_name} at {where}"
+        yield f" {one.share:>6.1%}  {one.cost:.3g}: {edit}"

@@ -94,6 +94,8 @@ def _compare_outputs(a: Path, b: Path, options: dict[str, Any], tolerance: float
         )
     else:
         tables.print_comparison(result, tolerance)
+        if not result.within(tolerance):
+            typer.echo(" `--layers` says where the two part")
     return result.within(tolerance)
 
 

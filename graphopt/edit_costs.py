@@ -15,6 +15,8 @@ ENOUGH = 0.9
 NEGLIGIBLE = 0.02
 # or after this many states.
 MOST_STATES = 96
+# What is lost where no metric has a budget: the outputs' noise, as a share of their signal.
+NOISE = "noise"
 # An edit that makes up this share of what is lost is to blame by itself.
 DOMINANT = 0.5
 
@@ -51,6 +53,11 @@ class EditCosts:
     costs: tuple[EditCost, ...]
 
     @property
+    def lost(self) -> str:
+        """What is lost, in words."""
+        return NOISE if self.what == NOISE else f"{self.what} that is lost"
+
+    @property
     def found(self) -> float:
         """The share of what is lost that the edits listed make up."""
         return min(1.0, sum(one.share for one in self.costs))
@@ -68,12 +75,12 @@ class EditCosts:
     def describe(self) -> str:
         """Return one line that says how the damage is spread."""
         if not self.costs:
-            return f"{self.what} is lost in many edits, none of which costs {NEGLIGIBLE:.0%} of it"
+            return f"the {self.lost} comes of many edits, none of which costs {NEGLIGIBLE:.0%} of it"
         worst = self.costs[0].share
         if self.dominant is not None:
-            text = f"one edit costs {worst:.0%} of the {self.what} that is lost"
+            text = f"one edit costs {worst:.0%} of the {self.lost}"
         else:
-            text = f"the damage is spread: no edit costs more than {worst:.0%} of the {self.what} that is lost"
+            text = f"the damage is spread: no edit costs more than {worst:.0%} of the {self.lost}"
         return f"{text}, for which later edits make up" if self.is_made_up_for else text
 
 

@@ -47,7 +47,8 @@ class Side:
                 self.captured.setdefault(value.name or "", value)
         self.keys = [*((INPUT, value.name or "") for value in free), *((CAPTURED, name) for name in self.captured)]
         self.keys += nodes
-        self.keys += [(OUTPUT, value.name or "") for value in self.graph.outputs]
+        # A value may be an output twice.
+        self.keys += dict.fromkeys((OUTPUT, value.name or "") for value in self.graph.outputs)
 
     def reads(self, key: Key) -> list[ir.Value | None]:
         """Return what something drawn reads."""

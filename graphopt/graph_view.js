@@ -80,9 +80,11 @@ class GraphView {
   }
 
   resize() {
+    const wasHidden = !this.size().width;
     this.names.forEach((name) => this.painters[name].resize());
     this.mapPicture = null;
-    if (this.unprinted) this.fit();
+    // A view that begins inside something folded has no size yet.
+    if (this.unprinted) this.fit(); else if (wasHidden && this.size().width) this.begin();
     this.redraw();
   }
 

@@ -102,6 +102,8 @@ def _remark(graphs: Sequence[Facts]) -> str:
     far = sum(len(graph["far"]) for graph in graphs)
     if not far:
         return ""
+    if far == 1:
+        return "One edge that skips many layers is drawn only while one of its ends is selected."
     return f"{far:,} edges that skip many layers are drawn only while one of their ends is selected."
 
 

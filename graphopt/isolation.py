@@ -7,6 +7,7 @@ takes milliseconds, and whatever a child does to itself is told in the reply.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -50,12 +51,16 @@ class Isolation:
         if not hasattr(os, "fork"):
             raise UsageError("candidates cannot be isolated on this system: it cannot fork", hint="leave it out")
         self._timeout = timeout
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        # A child that dies leaves its files behind, which go with this folder.
+        self._folder = tempfile.TemporaryDirectory(prefix="graphopt-")
+        path = os.pathsep.join(folder for folder in sys.path if folder)
+        environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": self._folder.name}
         self._server = subprocess.Popen(
             [sys.executable, "-c", "from graphopt.isolation import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
+            start_new_session=True,  # so that it can be ended with its child, and an interrupt is for us alone
         )
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -75,7 +80,7 @@ class Isolation:
         assert self._server.stdout is not None, "opened as a pipe"
         try:
             _send(self._server.stdin, message)
-            kind, content = pickle.loads(_receive(self._server.stdout))
+            kind, content, _ = pickle.loads(_receive(self._server.stdout))
         except (OSError, EOFError) as error:
             raise GraphoptError("the process that isolates candidates is gone", hint="run it again") from error
         if kind == "error":
@@ -83,13 +88,15 @@ class Isolation:
         return content
 
     def close(self) -> None:
-        """End the server."""
-        self._server.kill()
+        """End the server, and a child that is at work."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
         for pipe in (self._server.stdin, self._server.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+        self._folder.cleanup()
 
     def __enter__(self) -> Isolation:
         return self
@@ -114,7 +121,6 @@ def _receive(pipe: IO[bytes]) -> bytes:
 
 def serve() -> None:
     """Answer calls until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends this process
     asked = os.fdopen(os.dup(0), "rb")
     replies = os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -140,14 +146,18 @@ def _reply(message: bytes) -> bytes:
         status = _wait(child, pickle.loads(message)[2])
         if status == 0:
             result.seek(0)
-            return result.read()
-        return pickle.dumps(("died", Died(_how(status), _last_line(said))))
+            reply = result.read()
+            _load(pickle.loads(reply)[2])
+            return reply
+        return pickle.dumps(("died", Died(_how(status), _last_line(said)), ()))
 
 
 def _run(message: bytes, result: IO[bytes], said: IO[bytes]) -> None:
     """Make a call, write down what came of it, and end this process."""
     os.dup2(said.fileno(), 2)
+    before = frozenset(sys.modules)
     function, args, _ = pickle.loads(message)
+    reply: tuple[str, Any]
     try:
         reply = ("result", function(*args))
     except GraphoptError as error:
@@ -155,9 +165,17 @@ def _run(message: bytes, result: IO[bytes], said: IO[bytes]) -> None:
         reply = ("error", error)
     except Exception as error:
         reply = ("error", GraphoptError(f"the candidate could not be tried: {in_words(error)}", hint="report it"))
-    result.write(pickle.dumps(reply))
+    loaded = tuple(name for name in sys.modules if name not in before)
+    result.write(pickle.dumps((*reply, loaded)))
     result.flush()
     os._exit(0)
+
+
+def _load(modules: Iterable[str]) -> None:
+    """Load what a child had to load, so that the next one finds it there."""
+    for name in modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def _wait(child: int, timeout: float | None) -> int | None:

@@ -145,11 +145,11 @@ def runner(session: Session, feeds: Feeds) -> Callable[[], object]:
 
 def warm_up(runs: Sequence[Callable[[], object]], seconds: float) -> None:
     """Run each at least twice, and all in turn for so long."""
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < WARM_UP_RUNS or time.perf_counter() < end:
+    end, turns = time.perf_counter() + seconds, 0
+    while turns < WARM_UP_RUNS or time.perf_counter() < end:
         for run in runs:
             run()
-        rounds += 1
+        turns += 1
 
 
 def timed(run: Callable[[], object]) -> float:

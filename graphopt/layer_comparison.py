@@ -36,6 +36,8 @@ LAYER_SAMPLES = 32
 _JUDGED_SAMPLES = 8
 # Values of all samples looked at between two runs of a part of the model; a single one may take more.
 _GROUP_BYTES = 128 << 20
+# Weights read by a part of the model, of which a runtime has copies while it runs that part.
+_WEIGHT_BYTES = 256 << 20
 # What is assumed of a value whose size nobody inferred.
 _USUAL_BYTES = 1 << 20
 # Elements whose errors are computed at once: few enough that, in float64, they stay in a cache.
@@ -184,9 +186,9 @@ class _Run:
         apart = set(map(id, constant))
         groups = self._groups([pair for pair in readings if id(pair) not in apart])
         with (
-            self._display.stage("comparing", sum(map(len, groups)), "values"),
             Walkthrough(self._a.model, self._data, self._a.backend, threads=self._threads) as left,
             Walkthrough(self._b.model, self._data, self._b.backend, threads=self._threads) as right,
+            self._display.stage("comparing", sum(map(len, groups)), "values"),
         ):
             for group in groups:
                 self._compare_group(group, left, right)
@@ -228,14 +230,15 @@ class _Run:
         feeds = next(iter(self._data.take(1).batches(1))).feeds
         given = {value: feeds[value.name] for value in self._a.model.graph.inputs if value.name in feeds}
         sizes = inferred_bytes([one.value for one, _ in readings], given)
+        weights = _weights_up_to(self._a.model)
         groups: list[list[tuple[Reading, Reading]]] = []
-        held = 0
+        held = start = 0
         for pair in readings:
-            known = sizes[pair[0].value]
+            known, read = sizes[pair[0].value], weights.get(pair[0].value, 0)
             size = (known if known is not None else _USUAL_BYTES) * len(self._data)
-            if not groups or held + size > _GROUP_BYTES:
+            if not groups or held + size > _GROUP_BYTES or read - start > _WEIGHT_BYTES:
                 groups.append([])
-                held = 0
+                held, start = 0, read
             groups[-1].append(pair)
             held += size
         return groups
@@ -300,6 +303,15 @@ class _Run:
             if name is not None:
                 what = f"output `{name}` of the {which} model differs when it is run again on the same sample"
                 self._found.differences.append(Difference("unsteady", name, what, is_fault=side is self._b))
+
+
+def _weights_up_to(model: ir.Model) -> dict[ir.Value, int]:
+    """Return the bytes of constants that nodes up to the one that makes a value read, in the order of the graph."""
+    total, found = 0, {}
+    for node in model.graph:
+        total += sum(tensor.nbytes for value in node.inputs if (tensor := walk.constant_tensor(value)) is not None)
+        found.update(dict.fromkeys(node.outputs, total))
+    return found
 
 
 def _unsteady_output(side: _Side, data: Dataset, threads: int) -> str | None:

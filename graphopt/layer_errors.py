@@ -135,8 +135,8 @@ class LayerError:
 
     @property
     def has_other_shape(self) -> bool:
-        """Whether the two could not be compared, value by value."""
-        return self.error.mismatch is not None
+        """Whether the two are of other shapes or dtypes, so that elements cannot be compared."""
+        return self.error.mismatch is not None and " against " in self.error.mismatch
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
@@ -268,14 +268,15 @@ class LayerComparison:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong: no fault, and no output that differs but for what the judges disagree in."""
-        if self.faults or self.cannot_run is not None:
-            return False
-        return self.first_diverging is None or self.judges_disagree
+        """Whether nothing is wrong: no fault, and no output that differs, whoever is to blame."""
+        return not self.faults and self.cannot_run is None and self.first_diverging is None
 
     def worst(self, n: int = WORST_SHOWN) -> list[LayerError]:
-        """Return the ``n`` layers in which most noise comes in, whatever they read; see `LayerError.own_sqnr_db`."""
-        noisy = [one for one in self.layers if not one.error.equal]
+        """Return the ``n`` layers in which most noise comes in, whatever they read; see `LayerError.own_sqnr_db`.
+
+        What is of another shape is not among them, as where channels were removed.
+        """
+        noisy = [one for one in self.layers if not one.error.equal and not one.has_other_shape]
         return sorted(noisy, key=lambda one: (one.own_sqnr_db, one.sqnr_db))[:n]
 
     def noisiest(self, n: int = WORST_SHOWN) -> list[LayerError]:

@@ -46,8 +46,8 @@ def _layers(title: str, layers: Sequence[LayerError], *, names: bool = False) ->
             str(one.depth),
             _db(one.sqnr_db),
             "–" if one.own_sqnr_db >= SQNR_CEILING_DB else _db(one.own_sqnr_db),
-            f"{one.max_abs_error:.3g}",
-            f"{one.relative_error:.3g}",
+            "–" if one.has_other_shape else f"{one.max_abs_error:.3g}",
+            "–" if one.has_other_shape else f"{one.relative_error:.3g}",
             _verdict(one),
         ]
         for one in layers
@@ -100,6 +100,9 @@ def _remarks(found: LayerComparison) -> Iterator[str]:
     yield from _first(found)
     if found.suspect is not None:
         yield f"look first at `{found.suspect}`"
+    other = sum(one.has_other_shape for one in found.layers)
+    if other:
+        yield f"{other} of the values are of another shape: no errors are taken of these"
     made_up = len(found.made_up_for)
     if made_up:
         yield f"{made_up} of the values differ and are made up for further down: no output hangs on that"
@@ -118,11 +121,10 @@ def _first(found: LayerComparison) -> Iterator[str]:
         assert found.judges is not None, "judges that disagree were asked"
         a, b = found.judges
         yield f"nobody is blamed: the first model by itself differs as much between {a} and {b}"
-    share = f"{first.relative_error:.3g} of the largest value"
-    yield (
-        f"first diverging: `{first.name}` ({first.op_type}, depth {first.depth}): {_db(first.sqnr_db)}, "
-        f"off by up to {first.max_abs_error:.3g}, {share}"
+    how = first.error.mismatch or (
+        f"{_db(first.sqnr_db)}, off by up to {first.max_abs_error:.3g}, {first.relative_error:.3g} of the largest value"
     )
+    yield f"first diverging: `{first.name}` ({first.op_type}, depth {first.depth}): {how}"
     for change in first.changes[:_CHANGES_SHOWN]:
         yield f"  {change}"
     if first.judges_disagree:

@@ -13,6 +13,19 @@ from graphopt.backend import Array
 from graphopt.explanation_codes import is_dequantize, is_quantize
 from graphopt.fragment import constant_content, values_read
 
+# Dtypes that no error is computed of, or that runtimes do not hand out; those of less than a byte besides.
+_NO_NUMBERS = (
+    ir.DataType.STRING,
+    ir.DataType.COMPLEX64,
+    ir.DataType.COMPLEX128,
+    ir.DataType.FLOAT8E4M3FN,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+    ir.DataType.FLOAT8E8M0,
+)
+# Codes that runtimes hand out.
+_CODES = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16)
 # What a runtime makes part of the kernel before it, if Q follows.
 _ACTIVATIONS = ("Clip", "Elu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 
@@ -116,7 +129,7 @@ def _sole_quantize(value: ir.Value) -> ir.Node | None:
     node = uses[0].node
     if not is_quantize(node) or node.graph is not value.graph or node.outputs[0].is_graph_output():
         return None
-    return node if _says_what_codes_mean(node) else None
+    return node if node.outputs[0].dtype in _CODES and _says_what_codes_mean(node) else None
 
 
 def _reader_of(codes: ir.Value) -> ir.Node | None:
@@ -156,7 +169,7 @@ def _is_inside_kernel(value: ir.Value) -> bool:
 def _holds_numbers(value: ir.Value) -> bool:
     if value.type is not None and not isinstance(value.type, ir.TensorType):
         return False
-    return value.dtype not in (ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)
+    return value.dtype not in _NO_NUMBERS and (value.dtype is None or value.dtype.itemsize >= 1)
 
 
 def _computed_from_constants(model: ir.Model) -> set[ir.Value]:

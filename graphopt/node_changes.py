@@ -26,8 +26,8 @@ class Weight(enum.IntEnum):
     """How much a change alone says about who is to blame; the least says most."""
 
     RANDOM = 0
-    GONE = 1
-    CONSTANT = 2
+    CONSTANT = 1
+    GONE = 2
     ATTRIBUTE = 3
     READS = 4
     NEW = 5

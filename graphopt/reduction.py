@@ -212,7 +212,7 @@ class _Search:
                 if part is None or not any(_may_be_shape(value, known) for value in part.graph.inputs):
                     return
 
-        with self.display.stage("leaving out nodes"):
+        with self.display.stage("leaving out nodes", noun="candidates"):
             fewest(range(len(whole.graph)), lambda kept: self._take("nodes", candidates(kept)))
 
     def _known(self) -> Known:
@@ -228,14 +228,14 @@ class _Search:
                 if model is not None and feed is not None:
                     yield model, feed
 
-        with self.display.stage(stage):
+        with self.display.stage(stage, noun="candidates"):
             while self._take(stage, states()):
                 continue
 
     def _change(self, stage: str, changes: Callable[[], Iterable[SizeChange | ContentChange]]) -> None:
         """Try every change of the model as it is by then, each once."""
         tried = set[SizeChange | ContentChange]()
-        with self.display.stage(stage):
+        with self.display.stage(stage, noun="candidates"):
             while (change := next((one for one in changes() if one not in tried), None)) is not None:
                 tried.add(change)
                 self._take(stage, [change.apply(self.model, self.feed)])

@@ -108,7 +108,9 @@ def worst_layers(layers: LayerComparison, count: int) -> list[LayerError]:
 
 def own_noise(one: LayerError) -> float:
     """Return the noise that comes in at a layer as a share of its signal, by power; 1 where they cannot be compared."""
-    return 1.0 if one.has_other_shape else min(1.0, 10 ** (-one.own_sqnr_db / 10))
+    if one.has_other_shape:
+        return 1.0
+    return 0.0 if one.own_sqnr_db >= SQNR_CEILING_DB else min(1.0, 10 ** (-one.own_sqnr_db / 10))
 
 
 def operators(one: LayerError) -> str:

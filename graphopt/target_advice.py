@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +13,16 @@ from graphopt.backend import Backend, Feeds, Session, is_timed
 from graphopt.backend_survey import backends_here, option_of
 from graphopt.comparison import Comparison
 from graphopt.errors import BackendError
+from graphopt.latency import Latency
 from graphopt.target import Target
 
 # Less is not worth another runtime.
 WORTH = 1.3
-# Runtimes are timed in turn, so long each time, so often each: run by run, the threads of one would wake while the
-# other computes, and caches be cold for both.
-STRETCH_SECONDS = 0.1
-STRETCHES = 5
+ADVICE_SECONDS = 1.0
+# Runtimes take turns of so long: run by run, the threads of one would wake while the other computes, and find caches
+# cold.
+BURST_SECONDS = 0.1
+LEAST_ROUNDS = 6
 # Another runtime holds the model once more; beyond this, compiling it takes longer than people wait for advice.
 MOST_BYTES = 500_000_000
 # Between runtimes codes fall on either side of a rounding; below this they compute something else.
@@ -38,7 +39,7 @@ class Advice:
         name: What tables call it.
         milliseconds: Of a run there.
         here: Of a run on the runtime that was asked for.
-        speedup: Median over paired stretches of runs.
+        speedup: Median over paired runs.
     """
 
     backend: str
@@ -92,12 +93,12 @@ def _timed(backend: Backend, other: Backend, file: Path, feed: Feeds, threads: i
         comparison.update(*(session.run(feed) for session in sessions))
         if any(output.sqnr_db < LEAST_SQNR_DB for output in comparison.outputs.values()):
             return None
-        here, there, ratio = _in_stretches(sessions, feed)
-        if ratio * WORTH > 1:
+        here, there = _in_turn(sessions, feed)
+        if there.ratio * WORTH > 1 or there.verdict != "faster":
             return None
         target = _target_of(other)
         name = target.name if target is not None else None
-        return Advice(option_of(other), name, other.describe(), there, here, 1 / ratio)
+        return Advice(option_of(other), name, other.describe(), there.median, here.median, 1 / there.ratio)
     return None
 
 
@@ -107,18 +108,12 @@ def _both(backend: Backend, other: Backend, file: Path, threads: int) -> Iterato
         yield [here, there]
 
 
-def _in_stretches(sessions: Sequence[Session], feed: Feeds) -> tuple[float, float, float]:
-    """Return the milliseconds of a run of each of two sessions, and their ratio: the median over the stretches.
-
-    Where the machine is too busy to tell, the ratio is 1: the second is to be faster in all stretches but one.
-    """
-    times = [
-        [latency.measure([session], [feed], seconds=STRETCH_SECONDS)[0].median for session in sessions]
-        for _ in range(STRETCHES)
-    ]
-    ratios = sorted(there / here for here, there in times)
-    here, there = (statistics.median(column) for column in zip(*times, strict=True))
-    return here, there, ratios[STRETCHES // 2] if ratios[-2] < 1 else 1.0
+def _in_turn(sessions: Sequence[Session], feed: Feeds) -> list[Latency]:
+    """Time sessions of different runtimes."""
+    feeds = [feed] * len(sessions)
+    return latency.summarize(
+        [latency.rounds(sessions, feeds, seconds=ADVICE_SECONDS, least=LEAST_ROUNDS, burst=BURST_SECONDS)]
+    )
 
 
 def _target_of(backend: Backend) -> Target | None:

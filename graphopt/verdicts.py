@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.authoring import Guarantee
+from graphopt.edit_costs import NOISE
 from graphopt.errors import BackendError, GraphoptError, UsageError, VerificationError, in_words
 from graphopt.evaluation import Judge, compare_outputs
 from graphopt.instruments import poisoned
@@ -79,7 +80,7 @@ def loss_of(job: Run) -> tuple[str, Callable[[ir.Model], float]]:
     judge = job.judge
     assert judge is not None, "opened to judge the original"
     if not job.budgets:
-        return "noise", lambda model: _noise(judge, model)
+        return NOISE, lambda model: _noise(judge, model)
     budget = job.budgets[0]
     metric, before = job.metric_types[budget.metric], judge.score(job.original)[budget.metric]
     return budget.metric, lambda model: budget.loss(before, judge.score(model)[budget.metric], metric)

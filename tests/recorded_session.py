@@ -226,6 +226,7 @@ def _on_cpu(model: Any, weights: dict[str, Any]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # fatal errors alone
     values = [onnxruntime.OrtValue.ortvalue_from_numpy(value.array) for value in weights.values()]
     if weights:
         options.add_external_initializers(list(weights), values)

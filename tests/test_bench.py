@@ -23,6 +23,7 @@ from graphopt.bench_tables import listing_of
 from graphopt.cold_start import ColdStart, measure_cold_start
 from graphopt.errors import BackendError, UsageError
 from graphopt.latency import Latency
+from graphopt.machine import allowed_cores
 
 from .command_line import classifier, fill, run
 
@@ -105,6 +106,7 @@ def test_dimensions_of_an_expression_follow(tmp_path: Path) -> None:
         (["--sweep", "sequence=4", "--data", "data.npz"], "cannot be swept", "`--data`"),
         (["--backend", "onnxruntime,nothing"], "unknown backend `nothing`", "known"),
         (["--backend", "onnxruntime,"], "unknown backend ``", "known"),
+        (["--backend", "onnxruntime,onnxruntime"], "backend `onnxruntime` is given twice", "a model twice"),
     ],
 )
 def test_mistakes(sequences: Path, args: list[str], error: str, hint: str) -> None:
@@ -215,6 +217,22 @@ def test_a_backend_that_opens_no_more_is_an_error(model: Path, monkeypatch: pyte
     with pytest.raises(BackendError, match="no more of them"):
         graphopt.bench([model], seconds=0.2, threads=1)
     assert all(session._session is None for session in backend.opened), "each is closed"
+
+
+def test_interrupt_closes_what_is_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Counting()
+    monkeypatch.setattr(benchmark, "find_backend", lambda *_: backend)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graphopt.latency.rounds", interrupt)
+    cores = allowed_cores()
+    outcome = run("bench", model, *QUICK)
+    assert outcome.code == 130
+    assert "interrupted" in outcome.error
+    assert [session._session for session in backend.opened] == [None]
+    assert allowed_cores() == cores
 
 
 def test_data_are_named(model: Path, tmp_path: Path) -> None:

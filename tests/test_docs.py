@@ -298,7 +298,7 @@ def test_architecture_names_every_file() -> None:
             assert f"`{file.stem}`" in text, f"{file.relative_to(ROOT)} is not named"
     for name in re.findall(r"`(\w+)\.py`", text):
         known = [ROOT / "graphopt" / f"{name}.py", ROOT / "passes" / f"{name}.py"]
-        is_function = name in ("optimize", "compare", "bench", "bisect", "replay")
+        is_function = name in ("optimize", "compare", "bench", "bisect", "reduce", "replay")
         assert any(file.exists() for file in known) or is_function, f"{name}.py is gone"
 
 

@@ -16,6 +16,7 @@ import pytest
 from graphopt.graph_facts import graph_facts
 from graphopt.graph_layout import layered
 from graphopt.graph_pairs import pair_models
+from graphopt.graph_view import graph_view
 from graphopt.rewriter import Rewriter
 from graphopt.tensor_glance import glance, look_alike
 
@@ -302,3 +303,12 @@ def test_large_weights_of_two_files_are_compared_by_a_part() -> None:
     other[-1] = 1
     assert not look_alike(ir.tensor(large), ir.tensor(other))
     assert not look_alike(ir.tensor(large), ir.tensor(large[:-1]))
+
+
+def test_what_is_not_drawn_is_said() -> None:
+    lines = [f"v{i + 1} = Relu(v{i})" for i in range(40)]
+    text = f"""<ir_version: 8, opset_import: ["": 17]>
+    agraph (float[2] v0) => (float[2] y) {{ {" ".join(lines)} w = Neg(v1) y = Sum(v40, v1, w) }}"""
+    model = parsed(text)
+    assert graph_view(model).remark.startswith("One edge that skips many layers")
+    assert graph_view(parsed(MODEL)).remark == ""

@@ -281,3 +281,14 @@ def test_inspect_refuses_what_cannot_be(tmp_path: Path) -> None:
     assert "does not exist" in run("inspect", model, "--html", tmp_path / "none" / "a.html").error
     assert model.read_bytes() == before
     assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_view_that_was_folded_away_begins_when_it_is_unfolded(page: BrowserPage, tmp_path: Path) -> None:
+    file = write(tmp_path, *edited())
+    text = file.read_text(encoding="utf-8")
+    folded = text.replace("<main>", "<main><details><summary>graph</summary>").replace("</main>", "</details></main>")
+    file.write_text(folded, encoding="utf-8")
+    page.open(file)
+    page.tab.wait_for_selector(".gv-ready", state="attached")
+    page.tab.click("summary")
+    page.tab.wait_for_function("() => document.querySelector('.graph-view').graphView.view.scale > 0.4")

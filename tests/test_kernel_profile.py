@@ -179,6 +179,18 @@ def test_control_flow_takes_what_its_graphs_do_not() -> None:
     assert (relu.bytes, branch.bytes) == (32, None)
 
 
+def test_a_kernel_of_no_time_at_all_is_shown() -> None:
+    """As runtimes tell it that take the difference of two clocks."""
+    model = parsed("g (float[2,3] x, float[3,4] w) => (float[2,4] y) { y = MatMul(x, w) }")
+    feeds = {"x": np.zeros((2, 3), np.float32), "w": np.zeros((3, 4), np.float32)}
+    found = profile(model, Told(_kernel("MatMul", "graphopt0_MatMul", "y", -0.001)), feeds)
+    assert [one.milliseconds for one in found.kernels] == [0.0]
+    row = Row("m", "b", 1, {}, Latency(1.0, 1.0, 1.0, 1, 1.0))
+    whole = (Profiled("m", "b", found, roof_of(found, PEAKS)),)
+    listing = listing_of(Bench((row,), whole, 1, (), "cpu", "made-up inputs", None, ()))
+    assert list(listing.sheets[2].rows[0])[-2:] == ["–", ""]
+
+
 def test_profile_of_a_model_as_it_is_fused(tmp_path: Path) -> None:
     model = open_model(fill(tmp_path))
     found = profile(model, registry.backend("onnxruntime"), generated_feeds(model, 0, sets=1, batch=3)[0], threads=1)

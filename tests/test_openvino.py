@@ -196,6 +196,7 @@ def test_names_survive_whatever_it_makes_of_the_graph() -> None:
     [
         ("float16", np.float16),
         ("bfloat16", ml_dtypes.bfloat16),
+        ("float8e4m3fn", ml_dtypes.float8_e4m3fn),
         ("double", np.float64),
         ("int8", np.int8),
         ("uint8", np.uint8),
@@ -211,6 +212,17 @@ def test_dtypes_come_back_as_they_went_in(kind: str, dtype: Any) -> None:
             found = session.run({"x": given})["y"]
             assert found.dtype == x.dtype
             assert found.tolist() == x.T.tolist()
+
+
+@needs_openvino
+def test_a_feed_that_may_not_be_written_to_is_read() -> None:
+    with OpenVino().open(model()) as session:
+        given = np.broadcast_to(X, (2, 4))
+        assert not given.flags.writeable
+        assert session.run({"x": given})["y"].tolist() == Y * 2
+        frozen = X.copy()
+        frozen.setflags(write=False)
+        assert session.run({"x": frozen})["y"].tolist() == Y
 
 
 @needs_openvino

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -250,14 +251,16 @@ class Hostile(Pass):
                 os.abort()
 
 
-def test_a_process_that_dies_is_survived(tmp_path: Path) -> None:
+def test_a_process_that_dies_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = graphopt.reduce(mixed(), Hostile(), isolate=True, threads=1)
     assert ops(found) == ["MatMul", "Sqrt"]
     assert found.failure.text == "the process that runs it is ended by SIGABRT: about to go"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_process_that_hangs_is_ended() -> None:
-    with Isolation(timeout=0.2) as isolation:
+    with Isolation(timeout=0.5) as isolation:
         assert isolation.call(time.sleep, 30) == Died("does not end in time")
         assert isolation.call(abs, -3) == 3
         assert isolation.call(os._exit, 7) == Died("ends its process with 7")

@@ -73,7 +73,9 @@ def test_json_holds_what_was_found(findings: dict[str, Any]) -> None:
     assert findings.keys() == {
         *("operators", "kernels", "layers", "sensitivity", "weights", "coverage", "repetition", "not_measured"),
     }
-    assert findings["not_measured"].keys() == {"sensitivity"}
+    assert findings["not_measured"] == {}
+    assert {one["pass_name"] for one in findings["sensitivity"]} == {"prune", "quant"}
+    assert all(0 <= one["predicted"] <= 1 for one in findings["sensitivity"])
     assert {one["kernel"] for one in findings["kernels"] if one["ms_after"]} >= {"QGemm"}
     assert all(one["ms_before"] or one["ms_after"] for one in findings["kernels"])
     assert {layer["origin"] for layer in findings["layers"]["layers"]} & {"first", "relu", "second"}
@@ -103,6 +105,20 @@ def test_command_of_a_report_repeats_it(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["after"]["bytes"] == first["after"]["bytes"]
 
 
+def test_a_report_changes_nothing_of_the_result(tmp_path: Path) -> None:
+    outcome, _ = report_of(tmp_path, "out.json")
+    assert outcome.code == 0
+    reported = (tmp_path / "net.opt.onnx").read_bytes()
+    assert run("optimize", tmp_path / "net.onnx", "--passes", PASSES, "--data", tmp_path / "data.npz").code == 0
+    assert (tmp_path / "net.opt.onnx").read_bytes() == reported
+
+
+def test_forecasts_are_figures_and_no_remarks(tmp_path: Path) -> None:
+    outcome, file = report_of(tmp_path, "out.md", "-v")
+    assert ": forecast" not in outcome.out
+    assert ": forecast" not in file.read_text()
+
+
 def test_operators_account_for_every_byte() -> None:
     before = open_model(ir.from_proto(classifier()))
     after = graphopt.optimize(before, "quant:mode=dynamic").model
@@ -127,7 +143,7 @@ def test_who_asks_for_the_shape_of_a_weight_is_not_its_reader() -> None:
         ("quant:mode=static", "int8", 7),
         ("quant:mode=dynamic", "int8", 7),
         ("quant:mode=weights", "int8", 7),
-        ("quant:mode=weights:weights=int4", "uint8", 3),
+        ("quant:mode=weights:weights=int4", "4-bit codes", 3),
         ("cast", "float16", 10),
     ],
 )

@@ -186,7 +186,7 @@ class OpenVinoSession:
         self._ports = ports
         self._fed: dict[str, Any] = {}  # what the request reads is ours to keep
         # OpenVINO leaves out inputs that nothing reads; they are fed all the same, and taken no notice of.
-        self._indices = {_name(port): index for index, port in enumerate(compiled.inputs)}
+        self._indices = {name: index for index, name in enumerate(_inputs_of(compiled, ports))}
         self.input_names: Sequence[str] = [name for name in ports.inputs if name not in ports.defaults]
         self.output_names: Sequence[str] = list(ports.outputs)
 
@@ -280,8 +280,27 @@ class OpenVinoSession:
         self.close()
 
 
-def _name(port: Any) -> str:
-    return str(port.get_node().get_friendly_name())
+def _inputs_of(compiled: Any, ports: Ports) -> list[str]:
+    """Return which input of the model each of a compiled model is.
+
+    Where an operator does nothing, its input goes by the name of its output, too, or by that alone. As long as no input
+    was left out, they are in the model's order.
+
+    Raises:
+        BackendError: It cannot be told; what ran would read whatever is in memory.
+    """
+    wanted = [name for name in ports.inputs if name not in ports.defaults]
+    named = [{*port.get_names(), port.get_node().get_friendly_name()} for port in compiled.inputs]
+    found = [next((name for name in wanted if name in names), None) for names in named]
+    if len(found) == len(wanted):
+        found = [name or at for name, at in zip(found, wanted, strict=True)]
+    known = [name for name in found if name is not None]
+    if len(set(known)) < len(named):
+        raise BackendError(
+            "openvino refuses the model: it renamed an input that an operator hands on unchanged",
+            hint="`--passes simplify` removes such operators; another `--backend` runs it as it is",
+        )
+    return known
 
 
 @functools.cache

@@ -95,7 +95,7 @@ def model_in_memory(model: ir.Model) -> tuple[bytes, list[Array]]:
 
 
 def to_tensor(array: Array) -> Any:
-    """Return an array as a tensor of OpenVINO's, which shares its memory where it is contiguous and may be written to."""
+    """Return an array as a tensor of OpenVINO's, which shares its memory where that can be written to."""
     openvino = importlib.import_module("openvino")
     array = np.require(array, requirements=["C", "W"])  # what may not be written to is not shared, though only read
     name = _NAMES.get(array.dtype)

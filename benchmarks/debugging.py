@@ -3,8 +3,8 @@
     python -m benchmarks.debugging [MODEL ...]
 
 The first table has the passes of `tests/broken_passes.py`, each wrong at one node of a network of 351 nodes. The second
-has ONNX files, in the middle of which one Add with a constant is made wrong. Prints Markdown; seconds are of the clock, and
-of the processor in parentheses, which other programs on the machine change less.
+has ONNX files, in the middle of which one Add with a constant is made wrong. Prints Markdown; seconds are of the clock,
+and of the processor in parentheses, which other programs on the machine change less.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def row_of_fault(name: str, broken: Pass, at: str) -> str:
     found, spent = timed(lambda: graphopt.bisect(model(), broken, evaluation=samples(2)))
     where = ", ".join(found.edit.nodes) if found.edit is not None else "–"
     try:
-        reduced, reducing = timed(lambda: graphopt.reduce(model(), broken, data=samples(1)))
+        reduced, reducing = timed(lambda: graphopt.reduce(model(), broken, data=samples()))
         left = f"{reduced.nodes[1]} of {reduced.nodes[0]} | {reduced.tried} | {reducing}"
     except graphopt.GraphoptError as error:
         left = f"{error.message} | – | –"

@@ -79,7 +79,7 @@ def models(nodes: Sequence[int], files: Sequence[Path], folder: Path) -> Iterato
 
 
 def row(name: str, file: Path, passes: str, browser: Any, folder: Path) -> str:
-    """Return the row of a model: seconds of Python on the processor, megabytes, seconds to open, milliseconds a frame."""
+    """Return the row of a model: seconds of Python, megabytes, seconds to open, milliseconds a frame."""
     before, after = load(file), graphopt.optimize(file, passes, verify="off").model
     start = time.process_time()
     text = graph_page(graph_view(before, after), name)

@@ -11,7 +11,7 @@ from graphopt.choices import ModelLike
 from graphopt.errors import VerificationError
 from graphopt.optimization import Result, Run
 from graphopt.pipeline import Pipeline
-from graphopt.report_file import check_report, files_read, write_report
+from graphopt.report_file import check_report, write_report
 from graphopt.request import Request, Verify
 
 
@@ -110,7 +110,7 @@ def optimize(
         progress=progress,
     )
     if request.report is not None:
-        check_report(request.report, files_read(request), request.output)
+        check_report(request.report, request)
     run = Run(request)
     try:
         result = run.run()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 EXIT_CHECK_FAILED = 1
@@ -75,6 +76,17 @@ class VerificationError(GraphoptError):
 
 class OverBudget(VerificationError):
     """A model that lost more than its budget allows: nobody's mistake."""
+
+
+@contextlib.contextmanager
+def hints_in_tracebacks() -> Iterator[None]:
+    """Let errors that pass through show their hint where a traceback is shown, as under pytest."""
+    try:
+        yield
+    except GraphoptError as error:
+        if error.hint:
+            error.add_note(f"hint: {error.hint}")
+        raise
 
 
 def one_line(error: BaseException) -> str:

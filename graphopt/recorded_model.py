@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphopt import explanation, recorded_runs
 from graphopt.backend import Backend
 from graphopt.choices import find_backend, find_target
+from graphopt.errors import hints_in_tracebacks
 from graphopt.machine import cpu_name
 from graphopt.model_io import load, stored_bytes
 from graphopt.output_bounds import Bound
@@ -45,8 +46,9 @@ class RecordedModel:
         threads: int = 1,
     ) -> None:
         self.path = Path(model)
-        self.model = load(self.path)
-        self.runs = recorded_runs.read(record)
+        with hints_in_tracebacks():
+            self.model = load(self.path)
+            self.runs = recorded_runs.read(record)
         self._target, self._backend, self._threads = target, backend, threads
 
     def assert_signature(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
@@ -95,7 +97,7 @@ class RecordedModel:
     @cached_property
     def outputs(self) -> list[dict[str, Any]]:
         """What the model gives on the recorded inputs, the runtime's own optimizations on."""
-        with self._runtime().open(self.path, threads=self._threads) as session:
+        with hints_in_tracebacks(), self._runtime().open(self.path, threads=self._threads) as session:
             return [session.run(run.feeds) for run in self.runs]
 
     @property

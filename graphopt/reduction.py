@@ -46,6 +46,8 @@ Check = Callable[[Path], bool | None]
 Feed = dict[str, Array]
 # Rounds over the ways to make a model of few nodes smaller; each makes way for others, and one that gains nothing ends.
 MOST_ROUNDS = 5
+# A fault that is small next to rounding shows on some samples only.
+MOST_SAMPLES = 8
 
 
 def reduce(
@@ -77,7 +79,7 @@ def reduce(
         passes: Pipeline text, or passes and names of passes in a list.
         check: A function of a model's file, or a command with ``{model}`` in it, as `bisect` takes them, and with
             ``{inputs}`` for an ``.npz`` file of what it runs on. What counts is the exit code the original gives.
-        data: Samples, of which the first is used; inputs are made up where None.
+        data: Samples, of which the first that shows the failure is used, one of 8; inputs are made up where None.
         backend: Backend text; the target's own where None.
         other_backend: A backend to compare it with.
         target: Name of the target.
@@ -109,11 +111,11 @@ def reduce(
     display = Display(progress)
     with display.stage("opening the model"):
         original = open_model(model)
-        feed = _first_feed(original, data, seed)
+        feeds = _feeds(original, data, seed)
     question = replace(question, names=names_of(original))
     with contextlib.ExitStack() as stack:
         isolation = stack.enter_context(Isolation(timeout)) if isolate or timeout is not None else None
-        search = _Search(question, original, feed, isolation, seconds, display, on_progress)
+        search = _Search(question, original, feeds, isolation, seconds, display, on_progress)
         found = search.run()
     if folder is not None:
         write_folder(folder, found, question, isolated=isolate)
@@ -121,10 +123,10 @@ def reduce(
     return found
 
 
-def _first_feed(model: ir.Model, data: Any, seed: int) -> Feed:
+def _feeds(model: ir.Model, data: Any, seed: int) -> list[Feed]:
     if data is None:
-        return generated_feeds(model, seed, sets=1)[0]
-    return dict(next(iter(open_data(data, model).take(1).batches(1))).feeds)
+        return generated_feeds(model, seed)
+    return [dict(batch.feeds) for batch in open_data(data, model).take(MOST_SAMPLES).batches(1)]
 
 
 class _TimeIsUp(Exception):
@@ -136,14 +138,14 @@ class _Search:
         self,
         question: Question,
         original: ir.Model,
-        feed: Feed,
+        feeds: Sequence[Feed],
         isolation: Isolation | None,
         seconds: float | None,
         display: Display,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self.question, self.isolation, self.display, self.on_progress = question, isolation, display, on_progress
-        self.model, self.feed = original, feed
+        self.model, self.feeds = original, feeds
         self.started = time.monotonic()
         self.until = self.started + seconds if seconds is not None else None
         self.tried = 0
@@ -151,11 +153,7 @@ class _Search:
         self.before = _count(original), saved_bytes(original)
 
     def run(self) -> Reduction:
-        with self.display.stage("looking at the failure"):
-            first = ask(self.question, self.model, self.feed, self.isolation)
-        if first is None:
-            raise UsageError("the model shows no failure", hint="other `--data`, `--passes` or a `--check` may show it")
-        self.wanted = self.shown = first
+        first = self.wanted = self.shown = self._first_failure()
         complete = True
         try:
             self._shrink()
@@ -172,6 +170,16 @@ class _Search:
             seconds=time.monotonic() - self.started,
             complete=complete,
         )
+
+    def _first_failure(self) -> Failure:
+        """Return what is wrong with the original, on the first feed that shows it."""
+        with self.display.stage("looking at the failure"):
+            for feed in self.feeds:
+                shown = ask(self.question, self.model, feed, self.isolation)
+                if shown is not None:
+                    self.feed = feed
+                    return shown
+        raise UsageError("the model shows no failure", hint="other `--data`, `--passes` or a `--check` may show it")
 
     def _shrink(self) -> None:
         """Make the model smaller until nothing helps: fewer nodes first, then smaller ones."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,26 +25,27 @@ KINDS = (".html", ".json", ".md")
 _PAGE_NEEDS = ("bokeh", "jinja2")
 
 
-def check_report(report: Path, inputs: Sequence[Path], output: Path | None) -> None:
+def check_report(report: Path, request: Request) -> None:
     """Raise an error, before any work, if a report cannot be written where it is wanted.
 
     Args:
         report: The file wanted.
-        inputs: Files that are read.
-        output: The model to be written, or None.
+        request: All that was asked for.
 
     Raises:
-        UsageError: It is of no known kind, or one of these files; its folder is missing or not writable; or what
+        UsageError: It is of no known kind, or the model or its data; its folder is missing or not writable; or what
             makes pages is not installed.
     """
     if report.suffix not in KINDS:
         raise UsageError(
             f"report `{report}` is of unknown kind", hint=f"name it {', '.join(f'`{one}`' for one in KINDS)}"
         )
-    taken = [*inputs, *([output] if output is not None else [])]
-    if any(is_same_file(report, file) for file in taken):
-        what = "the model" if output is not None and is_same_file(report, output) else "what is read"
-        raise UsageError(f"cannot write report `{report}`: it is {what}", hint="name another file")
+    for what, given in (
+        ("the model", (request.model, request.output)),
+        ("the data", (request.data, request.evaluation)),
+    ):
+        if any(isinstance(one, (str, Path)) and is_same_file(report, Path(one)) for one in given):
+            raise UsageError(f"cannot write report `{report}`: it is {what}", hint="name another file")
     if not report.parent.is_dir():
         raise UsageError(f"the folder of report `{report}` does not exist", hint=f"create `{report.parent}` first")
     if not os.access(report.parent, os.W_OK) or (report.exists() and not os.access(report, os.W_OK)):
@@ -58,12 +58,6 @@ def check_report(report: Path, inputs: Sequence[Path], output: Path | None) -> N
             f"report `{report}` needs {' and '.join(f'`{name}`' for name in missing)}, which is not installed",
             hint='`pip install "graphopt[report]"`, or write `.md` or `.json`',
         )
-
-
-def files_read(request: Request) -> list[Path]:
-    """Return the files a request names: the model and the data."""
-    named = (request.model, request.data, request.evaluation)
-    return [Path(one) for one in named if isinstance(one, (str, Path))]
 
 
 def write_report(file: Path, run: Run, report: Report, output: Path | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from graphopt.errors import GraphoptError, ModelError
+from graphopt.errors import ModelError, hints_in_tracebacks
 from graphopt.output_bounds import Bound
 from graphopt.recorded_model import RecordedModel
 
@@ -144,9 +144,5 @@ def optimized_into(folder: Path, model: Any, passes: Any, **options: Any) -> Res
     __tracebackhide__ = True
     given = _as_model(model)
     name = Path(given).name if isinstance(given, (str, Path)) else _OUTPUT
-    try:
+    with hints_in_tracebacks():
         return optimize(given, passes, output=folder / name, **{"timed": False, **options})
-    except GraphoptError as error:
-        if error.hint:
-            error.add_note(f"hint: {error.hint}")
-        raise

@@ -47,7 +47,7 @@ ADDED = {
     },
     "step": {"reason", "passes", "refused"},
     "check": {"metrics", "samples", "why"},
-    "side": set(),
+    "side": {"placement"},
 }
 
 

@@ -16,14 +16,16 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from graphopt import emitted_test, optimization, recorded_runs
+from graphopt import emitted_test, optimization, recorded_runs, walk
 from graphopt.comparison import OutputError
 from graphopt.emitted_text import About, Facts, as_python
 from graphopt.errors import BackendError, DataError, UsageError
+from graphopt.evaluation import nudged
 from graphopt.output_bounds import Bound, Noise, bound, lossy_bound
 from graphopt.recorded_model import RecordedModel
 from graphopt.request import Request
@@ -382,6 +384,27 @@ def test_bound_that_asks_for_nothing_still_asks_for_the_shape() -> None:
     assert Bound().fault(other) == "float32[1] against float32[2]"
 
 
+EXACT_FLOATS = """
+<ir_version: 9, opset_import: ["" : 17]>
+powers (float[2] x) => (float[2] y)
+<float two = {2}, float[2] mask = {-3.4028234e38, 0}, float[2] w = {0.5, -4}>
+{ p = Pow(x, two) m = Add(p, mask) y = Mul(m, w) }
+"""
+
+
+def test_nudge_moves_weights_and_nothing_that_must_be_exact() -> None:
+    """A negative number to the power of 2.00001 is no number, and the lowest number grown by a bit is infinite."""
+    model = ir.from_proto(onnx.parser.parse_model(EXACT_FLOATS))
+    before, after = (
+        {value.name: walk.constant_tensor(value).numpy() for value in walk.initializers(one)}
+        for one in (model, nudged(model, 1e-3))
+    )
+    assert after["two"] == 2
+    assert (after["mask"] == before["mask"]).all()
+    assert (after["w"] != before["w"]).all()
+    assert np.allclose(after["w"], before["w"], rtol=1e-3)
+
+
 def test_model_in_memory(tmp_path: Path) -> None:
     model = graphopt.ir.from_proto(network())
     result = graphopt.optimize(
@@ -395,8 +418,9 @@ def test_model_in_memory(tmp_path: Path) -> None:
 def test_model_that_is_gone_is_said(home: Path) -> None:
     with pytest.raises(graphopt.GraphoptError, match=r"gone\.onnx"):
         RecordedModel(home / "gone.onnx", home / "test_int8.npz")
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(DataError, match="there is no file") as caught:
         RecordedModel(home / "int8.onnx", home / "gone.npz")
+    assert caught.value.__notes__ == [f"hint: {caught.value.hint}"]
 
 
 def test_request_of_a_test_runs_models_and_is_no_option_to_repeat() -> None:

@@ -6,21 +6,26 @@ import itertools
 import json
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
 
+import graphopt
 from graphopt.graph_facts import graph_facts
 from graphopt.graph_layout import layered
 from graphopt.graph_pairs import pair_models
 from graphopt.graph_view import graph_view
+from graphopt.model_io import load
 from graphopt.rewriter import Rewriter
 from graphopt.tensor_glance import glance, look_alike
 
 from .edited_models import MODEL, NESTED, edited, named, parsed
+from .graph_generator import random_model
 
 
 def statuses(before: ir.Model, after: ir.Model) -> dict[str, str]:
@@ -312,3 +317,21 @@ def test_what_is_not_drawn_is_said() -> None:
     model = parsed(text)
     assert graph_view(model).remark.startswith("One edge that skips many layers")
     assert graph_view(parsed(MODEL)).remark == ""
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_models_have_facts_that_hold_together(seed: int, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    onnx.save(random_model(seed), file)
+    pages = graph_facts(pair_models(load(file), graphopt.optimize(file, "simplify", verify="off").model))
+    json.dumps(pages, allow_nan=False)
+    for facts, (side, other) in itertools.product(pages, (("before", "after"), ("after", "before"))):
+        if facts[side] is None:
+            continue
+        nodes = facts[side]["nodes"]
+        assert len({node["slot"] for node in nodes}) == len(nodes)
+        for node in nodes:
+            assert (node["partner"] is not None) == (node["status"] in ("kept", "changed"))
+            if node["partner"] is not None:
+                assert facts[other]["nodes"][node["partner"]]["slot"] == node["slot"]
+            assert all(pages[page][other]["nodes"][at] for page, at in node["related"])

@@ -238,7 +238,7 @@ def test_report_may_not_replace_what_is_read(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_bytes((tmp_path / "data.npz").read_bytes())
     file = tmp_path / "data.json"
     before = contents(tmp_path)
-    with pytest.raises(graphopt.GraphoptError, match="it is what is read"):
+    with pytest.raises(graphopt.GraphoptError, match="it is the data"):
         graphopt.optimize(model, "prune", data=file, report=file)
     assert contents(tmp_path) == before
 

@@ -32,6 +32,7 @@ from graphopt.reduction_cuts import (
     types_of,
     with_initializers,
     without_output,
+    without_remarks,
 )
 from graphopt.reduction_folder import check_folder, write_folder
 from graphopt.reduction_result import Progress, Reduction
@@ -195,6 +196,7 @@ class _Search:
             if self.model is before:
                 break
         self._change("sizes", lambda: size_changes(self.model, self.feed))
+        self._take("remarks", [(without_remarks(self.model), self.feed)])
         self._change("contents", lambda: content_changes(self.model, self.feed))
 
     def _bypassed(self) -> Iterator[ir.Model]:

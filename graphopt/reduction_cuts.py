@@ -239,6 +239,21 @@ def entered(model: ir.Model, index: int) -> Iterator[ir.Model]:
         yield clone
 
 
+def without_remarks(model: ir.Model) -> ir.Model:
+    """Return a clone without the texts and metadata that exporters leave, which may be most of a small file."""
+    clone = model.clone()
+    clone.doc_string = None
+    clone.metadata_props.clear()
+    for graph in walk.every_graph(clone):
+        graph.doc_string = None
+        graph.metadata_props.clear()
+        outputs = [value for node in graph for value in node.outputs]
+        for one in (*graph, *graph.inputs, *walk.body(graph).initializers.values(), *outputs):
+            one.doc_string = None
+            one.metadata_props.clear()
+    return clone
+
+
 def small_integers(array: Array) -> bool:
     """Return whether an array may be the content of a shape."""
     return bool(array.dtype.kind in "iu" and array.ndim == 1 and np.size(array) <= SHAPE_ELEMENTS)

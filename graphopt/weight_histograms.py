@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +13,9 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.backend import Array, Backend
 from graphopt.errors import BackendError
-from graphopt.explanation_advice import made_of_constants
 from graphopt.provenance import origins
+from graphopt.shapes import infer_shapes
+from graphopt.summary import holds_weights
 from graphopt.weight_values import weight_values
 
 # The layers of most weights are shown: a page of more histograms is not read.
@@ -23,6 +25,8 @@ _MOST_ELEMENTS = 1 << 25
 # So many elements, evenly spread, tell the shape of any distribution.
 _SAMPLED = 1 << 20
 _BINS = 48
+# A weight is made of fewer values than this.
+_MOST_VALUES = 64
 # Outliers would squeeze all others into a few bins: this share of the weights lies within them.
 _SHOWN_SHARE = 0.99
 # What stores or hands on a weight, and is no layer itself.
@@ -100,6 +104,8 @@ def weight_histograms(before: ir.Model, after: ir.Model, backend: Backend) -> We
         after: What became of it; not changed.
         backend: Decodes codes, by running what is between them and the layer.
     """
+    after = after.clone()
+    infer_shapes(after)  # tells decoded weights from other values made of constants
     found = sorted(_weights(after), key=lambda one: -one.elements)
     chosen = {id(one.node) for one in found[:MOST_LAYERS]}
     originals = {origin: one for one in _weights(before) for origin in origins(one.node)}
@@ -122,27 +128,46 @@ def _weights(model: ir.Model) -> Iterator[_Weight]:
         for value in node.inputs:
             stored = _stored(value)
             if value is not None and stored is not None:
-                yield _Weight(node, value, stored, _elements(node, stored))
+                yield _Weight(node, value, stored, _elements(node, value, stored))
                 break
 
 
 def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the tensor of two axes and more that a value is made of, and nothing but constants besides."""
-    if value is None or not made_of_constants(value):
+    """Return the largest tensor that a weight is made of; None of what is no weight, or made of more than constants."""
+    constants = _constants_behind(value) if value is not None else None
+    if value is None or not constants:
         return None
-    while value is not None and walk.constant_tensor(value) is None:
-        producer = value.producer()
-        value = producer.inputs[0] if producer is not None and producer.inputs else None
-    tensor = walk.constant_tensor(value)
-    if tensor is None or tensor.dtype in (ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.STRING):
+    largest = max(constants, key=lambda tensor: tensor.nbytes)
+    shape = value.shape.numpy() if value.shape is not None and value.shape.is_static() else walk.dims(largest)
+    if sum(dim > 1 for dim in shape) < 2 or not holds_weights(largest.dtype):
         return None
-    return tensor if sum(dim > 1 for dim in walk.dims(tensor)) > 1 else None
+    return largest
 
 
-def _elements(node: ir.Node, stored: ir.TensorProtocol) -> int:
+def _constants_behind(value: ir.Value) -> list[ir.TensorProtocol] | None:
+    """Return the constants that a value is made of, and nothing else; None where there is something else."""
+    found: list[ir.TensorProtocol] = []
+    seen: set[ir.Value] = set()
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        tensor, maker = walk.constant_tensor(one), one.producer()
+        if tensor is not None:
+            found.append(tensor)
+        elif maker is None or walk.is_random(maker) or any(walk.subgraphs(maker)) or len(seen) > _MOST_VALUES:
+            return None
+        else:
+            waiting += [each for each in maker.inputs if each is not None]
+    return found
+
+
+def _elements(node: ir.Node, value: ir.Value, stored: ir.TensorProtocol) -> int:
     if node.op_type == _READS_BLOCKS:
         return node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
-    return stored.size
+    return math.prod(value.shape.numpy()) if value.shape is not None and value.shape.is_static() else stored.size
 
 
 def _histogram(

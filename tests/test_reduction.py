@@ -197,6 +197,16 @@ def test_what_is_in_a_branch_is_taken_out_of_it() -> None:
     assert [node.name for node in found.model.graph] == ["in_tanh"]
 
 
+def test_what_exporters_say_of_a_model_goes() -> None:
+    big = mixed()
+    for node in big.graph:
+        node.metadata_props["trace"] = "x" * 10_000
+        node.doc_string = "y" * 10_000
+    found = graphopt.reduce(big, check=lambda file: b"Sqrt" not in file.read_bytes(), threads=1)
+    assert ops(found) == ["Sqrt"]
+    assert found.bytes[1] < 200
+
+
 def test_every_candidate_is_valid_and_runs() -> None:
     faults: list[str] = []
     tried = 0

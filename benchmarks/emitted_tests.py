@@ -22,7 +22,8 @@ import onnx_ir as ir
 from real_models import calibration, load_scorer
 
 import graphopt
-from graphopt import recorded_runs, walk
+from graphopt import walk
+from graphopt.regression import recorded_runs
 from graphopt.testing import RecordedModel
 
 SAMPLES, TRIALS, THREADS = 64, 6, 2

@@ -29,7 +29,7 @@ from real_models import SHARED, calibration, load_scorer
 from scattered import scatter
 
 import graphopt
-from graphopt.explanation import Explanation, explain
+from graphopt.explaining.explanation import Explanation, explain
 
 SAMPLES = 4
 BLOCK = 32

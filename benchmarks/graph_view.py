@@ -24,7 +24,7 @@ from growth import transformer
 from playwright.sync_api import sync_playwright
 
 import graphopt
-from graphopt.graph_view import graph_page, graph_view
+from graphopt.graph_view.view import graph_page, graph_view
 from graphopt.model_io import load
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,34 +12,34 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from graphopt.authoring import Context, Guarantee, Need, Pass, RewritePass
-    from graphopt.bench_results import Bench
-    from graphopt.benchmark import bench
-    from graphopt.bisection import Bisection, bisect
+    from graphopt.benchmarking.benchmark import bench
+    from graphopt.benchmarking.results import Bench
+    from graphopt.comparing.layer_comparison import LayerComparison, LayerError, compare_layers
+    from graphopt.comparing.model_comparison import compare
+    from graphopt.debugging.bisection import Bisection, bisect
+    from graphopt.debugging.reduction import reduce
+    from graphopt.debugging.reduction_result import Reduction
+    from graphopt.debugging.rerun import Replay, replay
     from graphopt.driver import optimize
     from graphopt.errors import GraphoptError, PassError, VerificationError
-    from graphopt.layer_comparison import LayerComparison, LayerError, compare_layers
     from graphopt.layer_sensitivity import Sensitivity, sensitivity
-    from graphopt.model_comparison import compare
     from graphopt.model_io import load, save
     from graphopt.optimization import Result
     from graphopt.options import opt
     from graphopt.pattern import Miss, Rule
     from graphopt.pipeline import Pipeline
-    from graphopt.reduction import reduce
-    from graphopt.reduction_result import Reduction
     from graphopt.registry import Preset
-    from graphopt.rerun import Replay, replay
     from graphopt.summary import summarize
     from graphopt.target import Target
 
 _HOMES = {
     "graphopt.authoring": ("Context", "Guarantee", "Need", "Pass", "RewritePass"),
-    "graphopt.bench_results": ("Bench",),
-    "graphopt.benchmark": ("bench",),
-    "graphopt.bisection": ("Bisection", "bisect"),
+    "graphopt.benchmarking.results": ("Bench",),
+    "graphopt.benchmarking.benchmark": ("bench",),
+    "graphopt.debugging.bisection": ("Bisection", "bisect"),
     "graphopt.driver": ("optimize",),
     "graphopt.errors": ("GraphoptError", "PassError", "VerificationError"),
-    "graphopt.layer_comparison": ("LayerComparison", "LayerError", "compare_layers"),
+    "graphopt.comparing.layer_comparison": ("LayerComparison", "LayerError", "compare_layers"),
     "graphopt.layer_sensitivity": ("Sensitivity", "sensitivity"),
     "graphopt.model_io": ("load", "save"),
     "graphopt.optimization": ("Result",),
@@ -47,10 +47,10 @@ _HOMES = {
     "graphopt.pattern": ("Miss", "Rule"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.registry": ("Preset",),
-    "graphopt.reduction": ("reduce",),
-    "graphopt.reduction_result": ("Reduction",),
-    "graphopt.rerun": ("Replay", "replay"),
-    "graphopt.model_comparison": ("compare",),
+    "graphopt.debugging.reduction": ("reduce",),
+    "graphopt.debugging.reduction_result": ("Reduction",),
+    "graphopt.debugging.rerun": ("Replay", "replay"),
+    "graphopt.comparing.model_comparison": ("compare",),
     "graphopt.summary": ("summarize",),
     "graphopt.target": ("Target",),
 }

@@ -111,7 +111,7 @@ class Diagnosable(Protocol):
     """A backend that knows its own installation."""
 
     def version(self) -> str | None:
-        """Return the package and version that would run, such as ``onnxruntime 1.32.0``, or None where there is none."""
+        """Return the package and version that would run, such as ``onnxruntime 1.32.0``, or None."""
 
     def variants(self) -> Sequence[Backend]:
         """Return this backend once for each thing it may run on, whether or not that is here."""

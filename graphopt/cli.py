@@ -26,7 +26,7 @@ from graphopt import (
     inspect_command,
     sensitivity_command,
 )
-from graphopt.cli_options import (
+from graphopt.commands.cli_options import (
     BackendOption,
     BudgetOption,
     CalibrationCacheOption,
@@ -220,7 +220,7 @@ def _say_written(
 
 def _show_report(report: Report, quiet: bool, verbose: bool) -> None:
     """Print the tables."""
-    from graphopt import tables
+    from graphopt.commands import tables
 
     if not quiet:
         tables.print_report(report, verbose=verbose)
@@ -249,7 +249,7 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """List passes, presets, backends, targets and metrics with their options, or the rules of passes."""
-    from graphopt import tables
+    from graphopt.commands import tables
 
     if kind is ListKind.rules:
         from graphopt.rulebook import rulebook

@@ -11,7 +11,7 @@ from graphopt.choices import ModelLike
 from graphopt.errors import VerificationError
 from graphopt.optimization import Result, Run
 from graphopt.pipeline import Pipeline
-from graphopt.report_file import check_report, write_report
+from graphopt.reporting.file import check_report, write_report
 from graphopt.request import Request, Verify
 
 

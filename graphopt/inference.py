@@ -13,12 +13,12 @@ from graphopt import walk
 from graphopt.dims import Atom, Dim, Size, unknown
 from graphopt.inference_bodies import infer_if, infer_loop, infer_scan
 from graphopt.onnx_inference import infer_by_onnx
-from graphopt.shape_facts import Call, Contradiction, Dims, Fact, LooseDims, Rule, symbolic
-from graphopt.shape_rules_contrib import CONTRIB_RULES
-from graphopt.shape_rules_layout import LAYOUT_RULES
-from graphopt.shape_rules_math import MATH_RULES
-from graphopt.shape_rules_reshape import RESHAPE_RULES
-from graphopt.shape_rules_windows import WINDOW_RULES
+from graphopt.shape_rules.contrib import CONTRIB_RULES
+from graphopt.shape_rules.layout import LAYOUT_RULES
+from graphopt.shape_rules.math import MATH_RULES
+from graphopt.shape_rules.reshape import RESHAPE_RULES
+from graphopt.shape_rules.shape_facts import Call, Contradiction, Dims, Fact, LooseDims, Rule, symbolic
+from graphopt.shape_rules.windows import WINDOW_RULES
 from graphopt.value_records import fact_of, kept_fact, type_and_shape_of_file
 
 _STANDARD: Mapping[str, Rule] = {**MATH_RULES, **WINDOW_RULES, **LAYOUT_RULES, **RESHAPE_RULES}

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt import dims as d
 from graphopt.dims import Atom, Dim, Size
-from graphopt.shape_facts import Call, Contents, Fact, LooseDims, axis_of
+from graphopt.shape_rules.shape_facts import Call, Contents, Fact, LooseDims, axis_of
 
 # Carried dimensions settle after one generalization each; what takes longer is given up.
 ROUNDS_LIMIT = 8

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.dims import Dim, Size
-from graphopt.shape_facts import Call, Fact, LooseDims
+from graphopt.shape_rules.shape_facts import Call, Fact, LooseDims
 
 # What it says of these is not so: of the frequencies, a one-sided transform keeps half.
 _MISTAKEN = frozenset({"STFT"})

@@ -24,7 +24,6 @@ from graphopt.choices import (
     open_model,
 )
 from graphopt.data import Dataset, batch_size, open_data
-from graphopt.emitted_test import EmittedTest, Subject, some_feeds
 from graphopt.errors import (
     BackendError,
     GraphoptError,
@@ -53,6 +52,7 @@ from graphopt.output_files import check_output, move_into_place, staging_folder
 from graphopt.pipeline import Pipeline, schedule, weakest
 from graphopt.plain_runs import with_plain_runs
 from graphopt.progress import Display
+from graphopt.regression.emitted_test import EmittedTest, Subject, some_feeds
 from graphopt.repetition import command_of
 from graphopt.report import NOT_RUN, Check, Report
 from graphopt.reproducer import Asked, Reproducers

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pytest
 
-    from graphopt.golden_files import Golden
     from graphopt.optimization import Result
+    from graphopt.regression.golden_files import Golden
 
 UPDATE = "--graphopt-update"
 # Where golden files lie, beside the file of the test.
@@ -67,8 +67,8 @@ def _optimized(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result
 
 
 def _golden(request: pytest.FixtureRequest) -> Any:
-    """Compare values with files beside the test: golden(value, name); see `graphopt.golden_files.Golden`."""
-    from graphopt.golden_files import Golden
+    """Compare values with files beside the test: golden(value, name); see `graphopt.regression.golden_files.Golden`."""
+    from graphopt.regression.golden_files import Golden
 
     golden = Golden(
         folder=request.path.parent / GOLDEN_FOLDER / request.path.stem,
@@ -82,7 +82,7 @@ def _golden(request: pytest.FixtureRequest) -> Any:
 
 def _stem(test: str) -> str:
     """Return a file name for a test: ``TestClass.test_name.parameters``."""
-    from graphopt.golden_files import file_stem
+    from graphopt.regression.golden_files import file_stem
 
     name, _, parameters = test.replace("::", ".").partition("[")
     return file_stem(f"{name}.{parameters.removesuffix(']')}" if parameters else name)

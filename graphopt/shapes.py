@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.inference import Inference
-from graphopt.shape_facts import Contents, Dims
+from graphopt.shape_rules.shape_facts import Contents, Dims
 from graphopt.value_records import INFERRED, fact_of, forget, inherit, write_down
 
 __all__ = [

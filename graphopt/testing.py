@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from graphopt.errors import ModelError, hints_in_tracebacks
-from graphopt.output_bounds import Bound
-from graphopt.recorded_model import RecordedModel
+from graphopt.regression.output_bounds import Bound
+from graphopt.regression.recorded_model import RecordedModel
 
 if TYPE_CHECKING:
     from graphopt.comparison import Comparison, OutputError

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.dims import Symbol, unknown
-from graphopt.shape_facts import Contents, Fact, Minter, declared_dims, stored_dims
+from graphopt.shape_rules.shape_facts import Contents, Fact, Minter, declared_dims, stored_dims
 
 # Where a value keeps its `Record`.
 INFERRED = "graphopt.inferred"

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.backend import Array, Backend
-from graphopt.explanation_advice import made_of_constants
+from graphopt.explaining.advice import made_of_constants
 from graphopt.fragment import fragment, nodes_between
 
 # Operators whose inputs are codes with their scale and zero point beside them: place of the codes, scale, zero point.

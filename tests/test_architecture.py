@@ -33,72 +33,72 @@ ROOMS = {
         "output_files",
         "sparse",
         "staged_files",
-        "stored_arrays",
+        "regression.stored_arrays",
         "wire",
     ),
     "looking": (
         "analysis",
         "comparison",
         "data",
-        "explanation_advice",
-        "explanation_codes",
-        "explanation_obstacles",
-        "explanation_products",
-        "explanation_proof",
-        "explanation_rules",
+        "explaining.advice",
+        "explaining.codes",
+        "explaining.obstacles",
+        "explaining.products",
+        "explaining.proof",
+        "explaining.rules",
         "fragment",
         "generated",
-        "graph_facts",
-        "graph_layout",
-        "graph_pairs",
-        "graph_slots",
-        "graph_view",
-        "golden_files",
+        "graph_view.facts",
+        "graph_view.layout",
+        "graph_view.pairs",
+        "graph_view.slots",
+        "graph_view.view",
+        "regression.golden_files",
         "kernel_nodes",
         "latency",
         "node_costs",
-        "layer_blame",
-        "layer_errors",
-        "layer_pairs",
-        "layer_values",
+        "comparing.layer_blame",
+        "comparing.layer_errors",
+        "comparing.layer_pairs",
+        "comparing.layer_values",
         "layers",
         "listing",
         "model_diff",
-        "node_changes",
-        "structural_differences",
+        "comparing.node_changes",
+        "comparing.structural_differences",
         "dims",
         "inference",
         "inference_bodies",
         "onnx_inference",
-        "shape_facts",
-        "shape_rules_contrib",
-        "shape_rules_layout",
-        "shape_rules_math",
-        "shape_rules_reshape",
-        "shape_rules_windows",
+        "shape_rules.shape_facts",
+        "shape_rules.contrib",
+        "shape_rules.layout",
+        "shape_rules.math",
+        "shape_rules.reshape",
+        "shape_rules.windows",
         "shapes",
         "value_records",
         "calibration_cache",
         "content_keys",
         "data_sources",
         "observation",
-        "recorded_runs",
-        "output_bounds",
+        "regression.recorded_runs",
+        "regression.output_bounds",
         "ranges",
         "statistics",
         "summary",
-        "tensor_glance",
+        "graph_view.tensor_glance",
         "unfit_layers",
         "verify",
         "walkthrough",
-        "weight_histograms",
+        "reporting.weight_histograms",
         "weight_values",
     ),
     "editing": ("pattern", "worklist", "rewrite_check", "rewriter"),
     "authoring": ("authoring",),
-    "finding": ("backend_survey", "metrics", "package_skews", "registry", "report", "report_rows"),
+    "finding": ("backend_survey", "metrics", "package_skews", "registry", "report", "reporting.rows"),
     "planning": (
-        "bench_points",
+        "benchmarking.points",
         "candidates",
         "choices",
         "evaluation",
@@ -112,62 +112,64 @@ ROOMS = {
     ),
     "running": ("instruments", "manager", "repetition", "reproducer"),
     "driving": (
-        "bench_results",
-        "benchmark",
-        "bisection",
-        "candidate_runs",
-        "cold_start",
+        "benchmarking.results",
+        "benchmarking.benchmark",
+        "debugging.bisection",
+        "debugging.candidate_runs",
+        "benchmarking.cold_start",
         "doctor",
         "driver",
-        "edit_costs",
-        "edit_states",
-        "emitted_test",
-        "emitted_text",
-        "explanation",
-        "failures",
-        "idle_edits",
-        "isolation",
-        "kernel_profile",
-        "layer_comparison",
+        "debugging.edit_costs",
+        "debugging.edit_states",
+        "regression.emitted_test",
+        "regression.emitted_text",
+        "explaining.explanation",
+        "debugging.failures",
+        "debugging.idle_edits",
+        "debugging.isolation",
+        "benchmarking.kernel_profile",
+        "comparing.layer_comparison",
         "layer_sensitivity",
-        "model_comparison",
+        "comparing.model_comparison",
         "optimization",
-        "recorded_model",
-        "reduction",
-        "reduction_cuts",
-        "reduction_folder",
-        "reduction_result",
-        "reduction_search",
-        "reduction_sizes",
-        "reduction_values",
-        "report_charts",
-        "report_file",
-        "report_findings",
-        "report_markdown",
-        "report_page",
-        "report_words",
-        "rerun",
-        "user_check",
-        "verdicts",
-        "roofline",
+        "regression.recorded_model",
+        "debugging.reduction",
+        "debugging.reduction_cuts",
+        "debugging.reduction_folder",
+        "debugging.reduction_result",
+        "debugging.reduction_search",
+        "debugging.reduction_sizes",
+        "debugging.reduction_values",
+        "reporting.charts",
+        "reporting.file",
+        "reporting.findings",
+        "reporting.markdown",
+        "reporting.page",
+        "reporting.words",
+        "debugging.rerun",
+        "debugging.user_check",
+        "debugging.verdicts",
+        "benchmarking.roofline",
         "testing",
     ),
     "showing": (
-        "bench_command",
-        "bench_tables",
+        "commands.bench_command",
+        "commands.bench_tables",
         "cli",
-        "cli_options",
-        "compare_command",
-        "doctor_command",
-        "explain_command",
-        "debug_command",
-        "inspect_command",
-        "layer_tables",
+        "commands.cli_options",
+        "commands.compare_command",
+        "commands.doctor_command",
+        "commands.explain_command",
+        "commands.debug_command",
+        "commands.inspect_command",
+        "commands.layer_tables",
         "pytest_plugin",
-        "sensitivity_command",
-        "tables",
+        "commands.sensitivity_command",
+        "commands.tables",
     ),
 }
+# Folders of core: what is in them is named `folder.module` in `ROOMS`.
+CORE_PACKAGES = {folder.parent.name for folder in PACKAGES["graphopt"].glob("*/__init__.py")}
 ROOM_OF = {module: room for room, modules in ROOMS.items() for module in modules}
 LEVEL = {room: level for level, room in enumerate(ROOMS)}
 
@@ -209,7 +211,7 @@ def _imports(node: ast.AST, file: Path, *, at_import: bool) -> Iterator[Import]:
             yield from (Import(alias.name, child.lineno, at_import) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             base = _absolute(child, file)
-            whole = base not in PACKAGES
+            whole = base not in PACKAGES and base.removeprefix("graphopt.") not in CORE_PACKAGES
             names = [base] if whole else [f"{base}.{alias.name}" for alias in child.names]
             yield from (Import(name, child.lineno, at_import) for name in names)
         inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or _is_for_types(child)
@@ -231,7 +233,9 @@ def _absolute(node: ast.ImportFrom, file: Path) -> str:
 
 
 def core_modules() -> dict[str, Path]:
-    return {file.stem: file for file in sorted(PACKAGES["graphopt"].glob("*.py")) if file.stem != "__init__"}
+    """Return every module of core by its name in `ROOMS`: ``walk``, ``reporting.page``."""
+    core = (file for file in sorted(PACKAGES["graphopt"].rglob("*.py")) if file.stem != "__init__")
+    return {module_name(file).removeprefix("graphopt."): file for file in core}
 
 
 def core_imports(file: Path) -> list[tuple[str, Import]]:
@@ -239,9 +243,9 @@ def core_imports(file: Path) -> list[tuple[str, Import]]:
     found = []
     for one in imports(file):
         package, _, rest = one.module.partition(".")
-        module = rest.split(".")[0]
-        if package == "graphopt" and module not in ("", "passes", "backends"):
-            found.append((module, one))
+        parts = rest.split(".")
+        if package == "graphopt" and parts[0] not in ("", "passes", "backends"):
+            found.append((".".join(parts[: 2 if parts[0] in CORE_PACKAGES else 1]), one))
     return found
 
 
@@ -276,7 +280,7 @@ def test_core_knows_no_pass_and_no_backend() -> None:
     complain(
         [
             f"{file.name}:{one.line} imports {one.module}"
-            for file in PACKAGES["graphopt"].glob("*.py")
+            for file in PACKAGES["graphopt"].rglob("*.py")
             for one in imports(file)
             if one.module.startswith(("graphopt.passes", "graphopt.backends", "passes", "backends"))
         ]

@@ -15,12 +15,13 @@ import pytest
 from onnx import TensorProto, helper
 
 import graphopt
-from graphopt import benchmark, registry
+from graphopt import registry
 from graphopt.backend import PlacedNode, Placement
-from graphopt.bench_points import parse_sizes, parse_sweeps
-from graphopt.bench_results import Bench, Placed, Row, doubts_of
-from graphopt.bench_tables import listing_of
-from graphopt.cold_start import ColdStart, measure_cold_start
+from graphopt.benchmarking import benchmark
+from graphopt.benchmarking.cold_start import ColdStart, measure_cold_start
+from graphopt.benchmarking.points import parse_sizes, parse_sweeps
+from graphopt.benchmarking.results import Bench, Placed, Row, doubts_of
+from graphopt.commands.bench_tables import listing_of
 from graphopt.errors import BackendError, UsageError
 from graphopt.latency import Latency
 from graphopt.machine import allowed_cores

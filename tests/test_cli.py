@@ -16,9 +16,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from graphopt import authoring, report_rows
+from graphopt import authoring
 from graphopt.backends import onnxruntime as runtime
 from graphopt.passes.lossy.prune import Prune
+from graphopt.reporting import rows as report_rows
 
 from .command_line import CLASSES, FEATURES, classifier, contents, fill, optimize, run, samples, scores_of
 

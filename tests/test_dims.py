@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from graphopt import dims as d
 from graphopt.dims import Dim, Size, named, unknown
-from graphopt.shape_rules_math import divided
+from graphopt.shape_rules.math import divided
 
 A, B, C = named("a"), named("b"), named("past + 1")
 ATOMS = (A, B, C)

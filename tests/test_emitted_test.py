@@ -21,13 +21,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from graphopt import emitted_test, optimization, recorded_runs, walk
+from graphopt import optimization, walk
 from graphopt.comparison import OutputError
-from graphopt.emitted_text import About, Facts, as_python
 from graphopt.errors import BackendError, DataError, UsageError
 from graphopt.evaluation import nudged
-from graphopt.output_bounds import Bound, Noise, bound, lossy_bound
-from graphopt.recorded_model import RecordedModel
+from graphopt.regression import emitted_test, recorded_runs
+from graphopt.regression.emitted_text import About, Facts, as_python
+from graphopt.regression.output_bounds import Bound, Noise, bound, lossy_bound
+from graphopt.regression.recorded_model import RecordedModel
 from graphopt.request import Request
 
 from .command_line import contents, run

@@ -20,9 +20,9 @@ from onnx import TensorProto, helper
 
 from graphopt import registry
 from graphopt.backends.onnxruntime import OnnxRuntime
-from graphopt.explanation import Explanation, explain
-from graphopt.explanation_proof import numbered, prove
-from graphopt.explanation_rules import predict
+from graphopt.explaining.explanation import Explanation, explain
+from graphopt.explaining.proof import numbered, prove
+from graphopt.explaining.rules import predict
 from graphopt.generated import generated_feeds
 from graphopt.shapes import infer_shapes
 

@@ -13,7 +13,7 @@ import pytest
 import graphopt
 from graphopt import walk
 from graphopt.authoring import Context, Guarantee, Pass
-from graphopt.edit_states import KEPT_STATES, EditStates
+from graphopt.debugging.edit_states import KEPT_STATES, EditStates
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.optimization import Run
 from graphopt.request import Request

@@ -21,7 +21,7 @@ from graphopt.authoring import Guarantee, RewritePass
 from graphopt.choices import find_target
 from graphopt.comparison import Comparison
 from graphopt.generated import generated_feeds
-from graphopt.golden_files import Golden
+from graphopt.regression.golden_files import Golden
 
 from .pass_runs import TARGET, PassRun, loaded, outputs_of, run_passes
 

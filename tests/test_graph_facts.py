@@ -16,13 +16,13 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt.graph_facts import graph_facts
-from graphopt.graph_layout import layered
-from graphopt.graph_pairs import pair_models
-from graphopt.graph_view import graph_view
+from graphopt.graph_view.facts import graph_facts
+from graphopt.graph_view.layout import layered
+from graphopt.graph_view.pairs import pair_models
+from graphopt.graph_view.tensor_glance import glance, look_alike
+from graphopt.graph_view.view import graph_view
 from graphopt.model_io import load
 from graphopt.rewriter import Rewriter
-from graphopt.tensor_glance import glance, look_alike
 
 from .edited_models import MODEL, NESTED, edited, named, parsed
 from .graph_generator import random_model

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 
 import graphopt
-from graphopt.graph_view import graph_page, graph_view
+from graphopt.graph_view.view import graph_page, graph_view
 from graphopt.model_io import load
 
 from .browser import BrowserPage, new_page, start_browser  # noqa: F401

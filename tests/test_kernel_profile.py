@@ -15,18 +15,19 @@ import pytest
 from onnx import TensorProto, helper, parser
 
 import graphopt
-from graphopt import benchmark, registry, roofline, summary
+from graphopt import registry, summary
 from graphopt.backend import Kernel
-from graphopt.bench_results import Bench, Profiled, Row
-from graphopt.bench_tables import listing_of
+from graphopt.benchmarking import benchmark, roofline
+from graphopt.benchmarking.kernel_profile import KernelTime, Profile, profile, sized
+from graphopt.benchmarking.results import Bench, Profiled, Row
+from graphopt.benchmarking.roofline import Peaks, measure_peaks, roof_of
 from graphopt.choices import open_model
+from graphopt.commands.bench_tables import listing_of
 from graphopt.errors import BackendError
 from graphopt.generated import generated_feeds
 from graphopt.kernel_nodes import nodes_of_kernels
-from graphopt.kernel_profile import KernelTime, Profile, profile, sized
 from graphopt.latency import Latency
 from graphopt.node_costs import cost_of
-from graphopt.roofline import Peaks, measure_peaks, roof_of
 
 from .command_line import CLASSES, FEATURES, fill, run
 

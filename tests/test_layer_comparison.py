@@ -15,12 +15,13 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import layer_comparison, registry
+from graphopt import registry
 from graphopt.authoring import Pass
 from graphopt.backend import Session
+from graphopt.commands.layer_tables import listing_of
+from graphopt.comparing import layer_comparison
+from graphopt.comparing.layer_comparison import LayerComparison, compare_layers
 from graphopt.errors import DataError, GraphoptError, UsageError
-from graphopt.layer_comparison import LayerComparison, compare_layers
-from graphopt.layer_tables import listing_of
 
 from .broken_passes import BROKEN, Broken, model, samples
 from .command_line import run

@@ -22,7 +22,7 @@ from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.openvino import OpenVino, OpenVinoSession
 from graphopt.backends.reference import Reference
 from graphopt.errors import BackendError, UsageError
-from graphopt.explanation import explain
+from graphopt.explaining.explanation import explain
 from graphopt.plain_runs import PlainRuns, with_plain_runs
 
 from .command_line import run

@@ -13,8 +13,8 @@ import graphopt
 from graphopt.backend import Bindable, Placement, Placing
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.errors import BackendError
-from graphopt.explanation import explain
-from graphopt.report_rows import side_rows
+from graphopt.explaining.explanation import explain
+from graphopt.reporting.rows import side_rows
 
 from .provider_models import model, quantized, tensorrt
 from .recorded_session import CPU, CUDA, GPU, TENSORRT, Recording

@@ -18,8 +18,8 @@ import pytest
 
 import graphopt
 from graphopt.errors import DataError, UsageError
-from graphopt.golden_files import Golden, array_difference, file_stem
-from graphopt.stored_arrays import pack, unpack
+from graphopt.regression.golden_files import Golden, array_difference, file_stem
+from graphopt.regression.stored_arrays import pack, unpack
 from graphopt.testing import assert_equivalent, optimized_into
 
 from .command_line import classifier, run, samples

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 import graphopt
 from graphopt import registry, walk
 from graphopt.authoring import Context, Guarantee, Pass
+from graphopt.debugging.failures import telling
+from graphopt.debugging.isolation import Died, Isolation
+from graphopt.debugging.reduction_search import fewest
 from graphopt.errors import GraphoptError, UsageError
-from graphopt.failures import telling
-from graphopt.isolation import Died, Isolation
-from graphopt.reduction_search import fewest
 
 from .broken_passes import Broken, model, samples
 from .command_line import contents, run

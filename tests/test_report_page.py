@@ -16,12 +16,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from graphopt import measurement, report_findings, walk
+from graphopt import measurement, walk
 from graphopt.choices import find_backend, find_target, open_model
-from graphopt.report_charts import LIGHT
-from graphopt.report_findings import operator_shares
-from graphopt.report_page import SECTIONS
-from graphopt.weight_histograms import MOST_LAYERS, weight_histograms
+from graphopt.reporting import findings as report_findings
+from graphopt.reporting.charts import LIGHT
+from graphopt.reporting.findings import operator_shares
+from graphopt.reporting.page import SECTIONS
+from graphopt.reporting.weight_histograms import MOST_LAYERS, weight_histograms
 
 from .browser import BrowserPage, new_page, start_browser  # noqa: F401
 from .command_line import Outcome, classifier, contents, fill, run
@@ -30,7 +31,7 @@ pytest.importorskip("bokeh", reason="pages need `pip install graphopt[report]`")
 pytest.importorskip("jinja2", reason="pages need `pip install graphopt[report]`")
 
 PASSES = "prune,quant:mode=static"
-STYLE = Path(graphopt.__file__).with_name("report_page.css")
+STYLE = Path(graphopt.__file__).parent / "reporting" / "page.css"
 # What a model may be called, and its nodes, to get out of where a page, a script or a table cell puts them.
 HOSTILE = '</script><img src=x onerror="window.hacked=1"> | `a`'
 

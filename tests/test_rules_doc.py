@@ -9,7 +9,7 @@ import pytest
 
 from graphopt import passes, registry
 from graphopt.authoring import Guarantee, RewritePass
-from graphopt.golden_files import Golden
+from graphopt.regression.golden_files import Golden
 from graphopt.rulebook import Entry, as_markdown, entries_of, rulebook
 
 from .command_line import run

@@ -20,11 +20,11 @@ from graphopt import candidates, registry, walk
 from graphopt.authoring import Context, Guarantee, Pass
 from graphopt.candidates import CandidateJudge, Tally
 from graphopt.data import Batch, open_data
-from graphopt.optimization import Run
 from graphopt.errors import UsageError
 from graphopt.layer_sensitivity import OTHERS, sensitivity, spearman
 from graphopt.layers import layers_of, name_nodes
 from graphopt.metrics import KL, SQNR, Budget, Top1
+from graphopt.optimization import Run
 from graphopt.options import opt
 from graphopt.request import Request
 

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from graphopt import registry
 from graphopt.backends import targets as known
 from graphopt.backends.onnxruntime import OnnxRuntime
-from graphopt.explanation_proof import prove
+from graphopt.explaining.proof import prove
 from graphopt.fusion_rules import Fusion
 from graphopt.generated import generated_feeds
 from graphopt.target import Target

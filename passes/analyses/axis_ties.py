@@ -45,7 +45,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array
-from graphopt.shape_facts import Call
+from graphopt.shape_rules.shape_facts import Call
 from graphopt.value_records import fact_of
 
 SplitKind: TypeAlias = Literal["splits", "convolutions", "heads"]

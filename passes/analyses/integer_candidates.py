@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
-from graphopt.explanation_products import fits_gemm
+from graphopt.explaining.products import fits_gemm
 from graphopt.target import IntegerScheme, Target
 from graphopt.unfit_layers import is_attention_product, unfit_for_tiles
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from graphopt import shapes, walk
 from graphopt.pattern import Match, Miss, Rule
-from graphopt.shape_facts import Dims
+from graphopt.shape_rules.shape_facts import Dims
 
 from .arguments import integers, rank_of
 from .bypass import bypass

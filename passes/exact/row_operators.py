@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphopt import shapes, walk
 from graphopt.backend import Array
-from graphopt.shape_facts import Dims
+from graphopt.shape_rules.shape_facts import Dims
 
 from .arguments import REDUCTIONS, axes_of, counted, has_axes, integers, optional_input, rank_of
 from .renamed_axes import ALONG_AN_AXIS, BROADCASTING, SOFTMAX_ALONG_ONE_AXIS_SINCE, UNARY

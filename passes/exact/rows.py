@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphopt import shapes, walk
 from graphopt.authoring import Context, Guarantee, Pass
 from graphopt.rewriter import let_go
-from graphopt.shape_facts import Dims
+from graphopt.shape_rules.shape_facts import Dims
 
 from .arguments import rank_of
 from .row_operators import RowWise, row_wise, told

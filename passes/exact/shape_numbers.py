@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt import shapes, walk
 from graphopt.authoring import Context
 from graphopt.dims import Size
-from graphopt.shape_facts import Dims
+from graphopt.shape_rules.shape_facts import Dims
 
 INT64 = ir.DataType.INT64
 # From here on, Shape gives a part of a shape.

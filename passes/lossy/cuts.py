@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt import shapes
 from graphopt.backend import Array
 from graphopt.errors import PassCrash
-from graphopt.shape_facts import Dims
+from graphopt.shape_rules.shape_facts import Dims
 
 from ..analyses.channel_groups import ChannelGroup
 

@@ -12,7 +12,7 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.derived import DerivedTensor, thinned
 from graphopt.mapped import MappedTensor
-from graphopt.shape_facts import Dims
+from graphopt.shape_rules.shape_facts import Dims
 
 from ..analyses.channel_groups import ChannelGroup
 from .cuts import Cuts, mistake

@@ -1,0 +1,1 @@
+"""Models timed side by side, and what their time goes to."""

@@ -1,0 +1,1 @@
+"""Two models against each other: outputs, layer by layer, and by structure."""

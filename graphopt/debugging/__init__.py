@@ -1,0 +1,1 @@
+"""What breaks a model, found and made small."""

@@ -1,0 +1,1 @@
+"""Which kernels a target makes of a model, and why not others."""

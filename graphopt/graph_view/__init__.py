@@ -1,0 +1,1 @@
+"""The graph before and after, drawn for a browser."""

@@ -1,0 +1,1 @@
+"""Tests that hold a model to what was measured of it."""

@@ -1,0 +1,1 @@
+"""One function per operator: dtypes, dimensions and small contents of its outputs."""

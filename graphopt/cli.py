@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt import (
+from graphopt.commands import (
     bench_command,
     compare_command,
     debug_command,

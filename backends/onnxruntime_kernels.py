@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ _MICROSECONDS = 1000.0  # in a millisecond
 _DTYPES = {"float": "float32", "double": "float64"}
 
 _Key = tuple[str, str]  # name and operator of a node
+_Event = dict[str, Any]
+_Ran = tuple[list[_Event], int]  # events, and how many nodes share them
 
 
 def read_kernels(optimized: Path, profile: Path, runs: int) -> list[Kernel]:
@@ -32,7 +35,13 @@ def read_kernels(optimized: Path, profile: Path, runs: int) -> list[Kernel]:
     nodes = list(_nodes(onnx.load(optimized, load_external_data=False).graph))
     alike = Counter((node.name, node.op_type) for node in nodes)
     events = _events(profile)
-    return [_kernel(node, events[node.name, node.op_type], alike[node.name, node.op_type], runs) for node in nodes]
+    nameless = _of_nameless(nodes, events)
+    kernels = []
+    for place, node in enumerate(nodes):
+        key = node.name, node.op_type
+        ran, share = nameless.get(place) or (events.get(key, []), alike[key])
+        kernels.append(_kernel(node, ran, share, runs))
+    return kernels
 
 
 def read_profile(profile: Path, runs: int) -> list[Kernel]:
@@ -48,12 +57,35 @@ def read_profile(profile: Path, runs: int) -> list[Kernel]:
     ]
 
 
-def _events(profile: Path) -> defaultdict[_Key, list[dict[str, Any]]]:
-    events: defaultdict[_Key, list[dict[str, Any]]] = defaultdict(list)
+def _events(profile: Path) -> defaultdict[_Key, list[_Event]]:
+    events: defaultdict[_Key, list[_Event]] = defaultdict(list)
     for event in json.loads(profile.read_text()):
         if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
             events[event["name"].removesuffix(_SUFFIX), event["args"]["op_name"]].append(event)
     return events
+
+
+def _of_nameless(nodes: Sequence[onnx.NodeProto], events: Mapping[_Key, list[_Event]]) -> dict[int, _Ran]:
+    """Return the events of nodes without a name, by place: those of functions that were inlined, for one.
+
+    The profile calls them by operator and a number that the written graph does not tell. Both are in the order in
+    which nodes run; where some did not run, what the others took is given to all alike.
+    """
+    named = {(node.name, node.op_type) for node in nodes}
+    places: defaultdict[str, list[int]] = defaultdict(list)
+    for place, node in enumerate(nodes):
+        if not node.name:
+            places[node.op_type].append(place)
+    found: dict[int, _Ran] = {}
+    for op, of_op in places.items():
+        numbered = re.compile(rf"{re.escape(op)}_\d+")
+        ran = [own for key, own in events.items() if key[1] == op and key not in named and numbered.fullmatch(key[0])]
+        if len(ran) == len(of_op):
+            found |= {place: (own, 1) for place, own in zip(of_op, ran, strict=True)}
+        else:
+            pooled = sorted((event for own in ran for event in own), key=lambda event: float(event["ts"]))
+            found |= dict.fromkeys(of_op, (pooled, len(of_op)))
+    return found
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -64,7 +96,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(inner)
 
 
-def _kernel(node: onnx.NodeProto, events: list[dict[str, Any]], alike: int, runs: int) -> Kernel:
+def _kernel(node: onnx.NodeProto, events: list[_Event], alike: int, runs: int) -> Kernel:
     domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}::"
     return Kernel(
         op=f"{domain}{node.op_type}",
@@ -77,16 +109,16 @@ def _kernel(node: onnx.NodeProto, events: list[dict[str, Any]], alike: int, runs
     )
 
 
-def _provider(events: list[dict[str, Any]]) -> str:
+def _provider(events: list[_Event]) -> str:
     return str(events[0]["args"].get("provider", "")) if events else ""
 
 
-def _dtypes(event: dict[str, Any]) -> tuple[str, ...]:
+def _dtypes(event: _Event) -> tuple[str, ...]:
     kinds = [next(iter(one), "") for one in event["args"].get("input_type_shape", [])]
     return tuple(_DTYPES.get(kind, kind) for kind in kinds)
 
 
-def _time(events: list[dict[str, Any]], runs: int) -> float:
+def _time(events: list[_Event], runs: int) -> float:
     """Return the milliseconds of a run: the median over runs, where each holds as many events as the next."""
     times = [float(event["dur"]) / _MICROSECONDS for event in events]
     each, rest = divmod(len(times), runs + 1)

@@ -32,6 +32,7 @@ _LONGEST_NAME = 256  # bytes of the name of a GPU
 _NAMES_WITHIN = 1 << 20
 _NVIDIA_LIBRARY = re.compile(rb"\0(lib(?:nv|cu)\w+\.so\.(\d+))(?=\0)")
 _DRIVER_LIBRARY = "libcuda.so.1"
+_TENSORRT_LIBRARIES = ("libnvinfer", "libnvonnxparser")
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,20 @@ def missing(provider: Provider, device: int, name: str) -> BackendError | None:
     """
     extra = "gpu" if provider == "cuda" else provider
     if runtime() is None:
-        return BackendError("ONNX Runtime is not installed", hint=f"`pip install 'graphopt[{extra}]'`")
+        return _not_loaded(extra)
     if PROVIDERS[provider] not in runtime().get_available_providers():
         return _other_build(provider, extra, name)
     return None if provider == "cpu" else _gpu_missing(provider, device, name)
+
+
+def _not_loaded(extra: str) -> BackendError:
+    broken = next(iter(installed_packages()), None)
+    if broken is None:
+        return BackendError("ONNX Runtime is not installed", hint=f"`pip install 'graphopt[{extra}]'`")
+    return BackendError(
+        "ONNX Runtime is installed and cannot be loaded",
+        hint=f"`pip install --force-reinstall {broken}`; `graphopt doctor` says why",
+    )
 
 
 def _other_build(provider: Provider, extra: str, name: str) -> BackendError:
@@ -204,7 +215,7 @@ def _gpu_missing(provider: Provider, device: int, name: str) -> BackendError | N
 
 def _how_to_install(libraries: list[str]) -> str:
     """Return the command that brings libraries: TensorRT in the version they are of, the rest as the runtime asks."""
-    versions = [name.rpartition(".")[2] for name in libraries if name.startswith("libnv")]
+    versions = [name.rpartition(".")[2] for name in libraries if name.startswith(_TENSORRT_LIBRARIES)]
     wanted = [f"'tensorrt=={versions[0]}.*'"] if versions else []
     if len(versions) < len(libraries):
         wanted.append("'onnxruntime-gpu[cuda,cudnn]'")

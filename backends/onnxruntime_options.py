@@ -110,15 +110,16 @@ _WEAK_TYPING = (
 )
 _STRONGLY_TYPED = 11  # the first TensorRT that knows no other networks
 _CUDA_GRAPHS = ("enable_cuda_graph", "trt_cuda_graph_enable")
-_NEEDS = {
-    "trt_int8_use_native_calibration_table": "trt_int8_calibration_table_name",
-    "trt_int8_calibration_table_name": "trt_int8_enable",
-    "trt_force_timing_cache": "trt_timing_cache_enable",
-    "trt_engine_cache_path": "trt_engine_cache_enable",
-    _GIVES_CONTEXT: "trt_ep_context_file_path",
-    "trt_ep_context_file_path": _GIVES_CONTEXT,
-    "trt_ep_context_embed_mode": _GIVES_CONTEXT,
-    "trt_weight_stripped_engine_enable": "trt_onnx_model_folder_path",
+# Options that do nothing without another one, or any of several.
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "trt_int8_use_native_calibration_table": ("trt_int8_calibration_table_name",),
+    "trt_int8_calibration_table_name": ("trt_int8_enable",),
+    "trt_force_timing_cache": ("trt_timing_cache_enable",),
+    "trt_engine_cache_path": ("trt_engine_cache_enable", "trt_timing_cache_enable"),
+    _GIVES_CONTEXT: ("trt_ep_context_file_path",),
+    "trt_ep_context_file_path": (_GIVES_CONTEXT,),
+    "trt_ep_context_embed_mode": (_GIVES_CONTEXT,),
+    "trt_weight_stripped_engine_enable": ("trt_onnx_model_folder_path",),
 }
 
 
@@ -137,8 +138,9 @@ def check_options(backend: Any) -> None:
                     hint=f"add `provider={min(providers)}`, or leave it out",
                 )
     for name, needed in _NEEDS.items():
-        if given.get(name) and not getattr(backend, needed):
-            raise UsageError(f"{_WHERE}: `{name}` does nothing without `{needed}`", hint=f"give `{needed}` as well")
+        if given.get(name) and not any(getattr(backend, one) for one in needed):
+            words = " or ".join(f"`{one}`" for one in needed)
+            raise UsageError(f"{_WHERE}: `{name}` does nothing without {words}", hint=f"give {words} as well")
     for entry in backend.provider_options:
         key, _, value = entry.partition("=")
         if not key or not value:

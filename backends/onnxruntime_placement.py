@@ -83,7 +83,9 @@ def check_placement(placement: Placement | None, allowed: Sequence[str], name: s
     counts = Counter(node.op for node in strays).most_common()
     listed = ", ".join(f"{count} {op}" for op, count in counts[:_MOST_LISTED])
     listed += f" and {len(counts) - _MOST_LISTED} other operators" if len(counts) > _MOST_LISTED else ""
-    hint = f"`cpu_ops={'+'.join(op for op, _ in counts)}` or `allow_cpu=true` lets them, with copies to and fro"
+    # As `--backend` takes it: there a colon begins the next option.
+    ops = "+".join([*allowed, *(op for op, _ in counts)]).replace(":", r"\:")
+    hint = f"`cpu_ops={ops}` or `allow_cpu=true` lets them, with copies to and fro"
     if any(op.rpartition("::")[2].startswith(_INTEGER_OPS) for op, _ in counts):
         hint = f"CUDA has no kernels on codes: quantize with `--target ort-cuda` or `--target tensorrt`; {hint}"
     raise BackendError(

@@ -21,8 +21,14 @@ from .onnxruntime_library import runtime
 # Types that ONNX Runtime hands out as the bytes they are made of.
 _AS_BYTES = {"tensor(float8e4m3fn)": np.dtype(ml_dtypes.float8_e4m3fn)}
 # Of which it makes no arrays at all.
-_NO_ARRAYS = "tensor(bfloat16)"
+_NO_ARRAYS = {
+    "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    "tensor(float8e4m3fnuz)": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "tensor(float8e5m2)": np.dtype(ml_dtypes.float8_e5m2),
+    "tensor(float8e5m2fnuz)": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
 _STRINGS = "tensor(string)"
+_REGISTERED = 2  # numpy's `isbuiltin` of a dtype that a package brings
 
 
 class OnnxRuntimeSession:
@@ -63,13 +69,13 @@ class OnnxRuntimeSession:
 
     def _run(self, feeds: Feeds) -> list[Any]:
         # Of types that numpy does not know by itself, ONNX Runtime takes values, and no arrays.
-        given = {name: self._value(array) if _is_extension(array) else array for name, array in feeds.items()}
-        if _NO_ARRAYS not in self._types:
+        given = {name: self._value(array) if _is_extension(array) else _native(array) for name, array in feeds.items()}
+        if _NO_ARRAYS.keys().isdisjoint(self._types):
             values: list[Any] = self._session.run(None, given)
             return values
         own = {name: self._value(array) if isinstance(array, np.ndarray) else array for name, array in given.items()}
         found = self._session.run_with_ort_values(None, own)
-        return [_bfloat16(one) if one.data_type() == _NO_ARRAYS else one.numpy() for one in found]
+        return [_copied(one) if one.data_type() in _NO_ARRAYS else one.numpy() for one in found]
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
         """Put a feed where the model computes; see `graphopt.backend.Bindable.bind`."""
@@ -106,7 +112,7 @@ class OnnxRuntimeSession:
     def _value(self, array: Array) -> Any:
         make = runtime().OrtValue
         # A copy of its own: on the CPU a value otherwise reads the caller's memory.
-        own = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        own = np.array(_native(array), order="C")
         if _is_extension(own):
             return make.ortvalue_from_numpy_with_onnx_type(own, int(ir.DataType.from_numpy(own.dtype)))
         return make.ortvalue_from_numpy(own, *self._device)
@@ -144,14 +150,19 @@ def in_one_line(words: str) -> Iterator[None]:
 
 def _is_extension(array: Array) -> bool:
     """Return whether an array is of floats or integers that numpy has no type of its own for."""
-    return array.dtype.kind == "V"
+    return array.dtype.isbuiltin == _REGISTERED
 
 
-def _bfloat16(value: Any) -> Array:
+def _native(array: Array) -> Array:
+    """Return an array in this machine's byte order: ONNX Runtime takes the bytes of any other as they lie."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _copied(value: Any) -> Array:
     """Return a copy of what a value in this process's memory holds."""
-    shape = tuple(value.shape())
-    raw = ctypes.string_at(value.data_ptr(), 2 * math.prod(shape))
-    return np.frombuffer(raw, ml_dtypes.bfloat16).reshape(shape)
+    shape, dtype = tuple(value.shape()), _NO_ARRAYS[value.data_type()]
+    raw = ctypes.string_at(value.data_ptr(), dtype.itemsize * math.prod(shape))
+    return np.frombuffer(raw, dtype).reshape(shape)
 
 
 def _is_runtime_error(error: Exception) -> bool:

@@ -45,7 +45,7 @@ from graphopt.generated import generated_feeds
 
 PASSES = ("simplify", "prune", "quant")
 BACKENDS = ("onnxruntime", "openvino", "reference")
-# The reference evaluates in NumPy, where whole networks take minutes a run: neither larger files nor the `light` models,
+# The reference evaluates in NumPy, where whole networks take minutes a run: no larger files, nor the `light` models,
 # which are whole networks without their weights.
 LARGEST_FOR_REFERENCE = 1 << 20
 CALIBRATION_SAMPLES = 16

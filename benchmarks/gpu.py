@@ -125,11 +125,15 @@ def rows(
 ) -> Iterator[str]:
     """Yield the table rows of one model on one provider."""
     cpu = OnnxRuntime()
-    if backend.provider == "tensorrt":
-        backend = replace(backend, dims=spans_of(graphopt.load(source), feeds))
     with contextlib.ExitStack() as stack:
         truth = outputs(cpu, source, feeds)
-        base = stack.enter_context(backend.open(source))
+        try:
+            if backend.provider == "tensorrt":
+                backend = replace(backend, dims=spans_of(graphopt.load(source), feeds))
+            base = stack.enter_context(backend.open(source))
+        except GraphoptError as error:
+            yield f"| {name} | {backend.provider} | float32 | {error.message} |"
+            return
         for variant, passes in VARIANTS[backend.provider].items():
             start = f"| {name} | {backend.provider} | {variant} |"
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,10 +64,11 @@ def survey_backends() -> list[Surveyed]:
 
 
 def backends_here() -> list[Backend]:
-    """Return every backend that can run here, once for each thing it can run on."""
-    found = []
+    """Return every backend that can run here, once for each thing it can run on; one that fails when asked is none."""
+    found: list[Backend] = []
     for name in sorted(registry.table("BACKENDS")):
-        found += [one for one in _variants(registry.backend(name)) if one.missing() is None]
+        with contextlib.suppress(Exception):  # `doctor` and `list backends` say what is wrong with it
+            found += [one for one in _variants(registry.backend(name)) if one.missing() is None]
     return found
 
 

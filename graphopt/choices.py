@@ -58,14 +58,17 @@ def find_backend(text: str | None, target: Target, *, must_run: bool = True) -> 
     Raises:
         BackendError: It must run and cannot on this machine.
     """
-    if text is None:
-        provider = {"provider": target.provider} if target.provider is not None else {}
-        found: Backend = registry.backend(target.backend, **provider)
-    else:
-        found = registry.backend(text)
+    found: Backend = backend_of(target) if text is None else registry.backend(text)
     why = found.missing() if must_run else None
     if why is not None:
         raise why
+    return found
+
+
+def backend_of(target: Target) -> Backend:
+    """Return the backend that runs a target, whether or not it can here."""
+    provider = {"provider": target.provider} if target.provider is not None else {}
+    found: Backend = registry.backend(target.backend, **provider)
     return found
 
 

@@ -337,6 +337,11 @@ def _mistake(error: Exception) -> tuple[str, str]:
     describe = getattr(error, "format_message", None)
     if describe is None:
         text = f"graphopt failed: {type(error).__name__}: {error}"
+        if isinstance(error, ImportError):
+            return (
+                text,
+                "`graphopt doctor` says which package is missing or broken; where it finds none, please report it",
+            )
         return text, "this is a fault of graphopt; `-v` shows where; please report it"
     message = describe().replace("Value error, ", "").rstrip(".")
     context = getattr(error, "ctx", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,12 +54,18 @@ class OutputError:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantization noise ratio in dB, capped at 200; minus infinity where values cannot be compared."""
+        """Signal to quantization noise ratio in dB, from -200 to 200; minus infinity where values cannot be compared.
+
+        Where there is no signal at all, -200 stands for what has no logarithm.
+        """
         if self.mismatch is not None:
             return float("-inf")
         if self._noise == 0:
             return SQNR_CEILING_DB
-        return float(min(SQNR_CEILING_DB, 10 * np.log10(max(self._signal, 1e-300) / self._noise)))
+        if not self._signal:
+            return -SQNR_CEILING_DB
+        decibels = 10 * (math.log10(self._signal) - math.log10(self._noise))
+        return min(SQNR_CEILING_DB, max(-SQNR_CEILING_DB, decibels))
 
     @property
     def cosine(self) -> float:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graphopt import machine, registry
-from graphopt.errors import GraphoptError, in_words
+from graphopt.errors import GraphoptError, in_words, one_line
 from graphopt.package_skews import package_skews
 from graphopt.versions import all_versions
 
@@ -110,9 +111,8 @@ def _imports() -> Iterator[Finding]:
             importlib.import_module(name)
         except Exception as error:  # protobuf, for one, raises TypeErrors of its own
             package = name.removeprefix("google.")
-            yield Finding(
-                "error", package, f"cannot be imported: {in_words(error)}", f"`pip install --upgrade {package} onnx`"
-            )
+            anew = " ".join(dict.fromkeys((package, "onnx")))
+            yield Finding("error", package, f"cannot be imported: {in_words(error)}", f"`pip install --upgrade {anew}`")
 
 
 def _skews() -> Iterator[Finding]:
@@ -156,9 +156,14 @@ def _memory() -> Iterator[Finding]:
         total, free = sizes["MemTotal"], sizes["MemAvailable"]
     except (OSError, ValueError, KeyError):
         return
-    text = f"{show_bytes(free)} of {show_bytes(total)} free"
+    limit = machine.memory_left()
+    where, more = "", "close other programs"
+    if limit is not None and limit[1] < total:
+        free, total = min(free, limit[0]), limit[1]
+        where, more = " that this container may use", "give it more"
+    text = f"{show_bytes(free)} free of {show_bytes(total)}{where}"
     if free < _LITTLE_MEMORY:
-        yield Finding("warning", "memory", text, "close other programs: large models need about three times their size")
+        yield Finding("warning", "memory", text, f"{more}: large models need about three times their size")
     else:
         yield Finding("ok", "memory", text)
 
@@ -166,17 +171,20 @@ def _memory() -> Iterator[Finding]:
 def _disk() -> Iterator[Finding]:
     from graphopt.report import show_bytes
 
-    temporary = Path(tempfile.gettempdir())
-    for subject, folder in (("temporary files", temporary), ("this folder", Path.cwd())):
+    places: tuple[tuple[str, Callable[[], str], Verdict, str], ...] = (
+        ("temporary files", tempfile.gettempdir, "error", "make room, or name a folder that can be written to: TMPDIR"),
+        ("this folder", os.getcwd, "warning", "go to another, or ask for permission"),
+    )
+    for subject, find, verdict, hint in places:
         try:
+            folder = find()
             free = shutil.disk_usage(folder).free
-        except OSError as error:
-            yield Finding("error", subject, f"`{folder}`: {error.strerror}", "name another with TMPDIR")
+        except OSError as error:  # a full disk, too: Python tries to write before it names a folder
+            yield Finding(verdict, subject, error.strerror or one_line(error), hint)
             continue
         text = f"`{folder}`, {show_bytes(free)} free"
         if not os.access(folder, os.W_OK):
-            verdict: Verdict = "error" if folder == temporary else "warning"
-            yield Finding(verdict, subject, f"`{folder}` cannot be written to", "name another, or ask for permission")
+            yield Finding(verdict, subject, f"`{folder}` cannot be written to", hint)
         elif free < _LITTLE_DISK:
             yield Finding("warning", subject, text, "make room: a result is written beside its destination first")
         else:
@@ -201,3 +209,21 @@ def _of_backends(backends: Sequence[Surveyed]) -> Iterator[Finding]:
             yield Finding("error" if trouble.fatal else "warning", one.name, trouble.what, trouble.fix)
     if not any(place.runs for one in backends for place in one.places):
         yield Finding("error", "backends", "no runtime can run a model here", "`pip install 'graphopt[cpu]'`")
+    else:
+        yield from _default_runtime()
+
+
+def _default_runtime() -> Iterator[Finding]:
+    """Yield what keeps models from being run where no target and no backend is asked for."""
+    from graphopt.choices import backend_of, find_target
+
+    missing = {}
+    for name in registry.table("TARGETS"):
+        with contextlib.suppress(GraphoptError):  # a target of a plug-in that brings no backend for it
+            missing[name] = backend_of(find_target(name)).missing()
+    own = missing.get(registry.host_target())
+    if own is None:
+        return
+    others = [f"`--target {name}`" for name, why in missing.items() if why is None]
+    text = f"nothing runs what is made for this machine's own target: {own.message}"
+    yield Finding("warning" if others else "error", "target", text, ", or ".join([own.hint or "", *others]))

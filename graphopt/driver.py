@@ -8,7 +8,7 @@ from typing import Any
 
 from graphopt.authoring import Pass
 from graphopt.choices import ModelLike
-from graphopt.errors import VerificationError
+from graphopt.errors import GraphoptError, VerificationError
 from graphopt.optimization import Result, Run
 from graphopt.pipeline import Pipeline
 from graphopt.reporting.file import check_report, write_report
@@ -116,7 +116,10 @@ def optimize(
         result = run.run()
     except VerificationError as error:
         if request.report is not None and error.report is not None:
-            write_report(request.report, run, error.report, error.output)
+            try:
+                write_report(request.report, run, error.report, error.output)
+            except GraphoptError as unwritten:  # what failed first is what a user has to know
+                error.hint = f"{error.hint}; there is no report: {unwritten.message}"
         raise
     if request.report is not None:
         write_report(request.report, run, result.report, result.output)

@@ -25,7 +25,7 @@ def nodes_of_kernels(
 
     Args:
         kernels: What ran.
-        nodes: The nodes, as `explanation_proof.numbered` gives them, with inferred dtypes.
+        nodes: The nodes, as `graphopt.explaining.proof.numbered` gives them, with inferred dtypes.
         named: The kernels of each node that are known by name, by the node's place.
     """
     places = {id(kernel): place for place, kernel in enumerate(kernels)}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 _MB = 1e6
 _CORES = Path("/sys/devices/system/cpu")
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_GROUP = Path("/sys/fs/cgroup")
 _CACHE_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # Columns of /proc/stat behind a core's name in which it works: user, nice, system, irq, softirq, and what other
 # guests of the same host took.
@@ -71,10 +71,23 @@ def _speed(core: int) -> int:
 def cpu_quota() -> float | None:
     """Return how many cores' time the control group of this process is given, or None where there is no limit."""
     try:
-        quota, period = _QUOTA.read_text().split()
+        quota, period = (_GROUP / "cpu.max").read_text().split()
         return float(quota) / float(period)
     except (OSError, ValueError):  # no such file, or `max`
         return None
+
+
+def memory_left() -> tuple[int, int] | None:
+    """Return the bytes that this process's control group may still take and may take in all; None without a limit."""
+    try:
+        most = int((_GROUP / "memory.max").read_text())
+        taken = int((_GROUP / "memory.current").read_text())
+        rows = (line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        # Files read and not read again count as taken, and are given up for anything else.
+        spare = next((int(row[1]) for row in rows if row[0] == "inactive_file"), 0)
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+    return max(most - taken + spare, 0), most
 
 
 def usual_threads() -> int:

@@ -92,7 +92,7 @@ def observe(
         keys: Content keys of the model's values, if they are at hand.
         threads: Threads for the backend; 0 leaves it to the runtime.
         limit: Bytes of values looked at together; a single value may take more.
-        display: Where the samples are counted as they go by.
+        display: Where it is shown; the data tell it of samples as they go by.
 
     Raises:
         DataError: A value became NaN or infinite, or has no such axis as a statistic is asked for along; names it.
@@ -103,7 +103,7 @@ def observe(
     if wanted:
         shown = display or Display(False)
         with shown.stage(f"observing {len(wanted)} values", len(data)):
-            _Run(model, wanted, data, backend, threads, limit, shown).run()
+            _Run(model, wanted, data, backend, threads, limit).run()
     for one in wanted:
         for statistic, accumulator, name in one.parts:
             arrays = accumulator.arrays()
@@ -178,7 +178,6 @@ class _Run:
         backend: Runs the model.
         threads: Threads for the backend.
         limit: Bytes of values looked at together.
-        display: Where the samples are counted.
     """
 
     def __init__(
@@ -189,10 +188,9 @@ class _Run:
         backend: Backend,
         threads: int,
         limit: int,
-        display: Display,
     ) -> None:
         self._model, self._wanted, self._data = model, wanted, data
-        self._backend, self._threads, self._limit, self._display = backend, threads, limit, display
+        self._backend, self._threads, self._limit = backend, threads, limit
 
     def run(self) -> None:
         """Look at everything."""
@@ -225,7 +223,6 @@ class _Run:
                 held = self._given(batch)
                 held.update(piece.results(session.run(piece.feeds(held))))
                 self._look(self._wanted, held, batch)
-                self._display.advance(batch.count)
 
     def _run_in_pieces(self, groups: list[list[_Wanted]]) -> None:
         """Run one sample after the other from piece to piece.
@@ -242,7 +239,6 @@ class _Run:
                 self._look(group, held, batch)
                 for value in [value for value in held if value not in piece.kept]:
                     del held[value]
-            self._display.advance(batch.count)
 
     def _given(self, batch: Batch) -> dict[ir.Value, Array]:
         """Return the values of inputs: fed, or what they are where nothing is fed."""

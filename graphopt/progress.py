@@ -56,7 +56,7 @@ class Display:
             transient=True,
             speed_estimate_period=_SPEED_OF_SECONDS,
         )
-        self._stages: list[TaskID] = []
+        self._stages: list[tuple[TaskID, str]] = []
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None, noun: str = "samples") -> Iterator[TaskID]:
@@ -70,20 +70,23 @@ class Display:
         if not self._stages:
             self._progress.start()
         own = self._progress.add_task(name, total=total, noun=noun)
-        self._stages.append(own)
+        self._stages.append((own, noun))
         try:
             yield own
         finally:
             # Not the last one: what an error leaves half done is closed when it is let go of.
-            self._stages.remove(own)
+            self._stages.remove((own, noun))
             self._progress.remove_task(own)
             if not self._stages:
                 self._progress.stop()
 
-    def advance(self, count: int = 1) -> None:
-        """Count samples, or whatever it counts, for the innermost stage."""
-        if self._stages:
-            self._progress.advance(self._stages[-1], count)
+    def advance(self, count: int = 1, noun: str = "samples") -> None:
+        """Count samples, or what else is named, for the innermost stage if that is what it counts.
+
+        Data tell of each sample that is used, whatever it is used for: a stage that counts layers counts none of them.
+        """
+        if self._stages and self._stages[-1][1] == noun:
+            self._progress.advance(self._stages[-1][0], count)
 
     def track(self, items: Collection[T], name: str, noun: str) -> Iterator[T]:
         """Yield items one by one as a stage of its own, counted when they are done with."""

@@ -48,6 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(holder, "graphopt-fixtures")
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave golden texts alone: pytest takes files called ``test*.txt`` for doctests."""
+    folder = collection_path.parent
+    if collection_path.suffix != ".txt" or folder.parent.name != GOLDEN_FOLDER:
+        return None
+    return True if (folder.parent.parent / f"{folder.name}.py").is_file() else None
+
+
 def _assert_equivalent() -> Callable[..., Any]:
     """Assert that two models give the same outputs: `graphopt.testing.assert_equivalent`."""
     from graphopt.testing import assert_equivalent

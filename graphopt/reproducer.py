@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import tomli_w
 
@@ -22,6 +21,7 @@ from graphopt.errors import GraphoptError
 from graphopt.instruments import Instrument
 from graphopt.model_io import save, saved_bytes
 from graphopt.pipeline import Pipeline, Step
+from graphopt.regression.stored_arrays import write_feed
 from graphopt.rewrite_check import Evidence, Proposal
 from graphopt.versions import all_versions
 
@@ -74,7 +74,7 @@ class Reproducers(Instrument):
         def write(folder: Path) -> None:
             save(evidence.before, folder / BEFORE)
             save(evidence.after, folder / AFTER)
-            np.savez(folder / INPUTS, **evidence.feed)  # type: ignore[arg-type]
+            write_feed(folder / INPUTS, evidence.feed)
             self._write_facts(folder, "rewrite", why, {"rule": proposal.rule})
             commands = [_command(BEFORE, "--recipe", RECIPE, "--verify", "rewrites", "--strict")]
             text = f"The rule would put `{AFTER}` in the place of `{BEFORE}`; the two differ on `{INPUTS}`."

@@ -11,8 +11,8 @@ from typing import Any
 from graphopt import latency, registry
 from graphopt.backend import Backend, Feeds, Session, is_timed
 from graphopt.backend_survey import backends_here, option_of
+from graphopt.choices import backend_of
 from graphopt.comparison import Comparison
-from graphopt.errors import BackendError
 from graphopt.latency import Latency
 from graphopt.target import Target
 
@@ -87,8 +87,8 @@ def others(backend: Backend) -> list[Backend]:
 
 def _timed(backend: Backend, other: Backend, file: Path, feed: Feeds, threads: int) -> Advice | None:
     """Return advice if another backend runs the file, computes the same, and is clearly faster by so much."""
-    # What it refuses is no advice, and nobody asked for it.
-    with contextlib.suppress(BackendError), _both(backend, other, file, threads) as sessions:
+    # Whatever goes wrong with it is no advice, and nobody asked for it: the result is written all the same.
+    with contextlib.suppress(Exception), _both(backend, other, file, threads) as sessions:
         comparison = Comparison()
         comparison.update(*(session.run(feed) for session in sessions))
         if any(output.sqnr_db < LEAST_SQNR_DB for output in comparison.outputs.values()):
@@ -117,9 +117,8 @@ def _in_turn(sessions: Sequence[Session], feed: Feeds) -> list[Latency]:
 
 
 def _target_of(backend: Backend) -> Target | None:
-    """Return the target that a backend runs: where several do, this machine's, or the first."""
-    provider = getattr(backend, "provider", None)
+    """Return the target whose backend this is: where several have it, this machine's, or the first."""
     targets: list[Target] = [registry.find("TARGETS", name) for name in registry.table("TARGETS")]
-    fitting = [one for one in targets if one.backend == backend.name and one.provider == provider]
+    fitting = [one for one in targets if one.backend == backend.name and backend_of(one) == backend]
     host = registry.host_target()
     return next((one for one in fitting if one.name == host), fitting[0] if fitting else None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from graphopt.errors import ModelError, hints_in_tracebacks
+from graphopt.errors import ModelError, UsageError, hints_in_tracebacks
 from graphopt.regression.output_bounds import Bound
 from graphopt.regression.recorded_model import RecordedModel
 
@@ -53,17 +53,26 @@ def assert_equivalent(
         The comparison, for more assertions.
 
     Raises:
-        AssertionError: They differ by more, or have other inputs or outputs; the message names the worst output.
-        GraphoptError: A model cannot be read or run, or the data does not fit.
+        AssertionError: They differ by more, or have other inputs or outputs; the message names the worst output. Or all
+            they give is NaN or infinite, so that nothing can be told.
+        GraphoptError: A model cannot be read or run, the data does not fit, or no output has rows that could agree.
     """
     from graphopt import compare
+    from graphopt.choices import open_model
 
     __tracebackhide__ = True
-    models = [_as_model(one) for one in (a, b)]
-    try:
-        found = compare(*models, data=data, backend=backend, seed=seed, threads=threads)
-    except ModelError as error:
-        raise AssertionError(f"{error.message}\nhint: {error.hint}") from error
+    with hints_in_tracebacks():
+        models = [open_model(_as_model(one)) for one in (a, b)]
+        try:
+            found = compare(*models, data=data, backend=backend, seed=seed, threads=threads)
+        except ModelError as error:
+            raise AssertionError(f"{error.message}\nhint: {error.hint}") from error
+        if agreement is not None and all(one.top1_agreement is None for one in found.outputs.values()):
+            raise UsageError("no output has rows that could agree", hint="give `tolerance` or `sqnr_db`")
+    if found.says_nothing:
+        raise AssertionError(
+            "all outputs are NaN or infinite: nothing can be told\nhint: give `data` they are made for"
+        )
     faults = [
         fault
         for output in found.outputs.values()

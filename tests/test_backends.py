@@ -110,7 +110,9 @@ def test_the_reference_has_no_profiler(tmp_path: Path) -> None:
 def test_without_onnxruntime_the_message_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['onnxruntime'] = None\n"
+        "from graphopt.backends import onnxruntime_library\n"
         "from graphopt.backends.onnxruntime import OnnxRuntime\n"
+        "onnxruntime_library.installed_packages = dict\n"
         "print(OnnxRuntime().missing().hint)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

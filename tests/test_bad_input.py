@@ -212,7 +212,7 @@ OPTIONS: dict[str, tuple[Prepare, str, str]] = {
     "unknown target": (_with("--target", "ort-cpu-x68"), "unknown target `ort-cpu-x68`", "did you mean"),
     "target of several": (_with("--target", "ort-cpu"), "unknown target `ort-cpu`", "one of: ort-cpu-arm, ort-cpu-x86"),
     "unknown backend": (_with("--backend", "onnxruntme"), "unknown backend `onnxruntme`", "did you mean"),
-    "unknown backend option": (_with("--backend", "onnxruntime:device=cpu"), "no option `device`", "provider"),
+    "unknown backend option": (_with("--backend", "onnxruntime:device=cpu"), "no option `device`", "device_id"),
     "unknown provider": (_with("--backend", "onnxruntime:provider=gpu"), "cannot be `gpu`", "cuda"),
     "unknown verify": (_with("--verify", "all"), "'all'", "--help"),
     "unknown option of the command": (_with("--pases", "x"), "no such option: --pases", "did you mean `--passes`?"),

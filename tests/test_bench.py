@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
 import graphopt
 from graphopt import registry
 from graphopt.backend import PlacedNode, Placement
-from graphopt.benchmarking import benchmark
+from graphopt.benchmarking import benchmark, cold_start
 from graphopt.benchmarking.cold_start import ColdStart, measure_cold_start
-from graphopt.benchmarking.points import parse_sizes, parse_sweeps
-from graphopt.benchmarking.results import Bench, Placed, Row, doubts_of
+from graphopt.benchmarking.kernel_profile import KernelTime, Profile
+from graphopt.benchmarking.points import parse_sizes, parse_sweeps, points_of
+from graphopt.benchmarking.results import Bench, Placed, Profiled, Row, doubts_of, unseen_by
 from graphopt.commands.bench_tables import listing_of
 from graphopt.errors import BackendError, UsageError
 from graphopt.latency import Latency
@@ -98,15 +101,16 @@ def test_dimensions_of_an_expression_follow(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "error", "hint"),
     [
-        (["--batch", "1,two"], "`two` is no size", "1,2,4,8"),
+        (["--batch", "1,two"], "`--batch 1,two`: `two` is no size", "1,2,4,8"),
         (["--batch", "0"], "`0` is no size", "1,2,4,8"),
         (["--sweep", "sequence"], "names no dimension", "--sweep sequence=16,64,256"),
-        (["--sweep", "sequence=4,-1"], "`-1` is no size", "--sweep sequence="),
+        (["--sweep", "sequence=4,-1"], "`--sweep sequence=4,-1`: `-1` is no size", "--sweep sequence=1,2,4,8"),
         (["--sweep", "sequence=4", "--sweep", "sequence=8"], "swept twice", "one `--sweep`"),
         (["--sweep", "sequense=4"], "no dimension of an input is called `sequense`", "`sequence`"),
         (["--sweep", "sequence=4", "--data", "data.npz"], "cannot be swept", "`--data`"),
         (["--backend", "onnxruntime,nothing"], "unknown backend `nothing`", "known"),
         (["--backend", "onnxruntime,"], "unknown backend ``", "known"),
+        (["--backend", ""], "unknown backend ``", "known"),
         (["--backend", "onnxruntime,onnxruntime"], "backend `onnxruntime` is given twice", "a model twice"),
     ],
 )
@@ -118,11 +122,21 @@ def test_mistakes(sequences: Path, args: list[str], error: str, hint: str) -> No
     assert outcome.out == ""
 
 
+def test_models_of_the_same_inputs_run_on_the_same_values() -> None:
+    head = '<ir_version: 9, opset_import: ["": 17]> agraph (int64[n] x) => '
+    indexing = f"(float[n, 2] y) <float[50, 2] table = {{{', '.join(['1'] * 100)}}}> {{ y = Gather(table, x) }}"
+    texts = [head + indexing, head + "(int64[n] y) { y = Neg(x) }"]
+    models = [ir.from_proto(onnx.parser.parse_model(text)) for text in texts]
+    (point,) = points_of(models, ["a", "b"], None, 8, {}, 0)
+    assert point.feeds[0]["x"].max() > 1
+    np.testing.assert_array_equal(*(feed["x"] for feed in point.feeds))
+
+
 def test_texts_of_sizes() -> None:
-    assert parse_sizes("1, 2,4,2", "--batch") == [1, 2, 4]
+    assert parse_sizes("1, 2,4,2", "--batch ") == [1, 2, 4]
     assert parse_sweeps(["a=1,2", "b=c=3"]) == {"a": [1, 2], "b=c": [3]}
     with pytest.raises(UsageError):
-        parse_sizes("", "--batch")
+        parse_sizes("", "--batch ")
 
 
 def test_several_backends(model: Path) -> None:
@@ -175,6 +189,14 @@ def test_a_size_that_fails_is_a_row_that_says_so(pairs: Path) -> None:
     assert [bool(row.failure) for row in found.rows] == [False, True, False]
     assert [row.latency is None for row in found.rows] == [False, True, False]
     assert not found.complete
+
+
+def test_made_up_inputs_it_fails_on_are_said_to_be_made_up(pairs: Path, tmp_path: Path) -> None:
+    outcome = run("bench", pairs, "--batch", 3, *QUICK)
+    assert outcome.code == 2
+    assert "made up" in outcome.hint
+    np.savez(tmp_path / "data.npz", x=np.zeros((3, 1), np.float32))
+    assert "made up" not in run("bench", pairs, "--batch", 3, "--data", tmp_path / "data.npz", *QUICK).hint
 
 
 class Counting:
@@ -295,6 +317,14 @@ def test_cold_start_in_a_process_that_dies(model: Path, monkeypatch: pytest.Monk
     assert "`--cold`" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("", None), ("runtime: hello\n", None), ("7\n", None), ('runtime: hello\n{"start": 1.0}\n', {"start": 1.0})],
+)
+def test_what_a_runtime_prints_is_no_answer(said: str, expected: dict[str, float] | None) -> None:
+    assert cold_start._answer_in(said) == expected
+
+
 def test_no_cold_start_is_a_warning(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*_: Any, **__: Any) -> ColdStart:
         raise BackendError("the process died", hint="no idea")
@@ -357,6 +387,17 @@ def test_noise_is_said() -> None:
     loose = replace(ROW, latency=replace(FIRST, median_within=(1.6, 2.4)))
     (wide,) = doubts_of([loose], 0.0)
     assert wide.startswith("medians are known to ±20% only")
+
+
+def test_a_profile_that_sees_little_of_a_run_is_doubted() -> None:
+    """ONNX Runtime's of CUDA: it times how long the CPU takes to hand work to the GPU."""
+    for milliseconds, doubted in ((0.4, True), (1.9, False)):
+        kernel = KernelTime("Conv", ("conv",), "GPU", False, milliseconds, None, None)
+        told = unseen_by([Profiled(ROW.model, ROW.backend, Profile((kernel,)), None)], [ROW])
+        assert [one.split(": ")[0] for one in told] == [
+            "the kernels of a.onnx on onnxruntime cpu take 20% of its run"
+        ] * doubted
+    assert unseen_by([Profiled("other.onnx", ROW.backend, Profile(()), None)], [ROW]) == []
 
 
 def test_where_nodes_ran_is_said() -> None:

@@ -291,6 +291,18 @@ def test_what_cannot_be_searched_is_refused(passes: Any, check: Any, message: st
     assert caught.value.hint
 
 
+def test_a_folder_that_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    graphopt.save(chain(), tmp_path / "first_bad.onnx")
+    for output, message in (
+        ("file", "is no folder"),
+        ("file/found", "cannot be written"),
+        ("", "would be overwritten"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            graphopt.bisect(tmp_path / "first_bad.onnx", "no-pass-is-run", output=tmp_path / output)
+
+
 def test_an_exit_code_from_128_ends_the_search(tmp_path: Path) -> None:
     with pytest.raises(GraphoptError, match="exits with 130"):
         graphopt.bisect(chain(), replacing([1]), check=f"{script(tmp_path, 'sys.exit(130)')} {{model}}")

@@ -245,7 +245,7 @@ def test_options_in_prose_exist() -> None:
     prose = re.sub(_BLOCK, "", README.read_text())
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", prose))
     assert {"--data", "--eval", "--budget", "--verify", "--report", "--keep-failed"} <= mentioned
-    assert mentioned <= set().union(*command_options().values()) | {"--help"}
+    assert mentioned <= set().union(*command_options().values()) | {"--help", "--install-completion"}
 
 
 def test_pipelines_in_readme_parse() -> None:

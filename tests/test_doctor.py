@@ -124,13 +124,20 @@ def test_onnx_that_cannot_be_imported_is_told_and_no_traceback(tmp_path: Path) -
     """protobuf refuses generated code of another version by a TypeError."""
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "__init__.py").write_text('raise TypeError("Descriptors cannot be created directly")\n')
-    command = [sys.executable, "-c", "from graphopt.cli import main; main()", "doctor"]
+    command = [sys.executable, "-c", "from graphopt.cli import main; main()"]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, env=env)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "cannot be imported: TypeError: Descriptors cannot be created directly" in done.stdout
-    assert "`pip install --upgrade onnx" in done.stdout
+    assert "`pip install --upgrade onnx`" in done.stdout
+    (tmp_path / "onnx" / "__init__.py").write_text('raise ImportError("built for another Python")\n')
+    (tmp_path / "net.onnx").write_bytes(b"\0")
+    failed = subprocess.run([*command, "inspect", tmp_path / "net.onnx"], capture_output=True, text=True, env=env)
+    assert failed.stderr.startswith(
+        "error: graphopt failed: ImportError: built for another Python\nhint: `graphopt doctor`"
+    )
 
 
 def test_little_memory_and_disk_are_warnings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,9 +151,44 @@ def test_little_memory_and_disk_are_warnings(monkeypatch: pytest.MonkeyPatch, tm
     assert diagnosis.ok
 
 
+@pytest.mark.parametrize(
+    ("most", "told"), [("1000000000", "400 MB free of 1.0 GB that"), ("max", "8.0 GB free of 16.0 GB")]
+)
+def test_the_memory_of_a_container_is_what_it_may_use(
+    most: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, text in {
+        "meminfo": "MemTotal: 15625000 kB\nMemAvailable: 7812500 kB\n",
+        "memory.max": most,
+        "memory.current": "700000000",
+        "memory.stat": "anon 600000000\ninactive_file 100000000\n",
+    }.items():
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(doctor, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
+    (finding,) = doctor._memory()
+    assert finding.text.startswith(told)
+    assert finding.verdict == ("ok" if most == "max" else "warning")
+
+
+def test_nowhere_to_write_is_an_error_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", nowhere)
+    monkeypatch.setattr(doctor.os, "getcwd", gone)
+    told = list(doctor._disk())
+    assert [(one.verdict, one.subject) for one in told] == [("error", "temporary files"), ("warning", "this folder")]
+    assert "No usable temporary directory" in told[0].text
+    assert "TMPDIR" in told[0].hint
+
+
 def test_a_system_that_tells_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_MEMORY", tmp_path / "none")
-    monkeypatch.setattr(machine, "_QUOTA", tmp_path / "none")
+    monkeypatch.setattr(machine, "_GROUP", tmp_path / "none")
     diagnosis = examine()
     assert diagnosis.ok
     assert not found(diagnosis, "memory")
@@ -156,9 +198,8 @@ def test_a_system_that_tells_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch
 def test_a_container_that_may_use_less_than_it_sees(
     text: str, warned: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    quota = tmp_path / "cpu.max"
-    quota.write_text(text + "\n")
-    monkeypatch.setattr(machine, "_QUOTA", quota)
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
     told = [one for one in found(examine(), "processor") if one.verdict == "warning"]
     assert bool(told) == warned
     assert all("--threads 1" in one.hint for one in told)

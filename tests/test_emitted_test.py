@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import shlex
@@ -21,14 +22,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from graphopt import optimization, walk
+from graphopt import optimization, registry, walk
 from graphopt.comparison import OutputError
 from graphopt.errors import BackendError, DataError, UsageError
 from graphopt.evaluation import nudged
+from graphopt.plain_runs import PlainRuns
 from graphopt.regression import emitted_test, recorded_runs
 from graphopt.regression.emitted_text import About, Facts, as_python
 from graphopt.regression.output_bounds import Bound, Noise, bound, lossy_bound
-from graphopt.regression.recorded_model import RecordedModel
+from graphopt.regression.recorded_model import RecordedModel, place_of
 from graphopt.request import Request
 
 from .command_line import contents, run
@@ -237,6 +239,11 @@ def test_place_that_does_not_do_is_refused_before_any_work(
     assert contents(tmp_path) == before
 
 
+def test_test_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is no file"):
+        emitted_test.EmittedTest(Path(""), tmp_path / "out.onnx")
+
+
 def test_test_without_a_model_is_refused(tmp_path: Path) -> None:
     onnx.save(network(), tmp_path / "net.onnx")
     with pytest.raises(UsageError, match="would have no model to test"):
@@ -374,6 +381,37 @@ def test_place_where_runs_repeat_is_named(max_abs: float, repeats_on: str | None
     assert ("repeats_on=REPEATS_ON" in text) is (repeats_on is not None)
     assert 'BACKEND = "runtime"' in text
     assert "backend=BACKEND" in text
+
+
+def test_runtime_with_another_beside_it_is_told_as_it_runs_in_the_test(home: Path, tmp_path: Path) -> None:
+    files = [Path(shutil.copy(home / "int8.onnx", tmp_path))]
+    runtime = registry.backend("onnxruntime")
+    subject = emitted_test.Subject(
+        original=graphopt.load(home / "net.onnx"),
+        model=graphopt.load(files[0]),
+        files=files,
+        name="net",
+        feeds=[one.feeds for one in recorded_runs.read(home / "test_int8.npz")],
+        inputs="some",
+        target="ort-cpu-x86",
+        backend=PlainRuns(runtime, registry.backend("reference")),
+        backend_text=None,
+        lossless=False,
+        command=None,
+    )
+    with emitted_test.EmittedTest(tmp_path / "test_int8.py", files[0]) as emitted:
+        emitted.stage(subject)
+        text = emitted.publish().read_text()
+    assert f", {place_of(runtime).partition(' on ')[0]}, for target" in " ".join(text.replace("\n# ", " ").split())
+    assert ("REPEATS_ON" not in text) or (f'REPEATS_ON = "{place_of(runtime)}"' in text)
+
+
+def test_any_file_name_is_written_as_python() -> None:
+    name = 'o"ut \\N "quoted""" é.onnx'
+    about = About(f"../{name}", "test_out.npz", name, "made-up inputs", "cpu", None, f"graphopt {name}", {})
+    facts = Facts(["x: float [1]"], ["y: float [1]"], {"y": noise(0.5, 40.0)}, None, None, {}, 1000)
+    said = ast.get_docstring(ast.parse(as_python(about, facts)))
+    assert said == f"`{name}` does what it did when graphopt wrote it."
 
 
 def test_bound_that_asks_for_nothing_still_asks_for_the_shape() -> None:

@@ -83,6 +83,21 @@ def test_models_of_two_files_are_paired_by_name() -> None:
     assert Counter(found.values()) == {"kept": 8, "changed": 2}
 
 
+def test_what_is_not_drawn_has_no_partner_that_is() -> None:
+    start = '<ir_version: 8, opset_import: ["" : 17]> g (float[1, 2] x) => (float[1, 2] y)'
+    stored, decoded = (
+        parsed(f"{start} {text} y = MatMul(x, w) }}")
+        for text in (
+            "{ w = Constant<value = float[2, 2] {1, 2, 3, 4}>()",
+            "<int8[2, 2] codes = {1, 2, 3, 4}, float scale = {1}> { w = DequantizeLinear(codes, scale)",
+        )
+    )
+    for before, after, status in ((stored, decoded, "added"), (decoded, stored, "removed")):
+        graph = graph_facts(pair_models(before.clone(), after.clone()))[0]
+        nodes = [one for side in ("before", "after") for one in graph[side]["nodes"]]
+        assert {one["status"] for one in nodes if one["op"] == "DequantizeLinear"} == {status}
+
+
 def test_what_is_put_between_two_nodes_changes_neither() -> None:
     before = parsed(MODEL)
     after = before.clone()

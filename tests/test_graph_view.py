@@ -276,6 +276,10 @@ def test_inspect_refuses_what_cannot_be(tmp_path: Path) -> None:
     onnx.save(ir.to_proto(parsed(MODEL)), model)
     before = model.read_bytes()
     assert "is the input" in run("inspect", model, "--html", model).error
+    other = tmp_path / "other.onnx"
+    other.write_bytes(model.read_bytes())
+    assert "is not named as one" in run("inspect", model, "--html", other).error
+    assert other.read_bytes() == model.read_bytes()
     assert "do not go together" in run("inspect", model, "--html", tmp_path / "a.html", "--groups").error
     assert "goes with `--html`" in run("inspect", model, "--before", model).error
     assert "does not exist" in run("inspect", model, "--html", tmp_path / "none" / "a.html").error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,17 @@ def test_long_lists_are_cut_unless_asked_for() -> None:
     assert len(slowest.rows) == 10
     assert slowest.rows[0][1] == "a, b, c and 2 more"
     assert len(listing_of(found, verbose=True).sheets[2].rows) == 30
+    eleven = replace(found, profiles=(Profiled("m", "b", Profile(kernels[:11]), None),))
+    assert [row[0] for row in listing_of(eleven).sheets[1].rows][-2:] == ["Op10", "all"]
+
+
+@pytest.mark.usefixtures("small_peaks")
+def test_each_of_two_kinds_of_one_backend_has_peaks_of_its_own(tmp_path: Path) -> None:
+    other = "onnxruntime:config=session.disable_prepacking=1"
+    args = ("bench", fill(tmp_path), "--roofline", "--seconds", 0.1, "--threads", 1)
+    out = run(*args, "--backend", f"onnxruntime,{other}").out
+    assert "peaks of onnxruntime, measured" in out
+    assert f"peaks of {other}, measured" in out
 
 
 def test_dynamic_sizes_are_those_of_the_feed(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_fast_cores_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_no_more_threads_than_a_container_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "physical_cores", lambda: list(range(8)))
-    monkeypatch.setattr(machine, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "_GROUP", tmp_path)
     assert machine.usual_threads() == 8
     for text, threads in (("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("6400000 100000", 8)):
         (tmp_path / "cpu.max").write_text(text + "\n")

@@ -21,7 +21,7 @@ from graphopt.backend import Session
 from graphopt.commands.layer_tables import listing_of
 from graphopt.comparing import layer_comparison
 from graphopt.comparing.layer_comparison import LayerComparison, compare_layers
-from graphopt.errors import DataError, GraphoptError, UsageError
+from graphopt.errors import BackendError, DataError, GraphoptError, UsageError
 
 from .broken_passes import BROKEN, Broken, model, samples
 from .command_line import run
@@ -151,6 +151,52 @@ def test_outputs_that_are_lost_new_or_of_another_dtype() -> None:
     assert "output `c` is lost" in lost
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("y = CastLike (s, x)", "y = Constant <value = float[2] {4, 9}> ()"),  # not computed any more
+        ("y = SplitToSequence (x)", "z = Neg (x) y = SplitToSequence (z)"),  # no array
+    ],
+)
+def test_outputs_that_are_no_layers_are_compared_too(before: str, after: str) -> None:
+    kind = "seq(float[N])" if "Sequence" in before else "float[2]"
+    text = f"""<ir_version: 8, opset_import: ["" : 18]>
+    g (float[2, 3] x) => (float[2, 3] r, {kind} y) <float[4, 5] c = {{{", ".join(["1"] * 20)}}}> {{
+      r = Relu (x)
+      s = Shape (c)
+      {before}
+    }}"""
+    first, second = (loaded(onnx.parser.parse_model(one)) for one in (text, text.replace(before, after)))
+    found = compare(first, second)
+    assert not found.ok
+    assert [(one.kind, one.where) for one in found.faults] == [("output", "y")]
+    assert not found.outputs.outputs["y"].within()
+    assert "no output differs" not in str(listing_of(found, 5).remarks)
+    assert compare(first, first).ok
+
+
+def test_codes_that_stand_for_an_output_do_not_hide_what_comes_behind_them() -> None:
+    before = chain(("[sum] y = Add (c, x)", "[sum] d = Neg (c) [relu] y = Relu (d)"))
+    codes = "cd = QuantizeLinear (d, s, z) e = DequantizeLinear (cd, s, z) y = Mul (e, two)"
+    after = chain(
+        ("float two = {2}", "float two = {2}, float s = {0.01}, uint8 z = {0}"),
+        ("[sum] y = Add (c, x)", f"[sum] d = Neg (c) {codes}"),
+    )
+    found = compare(before, after, tolerance=0.05)
+    assert not found.ok
+    assert found.outputs.outputs["y"].max_abs > 0.05
+
+
+def test_other_sizes_and_another_order_are_told() -> None:
+    fixed = compare(chain(), chain(("float[n,4] x", "float[1,4] x")))
+    assert not fixed.identical
+    assert [(one.kind, one.what) for one in fixed.differences] == [("shape", "input `x` is of [1, 4], was of [n, 4]")]
+    two = ("(float[n,4] y)", "(float[n,4] y, float[n,4] c)")
+    swapped = compare(chain(two), chain((two[0], "(float[n,4] c, float[n,4] y)")))
+    assert swapped.ok
+    assert [one.kind for one in swapped.differences] == ["order"]
+
+
 def test_models_of_other_inputs_are_not_run() -> None:
     found = compare(chain(), chain(("[n,4] x)", "[n,4] z)"), ("MatMul (x", "MatMul (z"), ("(c, x)", "(c, z)")))
     assert found.cannot_run == "input `x` is now called `z`"
@@ -164,6 +210,13 @@ def test_a_second_model_that_does_not_run_is_a_result() -> None:
     assert found.cannot_run is not None
     assert "the second model does not run" in found.cannot_run
     assert not found.ok
+
+
+def test_a_first_model_that_does_not_run_on_made_up_inputs_asks_for_real_ones() -> None:
+    other = chain(("[tanh] c = Tanh (b)", "d = Cast <to = 11> (b) [erf] e = Erf (d) [tanh] c = Cast <to = 1> (e)"))
+    with pytest.raises(BackendError, match="does not run on made-up inputs") as caught:
+        compare(other, chain())
+    assert "--data" in (caught.value.hint or "")
 
 
 # Numbers

@@ -340,6 +340,14 @@ def test_compiled_models_are_kept_by_what_they_hold(tmp_path: Path) -> None:
 
 
 @needs_openvino
+def test_a_folder_that_cannot_be_is_not_the_models_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot be kept in") as caught:
+        OpenVino(cache=str(tmp_path / "file" / "cache")).open(model())
+    assert "`cache`" in (caught.value.hint or "")
+
+
+@needs_openvino
 def test_a_bound_feed_is_run_in_place() -> None:
     with OpenVino().open(model()) as session:
         assert isinstance(session, Bindable)
@@ -350,6 +358,28 @@ def test_a_bound_feed_is_run_in_place() -> None:
         assert session._request.get_output_tensor(0).data.tolist() == Y
         with pytest.raises(BackendError, match="not fed"):
             session.bind({})
+
+
+@needs_openvino
+def test_each_bound_feed_is_run_whichever_was_taken_last() -> None:
+    with OpenVino().open(model()) as session:
+        first = session.bind({"x": X})
+        session.bind({"x": X * 0})()
+        first()
+        assert session._request.get_output_tensor(0).data.tolist() == Y
+        session.run({"x": X * 0})
+        with pytest.raises(BackendError, match="no input"):
+            session.run({"x": X * 0, "other": X})
+        first()
+        assert session._request.get_output_tensor(0).data.tolist() == Y
+
+
+@pytest.mark.parametrize(
+    ("first", "mean", "expected"), [(0.100, 0.025, 0.010), (0.007, 0.001, 0.0005), (0.0, 0.0, 0.0005)]
+)
+def test_the_first_run_is_taken_out_of_the_mean(first: float, mean: float, expected: float) -> None:
+    """OpenVINO counts whole microseconds: rounded down, nothing and less than nothing would be left."""
+    assert module._without(first, mean, 5) == pytest.approx(expected)
 
 
 @needs_openvino

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 
 import graphopt
-from graphopt.backend import Bindable, Placement, Placing
+from graphopt import registry
+from graphopt.backend import Bindable, PlacedNode, Placement, Placing
 from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.backends.onnxruntime_kernels import read_kernels
+from graphopt.backends.onnxruntime_placement import check_placement
 from graphopt.errors import BackendError
 from graphopt.explaining.explanation import explain
 from graphopt.reporting.rows import side_rows
@@ -34,14 +39,23 @@ def test_nodes_on_the_cpu_are_an_error_unless_allowed(monkeypatch: pytest.Monkey
     with pytest.raises(BackendError, match=r"would run 2 of 5 nodes on the CPU: 1 Reshape, 1 Relu") as caught:
         OnnxRuntime(provider="cuda").open(model())
     assert "`cpu_ops=Reshape+Relu`" in (caught.value.hint or "")
-    with pytest.raises(BackendError, match="1 of 5 nodes on the CPU: 1 Reshape"):
+    with pytest.raises(BackendError, match="1 of 5 nodes on the CPU: 1 Reshape") as caught:
         OnnxRuntime(provider="cuda", cpu_ops=("Relu",)).open(model())
+    assert "`cpu_ops=Relu+Reshape`" in (caught.value.hint or "")
     for options in ({"cpu_ops": ("Relu", "Reshape")}, {"allow_cpu": True}):
         with OnnxRuntime(provider="cuda", **options).open(model()) as session:  # type: ignore[arg-type]
             placement = session.placement()
         assert placement is not None
         assert placement.counts == {CUDA: 3, CPU: 2}
         assert placement.as_dict()["elsewhere"] == {CPU: {"Reshape": 1, "Relu": 1}}
+
+
+def test_operators_of_other_domains_are_named_as_the_command_line_takes_them() -> None:
+    placement = Placement(CUDA, (PlacedNode("a", "com.microsoft::QGemm", CPU),))
+    with pytest.raises(BackendError) as caught:
+        check_placement(placement, ("Relu",), "onnxruntime cuda")
+    (text,) = re.findall("`(cpu_ops=.*?)`", caught.value.hint or "")
+    assert registry.backend(f"onnxruntime:provider=cuda:{text}").cpu_ops == ("Relu", "com.microsoft::QGemm")
 
 
 def test_arithmetic_on_shapes_belongs_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +178,8 @@ def test_binding_refuses_what_running_refuses() -> None:
         ("string", np.array(["a", "b"], object)),
         ("bfloat16", np.array([1.5, -2.0], ml_dtypes.bfloat16)),
         ("float8e4m3fn", np.array([1.5, -2.0], ml_dtypes.float8_e4m3fn)),
+        ("float8e5m2", np.array([1.5, -2.0], ml_dtypes.float8_e5m2)),
+        ("float8e5m2fnuz", np.array([1.5, -2.0], ml_dtypes.float8_e5m2fnuz)),
         ("float16", np.array([1.5, -2.0], np.float16)),
         ("bool", np.array([True, False])),
     ],
@@ -175,6 +191,42 @@ def test_inputs_and_outputs_of_every_type_run_and_bind(kind: str, array: np.ndar
         session.bind({"x": array})()
     assert output.dtype == array.dtype
     assert output.tolist() == array.tolist()
+
+
+def test_arrays_of_another_byte_order_are_read_as_what_they_mean() -> None:
+    text = '<ir_version: 10, opset_import: ["": 21]> agraph (float[2] x) => (float[2] y) { y = Neg (x) }'
+    with OnnxRuntime().open(model(text)) as session:
+        assert session.run({"x": np.array([1.5, -2.0], ">f4")})["y"].tolist() == [-1.5, 2.0]
+
+
+def test_kernels_without_a_name_have_run_like_the_others() -> None:
+    """ONNX Runtime makes a nameless Cast of a CastLike, and calls it by a number in its profile."""
+    text = """<ir_version: 9, opset_import: ["": 17]> agraph (int64[n] x, float[n] like) => (float[n] y, float[n] z) {
+        a = CastLike (x, like) y = Sqrt (a) b = Neg (x) c = CastLike (b, like) z = Exp (c) }"""
+    feed = {"x": np.arange(4), "like": np.zeros(4, np.float32)}
+    kernels = OnnxRuntime().kernels(model(text), feed, runs=1)
+    casts = [kernel for kernel in kernels if kernel.op == "Cast"]
+    assert [kernel.reads for kernel in casts] == [("int64",)] * 2
+    assert all(kernel.provider == CPU for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("ran", "expected"),
+    [((7, 9), [2.0, 4.0]), ((7,), [1.0, 1.0]), ((), [0.0, 0.0])],
+    ids=["both", "one of them", "none"],
+)
+def test_times_of_nodes_without_a_name(ran: tuple[int, ...], expected: list[float], tmp_path: Path) -> None:
+    nodes = [onnx.helper.make_node("Cast", [name], [name + "_"], to=1, name="") for name in "ab"]
+    nodes.append(onnx.helper.make_node("Cast", ["c"], ["c_"], to=1, name="Cast_8"))
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [])), tmp_path / "m.onnx")
+    events = [
+        {"cat": "Node", "name": f"Cast_{number}_kernel_time", "dur": dur, "ts": ts, "args": {"op_name": "Cast"}}
+        for ts, (number, dur) in enumerate([(7, 2000), (8, 8000), (9, 4000)] * 2)
+        if number == 8 or number in ran
+    ]
+    (tmp_path / "profile").write_text(json.dumps(events))
+    times = [kernel.milliseconds for kernel in read_kernels(tmp_path / "m.onnx", tmp_path / "profile", runs=1)]
+    assert times == [*expected, 8.0]
 
 
 def test_kernels_say_what_ran_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

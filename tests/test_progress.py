@@ -45,6 +45,16 @@ def test_stages_are_nested_and_gone_when_done(display: Display, capsys: pytest.C
     assert not display._progress.tasks
 
 
+def test_samples_are_counted_for_no_stage_that_counts_something_else(
+    display: Display, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with display.stage("rounding", 3, "layers"):
+        display.advance(2)
+        assert "0 of 3 layers" in drawn(display, capsys)
+        display.advance(2, "layers")
+        assert "2 of 3 layers" in drawn(display, capsys)
+
+
 def test_an_error_within_closes_no_other_stage(display: Display) -> None:
     with display.stage("outer"):
         items = display.track([1, 2], "inner", "layers")

@@ -47,8 +47,8 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
         ("provider=tensorrt:trt_dump_ep_context_model=true", "does nothing without `trt_ep_context_file_path`"),
         ("provider=tensorrt:trt_weight_stripped_engine_enable=true", "without `trt_onnx_model_folder_path`"),
         (
-            "provider=tensorrt:trt_engine_cache_enable=false:trt_engine_cache_path=e",
-            "without `trt_engine_cache_enable`",
+            "provider=tensorrt:trt_engine_cache_enable=false:trt_timing_cache_enable=false:trt_engine_cache_path=e",
+            "without `trt_engine_cache_enable` or `trt_timing_cache_enable`",
         ),
         ("provider=cuda:provider_options=nonsense", "`nonsense` is no provider option"),
         ("provider=cuda:provider_options=enable_cuda_graph=1", "`enable_cuda_graph` cannot be"),
@@ -75,6 +75,24 @@ def test_a_build_without_the_provider_says_what_to_install(
     assert f"pip install 'graphopt[{extra}]'" in (caught.value.hint or "")
     assert "pip uninstall -y onnxruntime" in (caught.value.hint or "")
     assert "`--backend onnxruntime`" in (caught.value.hint or "")
+
+
+def test_a_broken_installation_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_library, "runtime", lambda: None)
+    for packages, says, hint in (
+        ({"onnxruntime-gpu": "1.32.0"}, "is installed and cannot be loaded", "--force-reinstall onnxruntime-gpu"),
+        ({}, "is not installed", "pip install 'graphopt[cpu]'"),
+    ):
+        monkeypatch.setattr(onnxruntime_library, "installed_packages", lambda packages=packages: packages)
+        missing = OnnxRuntime().missing()
+        assert missing is not None
+        assert says in missing.message
+        assert hint in (missing.hint or "")
+
+
+def test_tensorrt_is_not_asked_for_where_another_library_of_nvidia_is_missing() -> None:
+    hint = onnxruntime_library._how_to_install(["libnvrtc.so.12", "libcudnn.so.9"])
+    assert hint == "`pip install 'onnxruntime-gpu[cuda,cudnn]'`"
 
 
 def test_a_machine_without_driver_gpu_or_tensorrt_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,3 +264,12 @@ def test_the_benchmark_compares_what_it_wrote(benchmark: dict[str, Any], tmp_pat
     assert cells[0][5] == "equal"
     assert 20 < float(cells[1][5]) < 60
     assert [row[8] for row in cells] == ["0", "0"]
+
+
+def test_the_benchmark_goes_on_after_a_model_that_is_refused(benchmark: dict[str, Any], tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17, "nobody": 1]> agraph (float[2] x) => (float[2] y)
+    { y = nobody.Frobnicate (x) }"""
+    graphopt.save(model(text), tmp_path / "m.onnx")
+    feeds = [{"x": np.zeros(2, np.float32)}]
+    (row,) = benchmark["rows"]("m", tmp_path / "m.onnx", feeds, None, OnnxRuntime(), 0.01, tmp_path)
+    assert row.startswith("| m | cpu | float32 | onnxruntime cpu refuses the model")

@@ -114,6 +114,14 @@ def test_golden_files_of_several_workers(tmp_path: Path) -> None:
     assert "hint: `pytest --graphopt-update`" in moved.stdout
 
 
+def test_golden_texts_are_no_doctests(tmp_path: Path) -> None:
+    body = 'def test_help(golden):\n    golden(">>> 1 / 0\\n")\n'
+    write(tmp_path, {"test_some.py": body, "golden/test_guide.txt": ">>> 1 + 1\n2\n"})
+    assert run_pytest(tmp_path, "-q", "-n0", "--graphopt-update").returncode == 0
+    done = run_pytest(tmp_path, "-q", "-n0")
+    assert "2 passed" in done.stdout, "the test, and the guide, which is nobody's golden file"
+
+
 @pytest.fixture
 def keep(tmp_path: Path) -> Any:
     """Write a value as golden, and return what compares others with it."""
@@ -129,6 +137,11 @@ def keep(tmp_path: Path) -> Any:
     "value",
     [
         "text\n",
+        "a bar\rdrawn anew\r\n\ud800",
+        np.arange(3, dtype=">f4"),
+        np.array([b"a", b"bcd"]),
+        np.array(["2020-01-01"], "M8[D]"),
+        np.zeros(2, [("a", "f4"), ("b", "i8")]),
         np.float32([[1, np.nan], [-np.inf, -0.0]]),
         np.array([1.5, -2], ml_dtypes.bfloat16),
         np.array([[1, -8]], ml_dtypes.int4),
@@ -154,6 +167,7 @@ def test_value_is_kept(value: Any, keep: Any) -> None:
         (np.array([2**53]), np.array([2**53 + 1]), "1 of 1 elements differ"),
         (np.zeros(2), np.array([0, np.nan]), r"at \[1\]: 0.0 stored, nan now"),
         (np.array(["a"], dtype=object), np.array(["b"], dtype=object), r"at \[0\]: a stored, b now"),
+        (np.zeros(1, [("a", "f4")]), np.ones(1, [("a", "f4")]), r"at \[0\]: \(0.0,\) stored, \(1.0,\) now"),
         ({"a": np.zeros(1)}, {"b": np.zeros(1)}, "a: only stored\n  b: only now"),
         ({"a": 1}, {"a": 2}, '-  "a": 1'),
         ([1, 2], [1, 2, 3], r"\+  3"),
@@ -177,14 +191,18 @@ def test_tolerance_is_for_floats(stored: Any, now: Any, keep: Any) -> None:
 def test_model_is_kept_as_text(keep: Any) -> None:
     model = ir.from_proto(classifier())
     keep(model, model)
+    keep(model, classifier())
     with pytest.raises(AssertionError, match=r"-w1 = .* crc32 \w+\n"):
         keep(model, ir.from_proto(classifier(seed=1)))
 
 
 def test_golden_is_refused_what_it_cannot_keep(tmp_path: Path) -> None:
     golden = Golden(tmp_path, "one", update=True)
-    with pytest.raises(UsageError, match="cannot be a `object`"):
+    with pytest.raises(UsageError, match="cannot be a `object`") as refused:
         golden(object())
+    assert refused.value.__notes__ == ["hint: text, arrays, a model, or values that JSON has"], "pytest shows notes"
+    with pytest.raises(UsageError, match="a golden array cannot hold objects"):
+        golden(np.array([object()]))
     golden(1)
     with pytest.raises(UsageError, match="is used twice in one test"):
         golden(2)
@@ -245,6 +263,17 @@ def test_models_that_are_not_equivalent(tmp_path: Path) -> None:
         assert_equivalent(a, b, tolerance=1e3, sqnr_db=20)
     with pytest.raises(AssertionError, match=r"at least 1.0 of rows"):
         assert_equivalent(a, b, samples(), agreement=1.0)
+
+
+def test_nothing_passes_because_nothing_was_compared(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[4] x) => (float[4] y) {{ y = {} (x) }}'
+    log, root = (onnx.parser.parse_model(text.format(name)) for name in ("Log", "Sqrt"))
+    with pytest.raises(AssertionError, match="nothing can be told"):
+        assert_equivalent(log, root, [{"x": np.full(4, -1, np.float32)}])
+    with pytest.raises(UsageError, match="no output has rows"):
+        assert_equivalent(log, root, agreement=0.5)
+    with pytest.raises(graphopt.GraphoptError, match=r"nowhere\.onnx"):
+        assert_equivalent(log, tmp_path / "nowhere.onnx")
 
 
 def test_models_with_other_outputs() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -197,6 +199,23 @@ def test_what_is_in_a_branch_is_taken_out_of_it() -> None:
     assert [node.name for node in found.model.graph] == ["in_tanh"]
 
 
+def test_branches_that_share_names_are_entered_one_after_the_other() -> None:
+    branches = "then_branch = {0} () => (float[2] o_{0}) <float[2] k = {{1, {1}}}> {{ s = {2} (x, k) o_{0} = {3} (s) }}"
+    branches += ", else_branch = e{0} () => (float[2] q_{0}) <float[2] k = {{1, 2}}> {{ q_{0} = Sub (x, k) }}"
+    first, second = branches.format("t1", 3, "Add", "Tanh"), branches.format("t2", 4, "Mul", "Sin")
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[2] x, bool c) => (float[2] y, float[2] z) {{
+      y = If (c) <{first}> z = If (c) <{second}>
+    }}"""
+
+    def check(file: Path) -> bool:
+        kinds = {node.op_type for node in walk.every_node(graphopt.load(file))}
+        return not kinds >= {"Add", "Tanh", "Mul", "Sin"}
+
+    found = graphopt.reduce(loaded(onnx.parser.parse_model(text)), check=check, threads=1)
+    assert sorted(ops(found)) == ["Add", "Mul", "Sin", "Tanh"]
+    assert outputs_of(found.model, found.feed)
+
+
 def test_what_exporters_say_of_a_model_goes() -> None:
     big = mixed()
     for node in big.graph:
@@ -280,6 +299,34 @@ def test_a_process_that_hangs_is_ended() -> None:
             isolation.call(int, "x")
 
 
+def test_what_a_process_that_hangs_has_started_is_ended(tmp_path: Path) -> None:
+    """A check is a process, too; the end of all, while one is at work, ends it as well."""
+    tells = f"echo $$ >> {tmp_path / 'started'}; exec sleep 60"
+    with Isolation(timeout=0.5) as isolation:
+        assert isolation.call(subprocess.call, ["sh", "-c", tells]) == Died("does not end in time")
+    isolation = Isolation()
+    with ThreadPoolExecutor() as pool:
+        pending = pool.submit(isolation.call, subprocess.call, ["sh", "-c", tells])
+        while len(started := (tmp_path / "started").read_text().splitlines()) < 2:
+            time.sleep(0.01)
+        isolation.close()
+        assert isinstance(pending.exception(), (GraphoptError, ValueError))
+    assert not any(is_running(int(one)) for one in started)
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process is there, and has not ended by now."""
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        if Path(f"/proc/{process}/stat").is_file() and ") Z " in Path(f"/proc/{process}/stat").read_text():
+            return False
+        time.sleep(0.01)
+    return True
+
+
 # Checks of one's own
 
 
@@ -301,6 +348,26 @@ def test_a_command_is_bad_with_one_exit_code(tmp_path: Path) -> None:
     assert graphopt.replay(tmp_path / "found") == graphopt.Replay(False, "the model shows no failure")
     (tmp_path / "check.py").write_text("raise SystemExit(9)")
     assert graphopt.replay(tmp_path / "found").text.startswith("another failure by now: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "nodes"), [("float", "a = Abs (file) y = Neg (a)"), ("string", "y = Identity (file)")]
+)
+def test_inputs_of_any_name_and_of_texts(kind: str, nodes: str, tmp_path: Path) -> None:
+    text = f'<ir_version: 8, opset_import: ["" : 17]> g ({kind}[2] file) => ({kind}[2] y) {{ {nodes} }}'
+    body = "import numpy\nassert numpy.load(sys.argv[2])['file'].shape\nsys.exit(b'Neg' in model or b'Ident' in model)"
+    check = f"{script(tmp_path, body)} {{inputs}}"
+    found = graphopt.reduce(loaded(onnx.parser.parse_model(text)), check=check, output=tmp_path / "found", threads=1)
+    assert found.nodes[1] == 1
+    assert graphopt.replay(tmp_path / "found") == graphopt.Replay(True, found.failure.text)
+
+
+def test_what_hangs_is_not_waited_for_when_it_is_replayed(tmp_path: Path) -> None:
+    network = loaded(onnx.parser.parse_model(TINY))
+    check = "sh -c 'exec sleep 60' {model}"
+    found = graphopt.reduce(network, check=check, timeout=0.2, seconds=0.1, output=tmp_path / "found", threads=1)
+    assert found.failure.text == "the process that runs it does not end in time"
+    assert graphopt.replay(tmp_path / "found").fails
 
 
 @pytest.mark.parametrize(

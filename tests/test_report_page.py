@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import re
@@ -16,13 +17,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
-from graphopt import measurement, walk
+from graphopt import measurement, registry, walk
 from graphopt.choices import find_backend, find_target, open_model
+from graphopt.comparing.layer_errors import LayerComparison, LayerError
+from graphopt.comparison import OutputError
+from graphopt.reporting import file as report_file
 from graphopt.reporting import findings as report_findings
-from graphopt.reporting.charts import LIGHT
+from graphopt.reporting.charts import LIGHT, layers_chart, losses_chart
 from graphopt.reporting.findings import operator_shares
 from graphopt.reporting.page import SECTIONS
+from graphopt.reporting.rows import SideRow
 from graphopt.reporting.weight_histograms import MOST_LAYERS, weight_histograms
+from graphopt.reporting.words import headline, layers_message, worst_rows
 
 from .browser import BrowserPage, new_page, start_browser  # noqa: F401
 from .command_line import Outcome, classifier, contents, fill, run
@@ -207,6 +213,8 @@ def test_what_was_not_run_is_said_in_every_form(tmp_path: Path) -> None:
             assert (found["layers"], found["kernels"]) == (None, [])
         else:
             assert text.count("Not measured: no model was run.") == 2
+            assert re.search("nothing was checked, for no model was run", text, re.IGNORECASE)
+            assert "on not run" not in text, "that is no sentence"
 
 
 def test_a_finding_that_fails_fails_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +227,30 @@ def test_a_finding_that_fails_fails_no_run(tmp_path: Path, monkeypatch: pytest.M
     assert outcome.code == 0
     missing = json.loads(file.read_text())["findings"]["not_measured"]
     assert missing["coverage"] == missing["layers"] == "a fault of graphopt: RuntimeError: of all things"
+
+
+def test_figures_on_made_up_inputs_are_said_to_be(tmp_path: Path) -> None:
+    model, file = fill(tmp_path), tmp_path / "out.json"
+    assert run("optimize", model, "--passes", "simplify,quant:mode=weights", "--report", file).code == 0
+    found = json.loads(file.read_text())["findings"]
+    assert (found["layers"]["source"], found["coverage"]["inputs"]) == (None, "made-up inputs")
+
+
+def test_what_was_not_timed_is_not_called_as_fast() -> None:
+    report = graphopt.optimize(ir.from_proto(classifier()), "prune", timed=False).report
+    size = SideRow("size", "1 kB", "1 kB", "the same")
+    assert headline(report, [size]).startswith("As large as before, after ")
+    assert headline(report, [size, SideRow("latency", "1 ms", "1 ms", "the same")]).startswith("As large and as fast")
+
+
+def test_a_report_that_cannot_be_written_hides_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_up(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report_file, "write_text", fill_up)
+    outcome, _ = report_of(tmp_path, "out.md", "--budget", "top1=0%", passes="prune:sparsity=0.97:method=magnitude")
+    assert (outcome.code, "over budget" in outcome.error) == (1, True)
+    assert "there is no report: cannot write" in outcome.hint
 
 
 def test_missing_libraries_are_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +295,53 @@ def test_models_in_memory_have_reports_without_a_command(tmp_path: Path) -> None
     assert "There is no command: the model was given in memory, from Python." in text
 
 
+# Sentences and charts
+
+
+def layer(name: str, error: OutputError, *, is_output: bool = False) -> LayerError:
+    return LayerError(name, name, name, "MatMul", "MatMul", 1, error, 200.0, (name,), (name,), is_output=is_output)
+
+
+def compared(name: str, a: list[float], b: list[float]) -> OutputError:
+    error = OutputError(name)
+    error.update(np.array(a, np.float32), np.array(b, np.float32))
+    return error
+
+
+def test_values_without_any_signal_leave_the_others_their_room() -> None:
+    layers = LayerComparison(
+        layers=[
+            layer("good", compared("good", [1, 2], [1, 2.01])),
+            layer("silent", compared("silent", [0, 0], [1e5, 1e5])),
+            layer("lost", compared("lost", [1, 2], [np.nan, 2]), is_output=True),
+        ],
+        samples=1,
+    )
+    plot = layers_chart(layers)
+    heights = [height for one in plot.renderers for height in one.data_source.data.get("db", ())]
+    assert sorted(heights)[:2] == [-20, -20]
+    assert -40 < plot.y_range.start < -20 < plot.y_range.end < 100
+    assert "Output `lost` cannot be compared: " in layers_message(layers)
+    assert {row[0]: row[2] for row in worst_rows(layers, 3)}["lost"] == layers.layers[-1].error.mismatch
+
+
+def test_every_bar_stands_at_a_name_of_the_axis_that_tells_it_apart() -> None:
+    names = [f"/encoder/layer.{number}/attention/self/query/MatMul" for number in (1, 12)]
+    plot = losses_chart([layer(name, compared(name, [1, 2], [1, 2.5])) for name in names])
+    shown = plot.renderers[0].data_source.data["name"]
+    assert set(shown) == set(plot.y_range.factors)
+    assert ["12/" in name for name in shown] == [False, True]
+
+
 # Markdown
+
+
+def test_a_pass_no_command_line_can_name_is_in_no_command(tmp_path: Path) -> None:
+    class Prune(registry.find("PASSES", "prune")):  # type: ignore[misc]
+        """As another of the same name, which a command would run."""
+
+    graphopt.optimize(fill(tmp_path), Prune(), report=tmp_path / "out.md", timed=False)
+    assert "There is no command: pass `prune` was given in memory, from Python." in (tmp_path / "out.md").read_text()
 
 
 def test_markdown_has_every_section_and_whole_tables(tmp_path: Path) -> None:

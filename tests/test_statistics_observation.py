@@ -20,6 +20,7 @@ from graphopt.content_keys import ContentKeys
 from graphopt.data import Dataset, open_data
 from graphopt.errors import DataError, PassError
 from graphopt.observation import LARGEST_BATCH, observe
+from graphopt.progress import Display
 from graphopt.shapes import infer_shapes
 from graphopt.statistics import Histogram, MinMax, Moments, MovingAverage
 
@@ -147,6 +148,21 @@ def test_statistics_are_those_of_all_values(limit: int, inferred: bool) -> None:
         np.testing.assert_allclose(found[value, Moments(1)].mean, array.mean(others), atol=1e-4)
         assert found[value, Histogram()].counts.sum() == array.size
     assert all(operators.count("Conv") <= 2 for operators in backend.opened), "what nothing hangs on is not run"
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 1])
+def test_samples_are_counted_once(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display, model = Display(True), net()
+    data = open_data({"x": np.zeros((SAMPLES, 3, 8, 8), np.float32)}, model, advance=display.advance)
+    counted: list[float] = []
+    # The stage is gone once all is observed.
+    monkeypatch.setattr(
+        display._progress, "remove_task", lambda own: counted.append(display._progress.tasks[own].completed)
+    )
+    requests = {value_of(model, name): MinMax() for name in ("b", "e")}
+    observe(model, requests, data, OnnxRuntime(), CalibrationCache(), limit=limit, display=display)
+    assert counted == [SAMPLES]
 
 
 def test_a_batch_is_as_large_as_the_limit_allows() -> None:

@@ -13,9 +13,11 @@ import onnx.parser
 import pytest
 
 import graphopt
-from graphopt import target_advice
-from graphopt.backend import Feeds
+from graphopt import registry, target_advice
+from graphopt.backend import Backend, Feeds
+from graphopt.backend_survey import backends_here
 from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.backends.openvino import OpenVino
 from graphopt.backends.reference import Reference
 from graphopt.errors import BackendError
 from graphopt.plain_runs import PlainRuns
@@ -56,7 +58,7 @@ class Runtime(Reference):
 
     seconds: float = SLOW
     answer: float = 1.0
-    refuses: bool = False
+    refuses: type[Exception] | None = None
 
     name: ClassVar[str] = "openvino"
     timed: ClassVar[bool] = True
@@ -65,8 +67,8 @@ class Runtime(Reference):
         return "a runtime"
 
     def open(self, *_: Any, **__: Any) -> Any:
-        if self.refuses:
-            raise BackendError("refused", hint="another")
+        if self.refuses is not None:
+            raise self.refuses("refused")
         return Session(self.seconds, self.answer)
 
 
@@ -84,6 +86,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *there: Runtime, size: int = 100) -> 
 
 
 def test_a_runtime_that_is_faster_is_named_with_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_advice, "backend_of", lambda target: Runtime(seconds=FAST))
     found = asked(monkeypatch, Runtime(seconds=FAST))
     assert found is not None
     assert found.target == "openvino"
@@ -95,8 +98,13 @@ def test_a_runtime_that_is_faster_is_named_with_what_to_type(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     "other",
-    [Runtime(seconds=SLOW), Runtime(seconds=FAST, answer=2.0), Runtime(seconds=FAST, refuses=True)],
-    ids=["no faster", "another answer", "refuses"],
+    [
+        Runtime(seconds=SLOW),
+        Runtime(seconds=FAST, answer=2.0),
+        Runtime(seconds=FAST, refuses=BackendError),
+        Runtime(seconds=FAST, refuses=ZeroDivisionError),
+    ],
+    ids=["no faster", "another answer", "refuses", "fails"],
 )
 def test_what_is_no_gain_is_not_named(other: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch, other) is None
@@ -114,6 +122,28 @@ def test_a_large_file_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_nothing_is_advised_against_a_time_that_says_nothing() -> None:
     assert advise(Reference(), Path("any.onnx"), 1, FEED, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "target"),
+    [
+        (OnnxRuntime(provider="cuda"), "ort-cuda"),
+        (OpenVino(), "openvino"),
+        (OpenVino(device="gpu"), None),  # the target of that name is of CPUs
+    ],
+)
+def test_a_target_is_named_only_where_it_runs_there(backend: Backend, target: str | None) -> None:
+    found = target_advice._target_of(backend)
+    assert (found.name if found is not None else None) == target
+
+
+def test_a_strangers_backend_that_fails_is_none_to_advise(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rude(Reference):
+        def missing(self) -> BackendError | None:
+            raise ZeroDivisionError("of its own")
+
+    monkeypatch.setattr(registry, "table", lambda kind: {"reference": Reference, "rude": Rude})
+    assert [one.name for one in backends_here()] == ["reference"]
 
 
 def test_the_others_are_timed_runtimes_of_another_name() -> None:

@@ -15,7 +15,7 @@ from graphopt.backend import Array, Backend, Inspectable, Placing, Session, is_t
 from graphopt.benchmarking.cold_start import ColdStart, measure_cold_start
 from graphopt.benchmarking.kernel_profile import profile
 from graphopt.benchmarking.points import Point, points_of
-from graphopt.benchmarking.results import Bench, Placed, Profiled, Row, doubts_of
+from graphopt.benchmarking.results import Bench, Placed, Profiled, Row, doubts_of, unseen_by
 from graphopt.benchmarking.roofline import Peaks, measure_peaks, roof_of
 from graphopt.choices import find_backend, find_target, open_model
 from graphopt.comparison import require_same_names
@@ -64,6 +64,7 @@ class _Run:
     threads: int
     seconds: float
     display: Display
+    made_up: bool
     opening: float = 0.0
     taken: list[float | None] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -151,7 +152,7 @@ def bench(
         for label, runtime in backends.items()
         for file, model in zip(models, opened, strict=True)
     ]
-    run = _Run(contenders, count, seconds, Display(progress))
+    run = _Run(contenders, count, seconds, Display(progress), made_up=data is None)
     with machine.pinned(count) as cores:
         colds = _cold_starts(run, points) if cold else {}
         rows = _timed_rows(run, points, cores or machine.allowed_cores(), colds)
@@ -166,7 +167,12 @@ def bench(
         cpu=machine.cpu_name(),
         inputs="made-up inputs" if data is None else f"samples of `{data}`" if isinstance(data, str) else "samples",
         taken=share,
-        warnings=(*doubts_of(rows, share), *(_untimed(backends)), *dict.fromkeys(run.warnings)),
+        warnings=(
+            *doubts_of(rows, share),
+            *_untimed(backends),
+            *unseen_by(profiles, rows),
+            *dict.fromkeys(run.warnings),
+        ),
         placements=tuple(run.placements),
     )
 
@@ -174,7 +180,7 @@ def bench(
 def _backends(text: str | None) -> dict[str, Backend]:
     """Return the backends asked for by the names that rows call them."""
     target = find_target(None)
-    texts = options.split(text, ",") if text is not None else [None]
+    texts = (options.split(text, ",") or [""]) if text is not None else [None]
     found = [find_backend(one, target) for one in texts]
     names = [one.describe() for one in found]
     # Two of one kind are told apart by what was written.
@@ -221,8 +227,18 @@ def _timed_rows(
     finally:
         run.close()
     if not any(row.latency for row in rows):
-        raise next(one.error for one in run.contenders if one.error is not None)
+        raise _why_nothing_runs(run)
     return rows
+
+
+def _why_nothing_runs(run: _Run) -> BackendError:
+    one = next(one for one in run.contenders if one.error is not None)
+    assert one.error is not None, "just asked"
+    if one.failure or not run.made_up:
+        return one.error
+    # It opened: what it does not take may be what was made up.
+    hint = "samples it takes with `--data`, or other sizes with `--batch` and `--sweep`: these inputs are made up"
+    return BackendError(one.error.message, hint=hint)
 
 
 def _times(run: _Run, point: Point) -> list[tuple[Latency | None, str]]:
@@ -266,7 +282,8 @@ def _profiles(run: _Run, point: Point, *, roofline: bool) -> list[Profiled]:
         try:
             profile_ = profile(one.model, one.backend, _feed_of(run, point, one), threads=run.threads)
             if roofline and one.label not in peaks:
-                peaks[one.label] = measure_peaks(one.backend, threads=run.threads)
+                # By the name that tells it from another of its kind.
+                peaks[one.label] = replace(measure_peaks(one.backend, threads=run.threads), backend=one.label)
         except BackendError as error:
             run.warnings.append(f"no profile of {one.name} on {one.label}: {error.message}")
             continue

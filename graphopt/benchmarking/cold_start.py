@@ -87,17 +87,25 @@ def _run_in_new_process(job: Path, backend: Backend) -> dict[str, float]:
     # `-P`: a file in the current folder is not to stand in for a library.
     command = [sys.executable, "-P", "-m", "graphopt.benchmarking.cold_start", str(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if not lines:
+    answer = _answer_in(done.stdout)
+    if answer is None:
         reason = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise BackendError(
             f"{backend.describe()}: the process of a cold start ended with {done.returncode}: {reason[0]}",
             hint="the model may crash the runtime; without `--cold` it is timed in this process",
         )
-    answer: dict[str, Any] = json.loads(lines[-1])
     if "error" in answer:
         raise BackendError(answer["error"], hint=answer["hint"])
     return answer
+
+
+def _answer_in(said: str) -> dict[str, Any] | None:
+    """Return the last line of what a process said, or None where it is no answer: runtimes have their say, too."""
+    try:
+        answer = json.loads(said.splitlines()[-1])
+    except (IndexError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def _main(job_file: str) -> None:

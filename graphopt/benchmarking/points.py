@@ -27,13 +27,17 @@ class Point:
 def parse_sizes(text: str, option: str) -> list[int]:
     """Return the sizes of a text such as ``1,2,4,8``.
 
+    Args:
+        text: Numbers, separated by commas.
+        option: What is written before them: ``"--batch "``.
+
     Raises:
         UsageError: One is no whole number above 0.
     """
     sizes = [part.strip() for part in text.split(",")]
     for size in sizes:
         if not size.isdecimal() or not int(size):
-            raise UsageError(f"`{option} {text}`: `{size}` is no size", hint=f"`{option}` takes 1,2,4,8 or one number")
+            raise UsageError(f"`{option}{text}`: `{size}` is no size", hint=f"`{option}1,2,4,8`, or one number")
     return list(dict.fromkeys(map(int, sizes)))
 
 
@@ -83,8 +87,15 @@ def points_of(
     for one, sizes in itertools.product(batches, itertools.product(*sweep.values())):
         swept = dict(zip(sweep, sizes, strict=True))
         feeds = [_feed(model, name, data, one, swept, seed) for model, name in zip(models, names, strict=True)]
-        points.append(Point(swept, feeds))
+        # What is made up hangs on what a model does with it, such as on how long a table is that it indexes.
+        points.append(Point(swept, [feeds[0] if _fits(feeds[0], feed) else feed for feed in feeds]))
     return points
+
+
+def _fits(first: Mapping[str, Array], feed: Mapping[str, Array]) -> bool:
+    """Return whether one feed can stand for another: the same inputs, of the same sizes and dtypes."""
+    kinds, wanted = ({name: (array.shape, array.dtype) for name, array in one.items()} for one in (first, feed))
+    return kinds == wanted
 
 
 def _feed(

@@ -15,6 +15,8 @@ from graphopt.latency import Latency
 
 # Where others take more of the cores than this, what is measured is them.
 _TAKEN = 0.1
+# Kernels of less than this share of a run are not what it takes its time for, or their times are not theirs.
+_LEAST_SEEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,27 @@ class Bench:
         for name in ("rows", "profiles", "placements"):
             found[name] = [one.as_dict() for one in getattr(self, name)]
         return found
+
+
+def unseen_by(profiles: Sequence[Profiled], rows: Sequence[Row]) -> list[str]:
+    """Return which profiles tell of too little of a run to be believed.
+
+    Args:
+        profiles: The profiles.
+        rows: The rows; of each model and backend, the first is what was profiled.
+    """
+    told: list[str] = []
+    for one in profiles:
+        row = next((row for row in rows if (row.model, row.backend) == (one.model, one.backend)), None)
+        if row is None or row.latency is None:
+            continue
+        share = one.profile.milliseconds / row.latency.median
+        if share < _LEAST_SEEN:
+            told.append(
+                f"the kernels of {one.model} on {one.backend} take {share:.0%} of its run: the profiler does not see "
+                "the rest, or, on a GPU, sees work being handed over and not being done"
+            )
+    return list(dict.fromkeys(told))
 
 
 def doubts_of(rows: Sequence[Row], taken: float | None) -> list[str]:

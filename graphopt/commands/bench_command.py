@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.commands.cli_options import MOST_THREADS, DataOption, JsonOption, SeedOption
+from graphopt.commands.cli_options import MOST_THREADS, DataOption, JsonOption, SeedOption, names_in
 from graphopt.errors import EXIT_CHECK_FAILED
 
 _MOST_SECONDS = 86400  # a day
@@ -30,7 +30,11 @@ def bench(
     ] = 5.0,
     backend: Annotated[
         str | None,
-        typer.Option(help="Backends, such as onnxruntime,openvino [default: this machine's CPU].", metavar="NAMES"),
+        typer.Option(
+            help="Backends, such as onnxruntime,openvino [default: this machine's CPU].",
+            metavar="NAMES",
+            autocompletion=names_in("BACKENDS"),
+        ),
     ] = None,
     cold: Annotated[
         bool, typer.Option("--cold", help="Also load and run each in new processes: times and peak memory.")
@@ -58,7 +62,7 @@ def bench(
     found = run(
         models,
         data=data,
-        batch=parse_sizes(batch, "--batch") if batch is not None else None,
+        batch=parse_sizes(batch, "--batch ") if batch is not None else None,
         sweep=parse_sweeps(sweep or ()),
         backend=backend,
         threads=threads,

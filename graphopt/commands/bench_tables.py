@@ -111,7 +111,8 @@ def _short(number: float) -> str:
 def _by_op(one: Profiled, verbose: bool) -> Sheet:
     columns = [f"{one.model} on {one.backend}", "kernels", "time", "share", "GOP/s"]
     ops = one.profile.by_op
-    shown = len(ops) if verbose else SLOWEST_SHOWN
+    # One more takes no more room than to say that there is one more.
+    shown = len(ops) if verbose or len(ops) == SLOWEST_SHOWN + 1 else SLOWEST_SHOWN
     rows = [_op_cells(row, one.profile.milliseconds) for row in ops[:shown]]
     if rest := ops[shown:]:
         time = sum(row.milliseconds for row in rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,13 +15,32 @@ if TYPE_CHECKING:
 
 MOST_THREADS = 1024
 
+
+def names_in(*tables: str) -> Callable[[str], list[str]]:
+    """Return what completes the last of several names, separated by commas, that are in tables of plug-ins."""
+
+    def complete(incomplete: str) -> list[str]:
+        from graphopt import registry
+
+        before, comma, begun = incomplete.rpartition(",")
+        names = sorted(name for table in tables for name in registry.table(table))
+        return [f"{before}{comma}{name}" for name in names if name.startswith(begun)]
+
+    return complete
+
+
 DataOption = Annotated[
     str | None, typer.Option("--data", help="Samples: FILE.npz, a folder of them, or file.py:function.", metavar="DATA")
 ]
 LabelsOption = Annotated[str | None, typer.Option(help="Key of the labels in the data [default: labels].")]
 MetricOption = Annotated[str | None, typer.Option(help="Metric to score by, or file.py:function.", metavar="NAME")]
 BackendOption = Annotated[
-    str | None, typer.Option(help="Backend, such as onnxruntime:provider=cuda [default: the target's].")
+    str | None,
+    typer.Option(
+        help="Backend, such as onnxruntime:provider=cuda [default: the target's].",
+        metavar="NAME",
+        autocompletion=names_in("BACKENDS"),
+    ),
 ]
 ThreadsOption = Annotated[
     int, typer.Option(min=0, max=MOST_THREADS, help="Threads of the backend; 0 leaves it to the runtime.")
@@ -29,7 +49,13 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also print every remark of the passes.")]
 TargetOption = Annotated[
-    str | None, typer.Option("--target", help="What the result runs on [default: this machine's CPU].", metavar="NAME")
+    str | None,
+    typer.Option(
+        "--target",
+        help="What the result runs on [default: this machine's CPU].",
+        metavar="NAME",
+        autocompletion=names_in("TARGETS"),
+    ),
 ]
 BudgetOption = Annotated[
     list[str] | None,
@@ -59,7 +85,12 @@ EmitTestOption = Annotated[
 ]
 PassesOption = Annotated[
     str | None,
-    typer.Option("--passes", help="Pipeline, such as prune:sparsity=0.5,quant; see `graphopt list`.", metavar="SPEC"),
+    typer.Option(
+        "--passes",
+        help="Pipeline, such as prune:sparsity=0.5,quant; see `graphopt list`.",
+        metavar="SPEC",
+        autocompletion=names_in("PASSES", "PRESETS"),
+    ),
 ]
 RecipeOption = Annotated[
     Path | None, typer.Option("--recipe", help="Pipeline as TOML, instead of --passes.", metavar="FILE")

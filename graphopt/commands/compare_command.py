@@ -17,6 +17,7 @@ from graphopt.commands.cli_options import (
     MetricOption,
     SeedOption,
     ThreadsOption,
+    names_in,
 )
 from graphopt.errors import EXIT_CHECK_FAILED, UsageError
 
@@ -37,7 +38,12 @@ def compare(
     ] = None,
     backend: BackendOption = None,
     other_backend: Annotated[
-        str | None, typer.Option("--other-backend", help="Backend of the second model [default: that of the first].")
+        str | None,
+        typer.Option(
+            "--other-backend",
+            help="Backend of the second model [default: that of the first].",
+            autocompletion=names_in("BACKENDS"),
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples to run at most [default: all; with --layers 32].")

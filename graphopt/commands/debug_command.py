@@ -25,6 +25,7 @@ from graphopt.commands.cli_options import (
     TargetOption,
     ThreadsOption,
     VerboseOption,
+    names_in,
     open_pipeline,
 )
 from graphopt.errors import EXIT_CHECK_FAILED, EXIT_USAGE, UsageError
@@ -87,6 +88,7 @@ def bisect(
     there is nothing to find, or something is wrong.
     """
     from graphopt.debugging.bisection import bisect as run
+    from graphopt.report import finite
     from graphopt.specialise import parse_dims, parse_shapes
 
     found = run(
@@ -109,7 +111,7 @@ def bisect(
         on_judged=_say_judged,
     )
     if as_json:
-        typer.echo(json.dumps(_as_values(found), indent=2))
+        typer.echo(json.dumps(finite(_as_values(found)), indent=2))
     else:
         _show(found)
     if found.edit is None:
@@ -182,7 +184,12 @@ def reduce(
     target: TargetOption = None,
     backend: BackendOption = None,
     other_backend: Annotated[
-        str | None, typer.Option(help="Backend whose outputs differ from those of --backend.", metavar="NAME")
+        str | None,
+        typer.Option(
+            help="Backend whose outputs differ from those of --backend.",
+            metavar="NAME",
+            autocompletion=names_in("BACKENDS"),
+        ),
     ] = None,
     isolate: Annotated[
         bool, typer.Option("--isolate", help="Try candidates in processes of their own, which may crash.")

@@ -11,6 +11,8 @@ import typer
 from graphopt.commands.cli_options import JsonOption
 from graphopt.errors import UsageError
 
+_PAGE_SUFFIXES = (".html", ".htm")
+
 
 def inspect(
     model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
@@ -91,6 +93,8 @@ def _write_page(path: Path, before: Path | None, page: Path, as_json: bool) -> N
     models = {file: load(file) for file in (before, path) if file is not None}
     for file, model in models.items():
         check_output(page, model, file)
+    if page.suffix not in _PAGE_SUFFIXES:
+        raise UsageError(f"page `{page}` is not named as one", hint=f"name it `{page.stem}.html`")
     view = graph_view(models[before], models[path]) if before is not None else graph_view(models[path])
     title = path.name if before is None else f"{before.name} → {path.name}"
     write_text(page, graph_page(view, title))

@@ -114,7 +114,7 @@ def _remarks(found: LayerComparison) -> Iterator[str]:
 def _first(found: LayerComparison) -> Iterator[str]:
     first = found.first_diverging
     if first is None:
-        if found.layers and found.cannot_run is None:
+        if found.layers and found.cannot_run is None and not any(one.kind == "output" for one in found.faults):
             yield "no output differs beyond the tolerance"
         return
     if found.judges_disagree:

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from graphopt import options, registry
 from graphopt.backend_survey import survey_backends
@@ -37,11 +38,16 @@ from graphopt.summary import ModelSummary
 
 # Where stdout is no terminal nothing may wrap: a script reads lines.
 _WIDTH_OF_PIPE = 10_000
+# Text in a column may be folded to so many characters where a terminal is narrow; numbers are never folded.
+_LEAST_FOLDED = 12
+_BETWEEN_COLUMNS = 2
 
 
 def _print(content: Table | str = "", style: str | None = None) -> None:
     """Print a table, or a line that the terminal may wrap; no line ends in spaces."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OF_PIPE
+    if isinstance(content, Table):
+        width = max(width, _least_width(content))
     # Names and shapes hold brackets, which must not be taken for markup.
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as captured:
@@ -49,10 +55,21 @@ def _print(content: Table | str = "", style: str | None = None) -> None:
     sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
+def _least_width(table: Table) -> int:
+    """Return how wide a table is with all that may be folded folded; a narrower terminal wraps its lines."""
+    return sum(_least(column) + _BETWEEN_COLUMNS for column in table.columns)
+
+
+def _least(column: Column) -> int:
+    widest = max(cell_len(str(text)) for text in (column.header, *column.cells))
+    return widest if column.no_wrap else min(widest, _LEAST_FOLDED)
+
+
 def _table(*headers: str, right: Sequence[str] = ()) -> Table:
     table = Table(box=None, pad_edge=True, header_style="bold", show_header=any(headers))
     for header in headers:
-        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+        number = header in right
+        table.add_column(header, justify="right" if number else "left", overflow="fold", no_wrap=number)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +16,11 @@ from graphopt.comparing.layer_blame import Blame
 from graphopt.comparing.layer_errors import Difference, LayerComparison, LayerError, Left
 from graphopt.comparing.layer_pairs import OriginIndex, pair_values
 from graphopt.comparing.layer_values import Reading, ReadValues, read_values, values_inside
-from graphopt.comparing.structural_differences import is_identical, structural_differences
+from graphopt.comparing.structural_differences import is_identical, origin_of, structural_differences
 from graphopt.comparison import OutputError
 from graphopt.data import Dataset, open_data
 from graphopt.errors import BackendError, UsageError
+from graphopt.evaluation import SCORING_BATCH
 from graphopt.fragment import fragment, nodes_between
 from graphopt.generated import generated_feeds
 from graphopt.observation import inferred_bytes
@@ -95,7 +96,13 @@ def compare_layers(
     with display.stage("reading the data"):
         feeds = _open(sides[0].model, data, seed, display).take(samples)
     run = _Run(sides[0], sides[1], feeds, data is not None, tolerance, threads, display)
-    return run.run()
+    try:
+        return run.run()
+    except BackendError as error:
+        if data is not None:
+            raise
+        what = f"the first model does not run on made-up inputs: {error.message}"
+        raise BackendError(what, hint="give real ones with `--data`") from error
 
 
 def _open_second(model: ModelLike) -> ir.Model:
@@ -174,6 +181,7 @@ class _Run:
             self._measure(pairs)
         self._fill(pairs)
         if found.cannot_run is None:
+            self._compare_other_outputs()
             self._judge()
             self._find_unsteady()
         return found
@@ -194,7 +202,7 @@ class _Run:
                 self._compare_group(group, left, right)
                 if self._found.cannot_run is not None:
                     return
-                self._display.advance(len(group))
+                self._display.advance(len(group), "values")
 
     def _compare_group(self, group: Sequence[tuple[Reading, Reading]], left: Walkthrough, right: Walkthrough) -> None:
         batches = right.batches(*(two.asked for _, two in group))
@@ -260,6 +268,39 @@ class _Run:
             nested=sum(1 for _ in values_inside(a.model)),
             no_numbers=len(a.read.no_numbers),
         )
+
+    def _compare_other_outputs(self) -> None:
+        """Compare the outputs that are no layers: those that became constants, and what holds texts or sequences."""
+        others = {value.name for value in self._b.model.graph.outputs}
+        left = [one for one in self._a.model.graph.outputs if one not in self._errors and one.name in others]
+        errors = {one.name or "": OutputError(one.name or "") for one in left}
+        if not errors:
+            return
+        with self._display.stage("comparing outputs that no operator computes"):
+            first = self._outputs_of(self._a, errors)
+            try:
+                second = self._outputs_of(self._b, errors)
+            except BackendError as error:
+                self._found.cannot_run = f"the second model does not run: {error.message}"
+                return
+        for arrays, rest in zip(first, second, strict=True):
+            for name, one in errors.items():
+                one.update(arrays[name], rest[name])
+        self._found.outputs.outputs.update(errors)
+        for value in left:
+            one = errors[value.name or ""]
+            if not one.within(self._tolerance):
+                how = one.mismatch or f"off by up to {one.max_abs:.3g} of {one.peak:.3g}"
+                origin = origin_of(value.producer())
+                self._found.differences.append(
+                    Difference("output", one.name, f"output `{one.name}` differs: {how}", origin=origin)
+                )
+
+    def _outputs_of(self, side: _Side, names: Iterable[str]) -> list[dict[str, Any]]:
+        """Return some outputs of a model that is run as a whole, batch by batch."""
+        with side.backend.open(side.model, threads=self._threads) as session:
+            runs = [batch.all_real(session.run(batch.feeds)) for batch in self._data.batches(SCORING_BATCH)]
+        return [{name: run[name] for name in names} for run in runs]
 
     def _judge(self) -> None:
         """Run the first model in another way where an output differs, to see whether its judges agree."""

@@ -20,8 +20,9 @@ class Difference:
     """Something that two models differ in, or that is wrong with one, seen without running them.
 
     Attributes:
-        kind: ``output``, ``input``, ``dtype``, ``shape``, ``malformed``, ``random``, ``unsteady`` (one model's outputs
-            differ from run to run), ``left`` (as it was, unlike all others like it) or ``judges`` (could not be asked).
+        kind: ``output`` (lost, new, or off where no operator computes it), ``input``, ``order`` (of inputs or
+            outputs), ``dtype``, ``shape``, ``malformed``, ``random``, ``unsteady`` (one model's outputs differ from run
+            to run), ``left`` (as it was, unlike all others like it) or ``judges`` (could not be asked).
         where: The node or value it is about.
         what: One sentence.
         is_fault: Whether a right pass would not have left it so.

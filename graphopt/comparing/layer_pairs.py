@@ -71,6 +71,8 @@ class OriginIndex:
 def pair_values(a: ir.Model, b: ir.Model, read_a: ReadValues, read_b: ReadValues) -> dict[ir.Value, ir.Value]:
     """Return values of the first model's main graph with their counterparts, those that codes stand for included.
 
+    They come in the order of the graph, so that a model run up to one after the other is run once.
+
     Args:
         a: The first model, with origins.
         b: The second, with origins.
@@ -81,7 +83,7 @@ def pair_values(a: ir.Model, b: ir.Model, read_a: ReadValues, read_b: ReadValues
     pairing.by_name()
     pairing.by_readers()
     pairing.by_origin()
-    return pairing.pairs
+    return {value: pairing.pairs[value] for value in read_a.readings if value in pairing.pairs}
 
 
 class _Pairing:
@@ -119,9 +121,12 @@ class _Pairing:
             value = readers[0].outputs[0]
 
     def by_name(self) -> None:
-        """Pair what has the same name; the `Rewriter` gives no name to two values, and leaves those of outputs."""
+        """Pair what has the same name; the `Rewriter` gives no name to two values, and leaves those of outputs.
+
+        Outputs come first: codes further up that stand for one, too, say nothing of what lies between.
+        """
         others = {value.name: value for value in self._read_b.readings}
-        for value in self._read_a.readings:
+        for value in sorted(self._read_a.readings, key=lambda value: not value.is_graph_output()):
             other = others.get(value.name)
             if other is not None and _may_be_same(value, other, loosely=True):
                 self._pair(value, other)

@@ -63,6 +63,7 @@ class ChangeFinder:
 
     def __init__(self, index: OriginIndex, pairs: Mapping[ir.Value, ir.Value]) -> None:
         self._index, self._pairs = index, pairs
+        self._counterparts = frozenset(pairs.values())
 
     def changes(self, nodes: Iterable[ir.Node], others: Sequence[ir.Node]) -> list[Change]:
         """Return what differs between nodes of the first model and those of the second in their place.
@@ -148,7 +149,7 @@ class ChangeFinder:
         if a.is_graph_input() and b.is_graph_input():
             return None if a.name == b.name else (Weight.READS, f"is {_name(b)}, was {_name(a)}")
         known = self._pairs.get(a)
-        if known is not None and known is not b and b in set(self._pairs.values()):
+        if known is not None and known is not b and b in self._counterparts:
             return Weight.READS, f"is {_name(b)}, was {_name(a)}"
         return None
 

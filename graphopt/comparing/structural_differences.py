@@ -35,9 +35,15 @@ def structural_differences(a: ir.Model, b: ir.Model, index: OriginIndex) -> list
 def is_identical(a: ir.Model, b: ir.Model) -> bool:
     """Return whether two models compute the same outputs by the same operators from the same bits, whatever the names.
 
+    Inputs that take other sizes make another model.
+
     Large weights are read for it.
     """
-    ports = [[value.name for value in one.graph.outputs] for one in (a, b)]
+    ports = [
+        [value.name for value in one.graph.outputs]
+        + [f"{value.name} {value.shape}" for value in one.graph.inputs if not value.is_initializer()]
+        for one in (a, b)
+    ]
     if ports[0] != ports[1] or len(list(a.graph)) != len(list(b.graph)):
         return False
     keys = [list(ContentKeys(one).of(one.graph.outputs).values()) for one in (a, b)]
@@ -64,7 +70,7 @@ def left_alone(a: ir.Model, finder: ChangeFinder) -> list[Difference]:
         if same and changed >= _LIKE_IT and changed / len(nodes) >= _SHARE_CHANGED:
             names = [walk.label(node) for node in same]
             what = f"of {len(nodes)} {nodes[0].op_type}, {changed} were changed, and {_listed(names)} not"
-            found.append(Difference("left", names[0], what, is_fault=False, origin=_origin(same[0])))
+            found.append(Difference("left", names[0], what, is_fault=False, origin=origin_of(same[0])))
     return found
 
 
@@ -75,7 +81,7 @@ def _ports(a: ir.Model, b: ir.Model, kind: str) -> Iterator[Difference]:
     added = [value for value in after if value.name not in names]
     for place, value in enumerate(before):
         other = others.get(value.name)
-        origin = _origin(value.producer())
+        origin = origin_of(value.producer())
         if other is None:
             new = _renamed(value, place, before, after, added)
             what = (
@@ -89,8 +95,14 @@ def _ports(a: ir.Model, b: ir.Model, kind: str) -> Iterator[Difference]:
         elif _rank(value) is not None and _rank(other) is not None and _rank(value) != _rank(other):
             what = f"{kind} `{value.name}` is of rank {_rank(other)}, was of {_rank(value)}"
             yield Difference("shape", value.name or "", what, origin=origin)
+        elif kind == "input" and _takes_less(value, other):
+            what = f"input `{value.name}` is of {_shape(other)}, was of {_shape(value)}"
+            yield Difference("shape", value.name or "", what, is_fault=False)
+    orders = [[value.name for value in one] for one in (before, after)]
+    if orders[0] != orders[1] and sorted(map(str, orders[0])) == sorted(map(str, orders[1])):
+        yield Difference("order", "", f"{kind}s are in another order", is_fault=False)
     for value in added:
-        yield Difference(kind, value.name or "", f"{kind} `{value.name}` is new", origin=_origin(value.producer()))
+        yield Difference(kind, value.name or "", f"{kind} `{value.name}` is new", origin=origin_of(value.producer()))
 
 
 def _renamed(
@@ -112,7 +124,7 @@ def _malformed(a: ir.Model, b: ir.Model) -> Iterator[Difference]:
     for problem in sorted(problems_of(b) - known):
         node = next((node for text, node in nodes.items() if text in problem), None)
         where = walk.label(node) if node is not None else ""
-        yield Difference("malformed", where, problem, origin=_origin(node))
+        yield Difference("malformed", where, problem, origin=origin_of(node))
 
 
 def _contradictory(a: ir.Model, b: ir.Model) -> Iterator[Difference]:
@@ -124,7 +136,7 @@ def _contradictory(a: ir.Model, b: ir.Model) -> Iterator[Difference]:
     node = next((node for node in b.graph if text.startswith(f"{walk.label(node)} (")), None)
     where = walk.label(node) if node is not None else ""
     kind = "dtype" if "elem type" in text else "shape"
-    yield Difference(kind, where, text, origin=_origin(node))
+    yield Difference(kind, where, text, origin=origin_of(node))
 
 
 def _random(a: ir.Model, b: ir.Model, index: OriginIndex) -> Iterator[Difference]:
@@ -137,12 +149,24 @@ def _random(a: ir.Model, b: ir.Model, index: OriginIndex) -> Iterator[Difference
             yield Difference("random", walk.label(node), what, origin=origin)
 
 
-def _origin(node: ir.Node | None) -> str:
+def origin_of(node: ir.Node | None) -> str:
+    """Return the origin of a node, or what it is called where it has none; nothing of no node."""
     return min(provenance.origins(node), default=walk.label(node)) if node is not None else ""
 
 
 def _rank(value: ir.Value) -> int | None:
     return len(value.shape) if value.shape is not None else None
+
+
+def _takes_less(value: ir.Value, other: ir.Value) -> bool:
+    """Return whether an input takes one size only where it took another, or any."""
+    pairs = zip(value.shape or (), other.shape or (), strict=False)
+    return any(isinstance(after, int) and before != after for before, after in pairs)
+
+
+def _shape(value: ir.Value) -> str:
+    dims = [str(dim) if isinstance(dim, int) else dim.value or "?" for dim in value.shape or ()]
+    return f"[{', '.join(dims)}]"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from graphopt.errors import UsageError
 from graphopt.model_diff import changed_lines
 from graphopt.model_io import save
 from graphopt.optimization import Run
+from graphopt.output_files import is_same_file
 from graphopt.pipeline import Pipeline, weakest
 from graphopt.reproducer import as_arguments
 from graphopt.request import Request
@@ -149,9 +151,26 @@ def bisect(
         progress=progress,
     )
     folder = Path(output) if output is not None else None
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise UsageError(f"output `{folder}` is no folder", hint="name a folder; two models are written into it")
+    if folder is not None:
+        _check_folder(folder, model)
     return _Search(request, check, on_judged).run(folder)
+
+
+def _check_folder(folder: Path, model: ModelLike) -> None:
+    """Check, before any work, that models can be written into a folder.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output `{folder}` is no folder", hint="name a folder; two models are written into it")
+    place = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(f"output `{folder}` cannot be written: nothing can be put into `{place}`", hint="name another")
+    if isinstance(model, (str, Path)) and any(
+        is_same_file(folder / one, Path(model)) for one in (LAST_GOOD, FIRST_BAD)
+    ):
+        raise UsageError(f"`{model}` would be overwritten by what is found", hint="name another folder")
 
 
 class _Search:
@@ -184,7 +203,8 @@ class _Search:
         def loss(count: int) -> float:
             with self.job.display.stage(f"measuring edit {count} of {len(self.states)}"):
                 lost = measure(self.states[count])
-            self._tell(Judged(count, len(self.states), "measured", f"{what} {lost:.3g}"))
+            text = f"{lost:.3g} of {what} lost" if self.job.budgets else f"{what} {lost:.3g}"
+            self._tell(Judged(count, len(self.states), "measured", text))
             return lost
 
         whole = loss(len(self.states))
@@ -211,8 +231,11 @@ class _Search:
         removed, added = changed_lines(before, after)
         files = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             files = folder / LAST_GOOD, folder / FIRST_BAD
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"cannot make folder `{folder}`: {error.strerror}", hint="name another") from error
             for model, file in zip((before, after), files, strict=True):
                 save(model, file)
         return Bisection(

@@ -107,12 +107,25 @@ def costly_edits(edits: list[Edit], loss: Callable[[int], float], what: str) -> 
             found.append(EditCost(edits[low], -negative, 0.0))
             continue
         middle = (low + high) // 2
-        lost[middle] = loss(middle)
+        lost[middle] = _or_all(loss(middle))
         worst = max(worst, lost[middle])
         for start, end in ((low, middle), (middle, high)):
-            heapq.heappush(stretches, (-(lost[end] - lost[start]), start, end))
+            heapq.heappush(stretches, (-_cost(lost[start], lost[end]), start, end))
     found.sort(key=lambda one: one.cost, reverse=True)
-    return EditCosts(what, total, worst, tuple(replace(one, share=one.cost / worst) for one in found))
+    return EditCosts(what, total, worst, tuple(replace(one, share=_share(one.cost, worst)) for one in found))
+
+
+def _or_all(loss: float) -> float:
+    """Return a loss; infinity where it cannot be told, as of a state that gives NaN, which later edits make up for."""
+    return math.inf if math.isnan(loss) else loss
+
+
+def _cost(before: float, after: float) -> float:
+    return 0.0 if before == after else after - before  # both may be infinite
+
+
+def _share(cost: float, worst: float) -> float:
+    return 1.0 if math.isinf(cost) else cost / worst
 
 
 def is_measurable(loss: float) -> bool:

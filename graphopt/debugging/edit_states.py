@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 
@@ -53,9 +54,9 @@ class EditStates:
         if count not in self._kept:
             below = max((one for one in self._kept if one < count), default=0)
             above = min((one for one in self._kept if one > count), default=len(self.edits))
-            self._require_same(self._run(above, below, count).journal.edits)
+            self._require_same(self._run(above, below, count).journal.edits, above)
         if count not in self._kept:  # there is no clone of a malformed model
-            self._require_same(self._run(count, count, count).journal.edits)
+            self._require_same(self._run(count, count, count).journal.edits, count)
         return self._kept[count]
 
     def _run(self, limit: int | None, below: int, wanted: int) -> PassManager:
@@ -93,7 +94,8 @@ class EditStates:
         """
         model = self._start.clone()
         told(model, None)
-        self._require_same(self._watched(model, None, lambda edit: told(model, edit)).journal.edits)
+        edits = self._watched(model, None, lambda edit: told(model, edit)).journal.edits
+        self._require_same(edits, len(self.edits))
 
     def _watched(self, model: ir.Model, limit: int | None, watch: Callable[[Edit], None]) -> PassManager:
         self.runs += 1
@@ -103,17 +105,19 @@ class EditStates:
             manager.run(model)
         return manager
 
-    def _require_same(self, edits: list[Edit]) -> None:
-        other = next((pair for pair in zip(self.edits, edits, strict=False) if pair[0] != pair[1]), None)
-        if other is None:
+    def _require_same(self, edits: list[Edit], count: int) -> None:
+        """Raise unless a run up to an edit made those that the first run made."""
+        pairs = itertools.zip_longest(self.edits[:count], edits)
+        was, now = next((pair for pair in pairs if pair[0] != pair[1]), (None, None))
+        one = was or now
+        if one is None:
             return
-        was, now = other
         raise GraphoptError(
-            f"pass `{was.pass_name}` makes other edits each time: "
-            f"edit {was.number} was {_words(was)}, then {_words(now)}",
+            f"pass `{one.pass_name}` makes other edits each time: "
+            f"edit {one.number} was {_words(was)}, then {_words(now)}",
             hint="this is a mistake of the pass: what it does must hang on the model and the seed alone",
         )
 
 
-def _words(edit: Edit) -> str:
-    return f"`{edit.rule}` at {', '.join(edit.nodes) or 'no node'}"
+def _words(edit: Edit | None) -> str:
+    return f"`{edit.rule}` at {', '.join(edit.nodes) or 'no node'}" if edit is not None else "not made"

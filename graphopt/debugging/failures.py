@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt import walk
@@ -26,6 +25,7 @@ from graphopt.model_io import save
 from graphopt.optimization import Run
 from graphopt.pipeline import Pipeline
 from graphopt.plain_runs import with_plain_runs
+from graphopt.regression.stored_arrays import write_feed
 from graphopt.request import Request
 
 # Words of a message by which a failure is recognised.
@@ -114,7 +114,7 @@ def _by_check(check: CheckCommand | Callable[[Path], bool | None], model: ir.Mod
         file, inputs = Path(folder) / "model.onnx", Path(folder) / INPUTS_FILE
         save(model, file)
         if isinstance(check, CheckCommand):
-            np.savez(inputs, **feed)  # type: ignore[arg-type]
+            write_feed(inputs, feed)
             code = check.run(file, inputs)
             if code in (0, EXIT_SKIP):
                 return None

@@ -23,6 +23,8 @@ from graphopt.errors import GraphoptError, UsageError, in_words
 
 # How often the server looks whether a child that may take a limited time is done, in seconds.
 _POLL_SECONDS = 0.005
+# How long the server may take to end its child and itself, in seconds.
+_PATIENCE_SECONDS = 5.0
 # The last bytes of what a child says on stderr are enough for its last line.
 _TAIL_BYTES = 4096
 
@@ -60,7 +62,7 @@ class Isolation:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # so that it can be ended with its child, and an interrupt is for us alone
+            start_new_session=True,  # an interrupt is for us alone
         )
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -89,9 +91,12 @@ class Isolation:
 
     def close(self) -> None:
         """End the server, and a child that is at work."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._server.pid, signal.SIGKILL)
-        self._server.wait()
+        self._server.terminate()
+        try:
+            self._server.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._server.kill()
+            self._server.wait()
         for pipe in (self._server.stdin, self._server.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -126,8 +131,9 @@ def serve() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.dup2(nothing, 1)
-    for message in _messages(asked):
-        _send(replies, _reply(message))
+    with contextlib.suppress(BrokenPipeError):  # who asked is gone
+        for message in _messages(asked):
+            _send(replies, _reply(message))
 
 
 def _messages(pipe: IO[bytes]) -> Iterator[bytes]:
@@ -142,14 +148,38 @@ def _reply(message: bytes) -> bytes:
     with tempfile.TemporaryFile() as result, tempfile.TemporaryFile() as said:
         child = os.fork()
         if child == 0:
+            os.setpgid(0, 0)  # so that it can be ended with the processes it starts
             _run(message, result, said)
-        status = _wait(child, pickle.loads(message)[2])
+        with _ended_with_us(child):
+            status = _wait(child, pickle.loads(message)[2])
         if status == 0:
             result.seek(0)
             reply = result.read()
             _load(pickle.loads(reply)[2])
             return reply
         return pickle.dumps(("died", Died(_how(status), _last_line(said)), ()))
+
+
+@contextlib.contextmanager
+def _ended_with_us(child: int) -> Iterator[None]:
+    """End a child when this process is asked to end."""
+
+    def end(*_: object) -> None:
+        _end(child)
+        os._exit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(child: int) -> None:
+    """End a child, and what it has started."""
+    for end in (os.killpg, os.kill):  # it may not have come to have a group of its own
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            end(child, signal.SIGKILL)
 
 
 def _run(message: bytes, result: IO[bytes], said: IO[bytes]) -> None:
@@ -188,7 +218,7 @@ def _wait(child: int, timeout: float | None) -> int | None:
         if done:
             return status
         time.sleep(_POLL_SECONDS)
-    os.kill(child, signal.SIGKILL)
+    _end(child)
     os.waitpid(child, 0)
     return None
 

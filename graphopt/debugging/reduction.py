@@ -119,7 +119,7 @@ def reduce(
         search = _Search(question, original, feeds, isolation, seconds, display, on_progress)
         found = search.run()
     if folder is not None:
-        write_folder(folder, found, question, isolated=isolate)
+        write_folder(folder, found, question, isolated=isolation is not None, timeout=timeout)
         found = replace(found, folder=folder)
     return found
 
@@ -266,7 +266,7 @@ class _Search:
     def _asked_safely(self, model: ir.Model, feed: Feed) -> Failure | None:
         """Return the failure of a candidate; none of one that is no valid model, or cannot be asked about."""
         self.tried += 1
-        self.display.advance(1)
+        self.display.advance(1, "candidates")
         if problems_of(model) - self.came_with or (self.is_consistent and contradiction(model) is not None):
             return None
         try:

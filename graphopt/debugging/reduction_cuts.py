@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -225,10 +226,11 @@ def entered(model: ir.Model, index: int) -> Iterator[ir.Model]:
         if any(value.producer() is None or value.graph is not branch for value in results):
             continue
         branch.outputs.clear()
-        for key, value in list(branch.initializers.items()):
-            branch.initializers.pop(key)
+        constants, inner = list(branch.initializers.values()), list(branch)
+        branch.initializers.clear()
+        _rename([*constants, *(value for node in inner for value in node.outputs)], _names_outside(clone, choice))
+        for value in constants:
             clone.graph.register_initializer(value)
-        inner = list(branch)
         branch.remove(inner)
         clone.graph.insert_before(choice, inner)
         for old, new in zip(choice.outputs, results, strict=True):
@@ -237,6 +239,22 @@ def entered(model: ir.Model, index: int) -> Iterator[ir.Model]:
         clone.graph.remove(choice)
         tidy(clone)
         yield clone
+
+
+def _names_outside(model: ir.Model, node: ir.Node) -> set[str | None]:
+    """Return the names of values of a model, but for those nested in a node."""
+    inside = {graph for inner in walk.subgraphs(node) for graph in walk.graphs_within(inner)}
+    graphs = [walk.body(graph) for graph in walk.every_graph(model) if graph not in inside]
+    found = {value.name for graph in graphs for value in (*graph.inputs, *graph.initializers.values())}
+    return found | {value.name for graph in graphs for one in graph for value in one.outputs}
+
+
+def _rename(values: Iterable[ir.Value], taken: set[str | None]) -> None:
+    """Give values other names where theirs are taken: branches that exclude each other may share names."""
+    for value in values:
+        if value.name and value.name in taken:
+            value.name = next(name for i in itertools.count(1) if (name := f"{value.name}_{i}") not in taken)
+        taken.add(value.name)
 
 
 def without_remarks(model: ir.Model) -> ir.Model:

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
 
 from graphopt.debugging.failures import Question, names_of
@@ -17,6 +16,7 @@ from graphopt.debugging.user_check import CheckCommand
 from graphopt.errors import UsageError
 from graphopt.model_io import save
 from graphopt.pipeline import Pipeline
+from graphopt.regression.stored_arrays import write_feed
 from graphopt.reproducer import FACTS, INPUTS
 from graphopt.versions import all_versions
 
@@ -38,7 +38,7 @@ def check_folder(folder: Path | None) -> None:
         raise UsageError(f"there is no folder `{folder.parent}` to write to", hint="create it first")
 
 
-def write_folder(folder: Path, found: Reduction, question: Question, *, isolated: bool) -> None:
+def write_folder(folder: Path, found: Reduction, question: Question, *, isolated: bool, timeout: float | None) -> None:
     """Write what was found into a folder that appears whole.
 
     Raises:
@@ -49,9 +49,10 @@ def write_folder(folder: Path, found: Reduction, question: Question, *, isolated
             staged = Path(staging) / folder.name
             staged.mkdir()
             save(found.model, staged / REDUCED)
-            np.savez(staged / INPUTS, **found.feed)  # type: ignore[arg-type]
+            write_feed(staged / INPUTS, found.feed)
             facts: dict[str, Any] = {"kind": KIND, "message": found.failure.text, "failure": found.failure.kind}
-            facts |= {"isolated": isolated, "question": _facts(question, found)}
+            facts |= {"isolated": isolated} if timeout is None else {"isolated": isolated, "timeout": timeout}
+            facts |= {"question": _facts(question, found)}
             (staged / FACTS).write_text(tomli_w.dumps({**facts, "versions": all_versions()}))
             (staged / "README.md").write_text(_readme(found, question))
             if folder.exists():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from graphopt.backend import Array, Backend
@@ -23,6 +22,7 @@ from graphopt.evaluation import compare_outputs
 from graphopt.model_io import load
 from graphopt.pipeline import Pipeline
 from graphopt.plain_runs import with_plain_runs
+from graphopt.regression.stored_arrays import read_feed
 from graphopt.reproducer import AFTER, BEFORE, FACTS, INPUTS, ORIGINAL, RECIPE, content_hash
 
 
@@ -61,7 +61,7 @@ def _rewrite(folder: Path, facts: dict[str, Any]) -> Replay:
     options = facts["options"]
     backend = with_plain_runs(find_backend(options.get("backend"), find_target(options.get("target"))))
     before = load(folder / BEFORE)
-    feed = _feed(folder / INPUTS, before)
+    feed = read_feed(folder / INPUTS, before)
     try:
         pipeline = Pipeline.from_toml((folder / RECIPE).read_text())
     except UsageError as error:
@@ -91,13 +91,6 @@ def _differ(backend: Backend, before: ir.Model, after: ir.Model, feed: dict[str,
     return f"is off by {comparison.max_abs_error:.3g}" + (f" ({worst.mismatch})" if worst.mismatch else "")
 
 
-def _feed(file: Path, model: ir.Model) -> dict[str, Array]:
-    """Return kept inputs; numpy keeps dtypes it does not know as bytes."""
-    dtypes = {value.name: np.dtype(value.dtype.numpy()) for value in model.graph.inputs if value.dtype is not None}
-    with np.load(file) as arrays:
-        return {name: arrays[name].view(dtypes[name]) for name in arrays.files}
-
-
 def _run(folder: Path, facts: dict[str, Any]) -> Replay:
     """Run the whole pipeline again, as it was asked for."""
     model = folder / ORIGINAL if "path" not in facts else Path(facts["path"])
@@ -116,8 +109,8 @@ def _run(folder: Path, facts: dict[str, Any]) -> Replay:
 def _reduction(folder: Path, facts: dict[str, Any]) -> Replay:
     """Ask of a reduced model what was asked of the one it came from."""
     model = load(folder / REDUCED)
-    question, feed = question_of(folder, facts["question"]), _feed(folder / INPUTS, model)
-    with Isolation() if facts["isolated"] else contextlib.nullcontext() as isolation:
+    question, feed = question_of(folder, facts["question"]), read_feed(folder / INPUTS, model)
+    with Isolation(facts.get("timeout")) if facts["isolated"] else contextlib.nullcontext() as isolation:
         shown = ask(question, model, feed, isolation)
     if shown is None:
         return Replay(False, "the model shows no failure")

@@ -55,7 +55,10 @@ class CheckCommand:
             # No shell: a model's path is never code. What the command prints is not ours to show as a result.
             done = subprocess.run([_filled(word, files) for word in self.words], stdout=subprocess.DEVNULL)
         except OSError as error:
-            raise UsageError(f"check `{self.words[0]}` cannot run: {error.strerror}", hint="name a program") from error
+            raise UsageError(
+                f"check `{self.words[0]}` cannot run: {error.strerror}",
+                hint="name a program; what only a shell understands goes into sh -c '… {model}'",
+            ) from error
         return done.returncode
 
 

@@ -130,6 +130,9 @@ def _pair_nodes(old: AnyGraph, new: AnyGraph, pairs: Pairs) -> None:
         related = sorted((one for one in pairs.made_from[node] if one in place), key=place.__getitem__, reverse=True)
         named = next((by_value[value.name] for value in node.outputs if value.name in by_value), None)
         for source in dict.fromkeys([*([named] if named is not None else []), *related]):
+            # A weight that is now decoded, and was a constant, or the other way round: one of the two is not drawn.
+            if is_shown(source) != is_shown(node):
+                continue
             fit = _fit(source, node, same_value=source is named)
             # What prepares a weight is not what has become of a node on the way from inputs to outputs.
             if fit != _RELATED or ((source in varying) == (node in varying) and node.op_type not in _PUT_BETWEEN):

@@ -20,6 +20,7 @@ from graphopt.errors import BackendError, UsageError
 from graphopt.evaluation import Judge, Outputs, compare_outputs, nudged
 from graphopt.explaining import explanation
 from graphopt.output_files import is_same_file
+from graphopt.plain_runs import PlainRuns
 from graphopt.regression import recorded_runs
 from graphopt.regression.emitted_text import MARK, About, Facts, as_python
 from graphopt.regression.output_bounds import RUN_NUDGE, Noise
@@ -83,6 +84,8 @@ class EmittedTest:
     """
 
     def __init__(self, path: Path, output: Path | None, data: Sequence[Any] = ()) -> None:
+        if not path.name:
+            raise UsageError(f"test `{path}` is no file", hint="name it `test_model.py`")
         self.path, self.record = path, path.with_suffix(RECORD_SUFFIX)
         self._staged = StagedFiles()
         if output is None:
@@ -141,7 +144,7 @@ class EmittedTest:
             target=subject.target,
             backend=subject.backend_text,
             command=subject.command,
-            versions={"graphopt": installed_version(), **versions_of(subject.backend)},
+            versions={"graphopt": installed_version(), **versions_of(_runtime(subject))},
         )
         text = as_python(about, facts)
         for file, content in ((self.record, recorded_runs.to_bytes(runs)), (self.path, text.encode())):
@@ -223,11 +226,16 @@ def measure(subject: Subject) -> tuple[Facts, list[Run]]:
 
 def _repeats_on(subject: Subject, own: Outputs) -> str | None:
     """Return where another session gives the same bits, or None if it does not, or runs where no processor counts."""
-    if "cpu" not in subject.backend.describe():
+    if "cpu" not in _runtime(subject).describe():
         return None
     with subject.backend.open(subject.files[0], threads=THREADS) as session:
         again = [session.run(feed) for feed in subject.feeds]
-    return place_of(subject.backend) if compare_outputs(own, again).equal else None
+    return place_of(_runtime(subject)) if compare_outputs(own, again).equal else None
+
+
+def _runtime(subject: Subject) -> Backend:
+    """Return what runs the model in the test: alone, without what ran it as it stands here."""
+    return subject.backend.deployed if isinstance(subject.backend, PlainRuns) else subject.backend
 
 
 def _own_runs(subject: Subject) -> tuple[Outputs, list[Outputs]]:

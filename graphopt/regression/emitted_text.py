@@ -82,7 +82,8 @@ def as_python(about: About, facts: Facts) -> str:
     head = [MARK, *_comment(_origin(about))]
     if about.command is not None:
         head += ["#", "#     " + about.command.replace("\n", "\\n")]
-    title = f'"""`{about.model.rpartition("/")[2]}` does what it did when graphopt wrote it."""'
+    called = about.model.rpartition("/")[2].replace("\\", "\\\\").replace('"', '\\"')
+    title = f'"""`{called}` does what it did when graphopt wrote it."""'
     settings = [f"RECORD = FOLDER / {_text(about.record)}", f"TARGET = {_text(about.target)}"]
     arguments = "MODEL, RECORD, target=TARGET"
     if about.backend is not None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from graphopt.backend import Array
 from graphopt.comparison import same_bits
-from graphopt.errors import DataError, UsageError
+from graphopt.errors import DataError, UsageError, hints_in_tracebacks
 from graphopt.model_diff import model_lines
 from graphopt.regression.stored_arrays import pack, unpack
 from graphopt.staged_files import write_bytes
@@ -28,6 +29,8 @@ MOST_ELEMENTS = 5
 _CONTEXT = 2
 # The name under which an array by itself is stored.
 _ALONE = "value"
+# How characters are stored that UTF-8 lacks, as in names of files.
+_ODD = "surrogatepass"
 # File systems take names of 255 bytes; a hash, a name of the value and a suffix are added.
 _LONGEST_STEM = 100
 _HASH_DIGITS = 8
@@ -66,8 +69,8 @@ class Golden:
         """Compare a value with its file.
 
         Args:
-            value: Text; an array, or arrays by name; a model, of which the graph and the first elements of constants
-                are kept; or JSON values, numbers of numpy included.
+            value: Text; an array of numbers or strings, or arrays by name; a model of the IR or of onnx, of which the
+                graph and the first elements of constants are kept; or JSON values, numbers of numpy included.
             name: Tells several values of one test apart.
             file: The file, instead of one named after the test.
             rtol: How far floats may be off, as a share of the stored ones; equal bits are asked for where both are 0.
@@ -78,9 +81,11 @@ class Golden:
             UsageError: It is of no such type, or a second value of the test has the same name.
         """
         __tracebackhide__ = True
-        kind = _kind_of(value)
-        path = Path(file) if file is not None else self._path(name, kind)
-        self._claim(path)
+        value = ir.from_proto(value) if isinstance(value, onnx.ModelProto) else value
+        with hints_in_tracebacks():
+            kind = _kind_of(value)
+            path = Path(file) if file is not None else self._path(name, kind)
+            self._claim(path)
         why = kind.difference(path, value, rtol, atol) if path.is_file() else [f"there is no golden file `{path}`"]
         if not why:
             return
@@ -125,12 +130,12 @@ class _Text(_Kind):
     suffix = ".txt"
 
     def to_bytes(self, value: str) -> bytes:
-        return value.encode()
+        return value.encode(errors=_ODD)
 
     def difference(self, path: Path, value: str, rtol: float, atol: float) -> list[str]:
-        # Read with line ends made one: a checkout may have changed them.
-        stored = path.read_text(encoding="utf-8")
-        return [] if stored == value.replace("\r\n", "\n") else _unified(path, stored, value)
+        # Line ends are made one on both sides: a checkout may have changed them.
+        stored = path.read_text(encoding="utf-8", errors=_ODD)
+        return [] if stored == re.sub(r"\r\n?", "\n", value) else _unified(path, stored, value)
 
 
 class _Model(_Text):
@@ -178,13 +183,15 @@ class _Arrays(_Kind):
 
 
 def _kind_of(value: Any) -> _Kind:
+    __tracebackhide__ = True
     if isinstance(value, str):
         return _Text()
     if isinstance(value, ir.Model):
         return _Model()
-    if isinstance(value, np.ndarray):
-        return _Arrays()
-    if isinstance(value, Mapping) and value and all(isinstance(one, np.ndarray) for one in value.values()):
+    arrays = list(value.values()) if isinstance(value, Mapping) else [value]
+    if arrays and all(isinstance(one, np.ndarray) for one in arrays):
+        if any(one.dtype.kind == "O" and not all(isinstance(each, str) for each in one.flat) for one in arrays):
+            raise UsageError("a golden array cannot hold objects", hint="numbers or strings")
         return _Arrays()
     try:
         _json_text(value)
@@ -211,10 +218,11 @@ def array_difference(stored: Array, now: Array, rtol: float = 0.0, atol: float =
     """
     if stored.dtype != now.dtype or stored.shape != now.shape:
         return [f"{stored.dtype}{list(stored.shape)} stored, {now.dtype}{list(now.shape)} now"]
+    if stored.dtype.kind in "OSU" or stored.dtype.names is not None:
+        unlike = np.asarray(stored != now)
+        return _elements(stored, now, unlike) if unlike.any() else []
     if same_bits(stored, now):
         return []
-    if stored.dtype.kind in "OSU":
-        return _elements(stored, now, np.asarray(stored != now))
     a, b = (side.astype(np.complex128 if side.dtype.kind == "c" else np.float64) for side in (stored, now))
     if (rtol or atol) and stored.dtype.kind not in "biu":
         apart = ~np.isclose(b, a, rtol=rtol, atol=atol, equal_nan=True)

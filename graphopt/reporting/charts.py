@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from graphopt.comparing.layer_comparison import LayerComparison, LayerError
@@ -10,7 +13,7 @@ from graphopt.comparison import SQNR_CEILING_DB
 from graphopt.report import Report, StepRecord, show_bytes
 from graphopt.reporting.findings import KernelTime, LayerCost, OperatorShare
 from graphopt.reporting.weight_histograms import WeightHistogram
-from graphopt.reporting.words import operators, own_noise, show_share, worst_layers
+from graphopt.reporting.words import how_near, operators, own_noise, show_share, worst_layers
 
 # The light theme, by the names that the page's style sheet gives its colours. The script of the page sets those of the
 # theme that is on; these are what stands there until then.
@@ -32,12 +35,15 @@ _ROW, _AROUND = 30, 22
 _SCATTER_HEIGHT, _SMALL_HEIGHT = 320, 132
 # Longer names would leave no room for the bars.
 _LONGEST_NAME = 28
+_WORD_ENDS = re.compile(r"(?<=[/._])")
 _ROOM_FOR_LABELS = 0.4
 MOST_BARS = 12
 # Bars shorter than this share of the longest are put together.
 _LEAST_SEEN = 0.01
 # A value without any error has no SQNR; 200 dB stands for it, which would squeeze all others together.
 _HIGHEST_SHOWN_DB = 100.0
+# With a hundred times as much noise as signal nothing is left of a value; what is worse, or NaN, stands here, too.
+_LOWEST_SHOWN_DB = -20.0
 # Where all values are better than this, the difference is what rounding leaves, and shown as it is.
 _GOOD_DB = 80.0
 _LEAST_ROOM_DB = 10.0
@@ -110,7 +116,7 @@ def _signed(change: int) -> str:
 def _waterfall(rows: Sequence[tuple[str, float, float, str]], texts: Sequence[str]) -> Any:
     from bokeh.models import ColumnDataSource
 
-    names = [name for name, *_ in rows]
+    names = _distinct([name for name, *_ in rows])
     highest = max(right for _, _, right, _ in rows) or 1.0
     plot = _bars(names, highest)
     for token in ("before", "after", "better", "worse", "warn"):
@@ -193,7 +199,7 @@ def layers_chart(layers: LayerComparison) -> Any:
     from bokeh.models import ColumnDataSource, CustomJS, HoverTool, TapTool
 
     shown = [one for one in layers.layers if not one.has_other_shape]
-    heights = [one.sqnr_db for one in shown]
+    heights = [max(one.sqnr_db, _LOWEST_SHOWN_DB) for one in shown]
     low = min(heights, default=0.0)
     top = _HIGHEST_SHOWN_DB if low < _GOOD_DB else SQNR_CEILING_DB
     high = min(max(heights, default=1.0), top)
@@ -201,7 +207,7 @@ def layers_chart(layers: LayerComparison) -> Any:
     plot = _figure(height=_SCATTER_HEIGHT, y_range=(low - room, high + room), tools="")
     depths = layers.by_depth()
     if len(depths) <= MOST_MEDIANS:
-        medians = [min(one.median_db, top) for one in depths]
+        medians = [_within(one.median_db, top) for one in depths]
         line = plot.line([one.depth for one in depths], medians, line_width=1.6, line_join="round")
         _paint(line.glyph, line_color="before")
     points = []
@@ -229,7 +235,11 @@ def layers_chart(layers: LayerComparison) -> Any:
             ),
         )
     plot.add_tools(HoverTool(tooltips=_POINT_TOOLTIP, renderers=points), TapTool(renderers=points))
-    plot.yaxis.major_label_overrides = {top: "no error" if top == SQNR_CEILING_DB else f"≥ {top:.0f}"}
+    plot.yaxis.major_label_overrides = {
+        top: "no error" if top == SQNR_CEILING_DB else f"≥ {top:.0f}",
+        _LOWEST_SHOWN_DB: f"≤ −{-_LOWEST_SHOWN_DB:.0f}",
+    }
+    plot.xaxis.ticker.min_interval = 1
     plot.xaxis.axis_label = "operators between the input and the value"
     plot.yaxis.axis_label = "signal to noise, dB"
     _paint(plot.ygrid[0], grid_line_color="line")
@@ -239,14 +249,18 @@ def layers_chart(layers: LayerComparison) -> Any:
 def _points(layers: Sequence[LayerError], top: float) -> dict[str, list[Any]]:
     return {
         "depth": [one.depth for one in layers],
-        "db": [min(one.sqnr_db, top) for one in layers],
+        "db": [_within(one.sqnr_db, top) for one in layers],
         "name": [one.name for one in layers],
         "origin": [one.origin for one in layers],
         "op": [operators(one) for one in layers],
-        "sqnr": ["no error" if one.error.equal else f"{one.sqnr_db:.1f} dB" for one in layers],
+        "sqnr": [how_near(one) for one in layers],
         "lost": [show_share(own_noise(one)) for one in layers],
         "worst": [f"{one.max_abs_error:.3g}" for one in layers],
     }
+
+
+def _within(decibels: float, top: float) -> float:
+    return min(max(decibels, _LOWEST_SHOWN_DB), top)
 
 
 # Colours come from the page, through the custom properties that reach into Bokeh's shadow trees.
@@ -286,8 +300,9 @@ def _named(costs: Sequence[LayerCost]) -> list[str]:
 def _single_bars(names: Sequence[str], values: Sequence[float], texts: Sequence[str], token: str) -> Any:
     from bokeh.models import ColumnDataSource
 
-    plot = _bars(_distinct(names), max(values, default=1.0) or 1.0)
-    source = ColumnDataSource({"name": _distinct(names), "value": list(values), "text": list(texts)})
+    names = _distinct(names)
+    plot = _bars(names, max(values, default=1.0) or 1.0)
+    source = ColumnDataSource({"name": names, "value": list(values), "text": list(texts)})
     bars = plot.hbar(y="name", right="value", height=0.6, source=source, line_color=None)
     _paint(bars.glyph, fill_color=token)
     _label(plot, source, "value", "name", "text")
@@ -312,10 +327,9 @@ def histogram_chart(one: WeightHistogram) -> Any:
 
 
 def _bars(names: Sequence[str], highest: float, *, row: int = _ROW) -> Any:
-    """Return an empty plot of horizontal bars, the first at the top, with room for labels at their ends."""
+    """Return an empty plot of horizontal bars by `_distinct` names, the first at the top, with room for labels."""
     from bokeh.models import FactorRange
 
-    names = _distinct(names)
     plot = _figure(
         height=row * max(len(names), 1) + _AROUND,
         y_range=FactorRange(*reversed(names), range_padding=0.02),
@@ -331,12 +345,34 @@ def _bars(names: Sequence[str], highest: float, *, row: int = _ROW) -> Any:
 
 def _distinct(names: Sequence[str]) -> list[str]:
     """Return names short enough for an axis, each its own."""
-    short: list[str] = []
-    for name in names:
-        cut = name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]
-        count = sum(1 for other in short if other.rstrip("\u200b") == cut)
-        short.append(cut + "\u200b" * count)  # of no width
+    cut = [_cut(name) for name in names]
+    if len(set(cut)) < len(set(names)):  # what tells them apart is cut off
+        cut = [_cut(name) for name in _without_common_ends(names)]
+    counts: Counter[str] = Counter()
+    short = []
+    for name in cut:
+        short.append(name + "\u200b" * counts[name])  # of no width
+        counts[name] += 1
     return short
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else "…" + name[1 - _LONGEST_NAME :]
+
+
+def _without_common_ends(names: Sequence[str]) -> list[str]:
+    """Return names, the long ones without the words that they all begin and end with."""
+    words = {name: _WORD_ENDS.split(name) for name in names if len(name) > _LONGEST_NAME}
+    start = _alike(words.values())
+    end = _alike([own[:start:-1] for own in words.values()])  # one word stays
+    middles = {name: "".join(own[start : len(own) - end]) for name, own in words.items()}
+    shown = {name: f"{'…' if start else ''}{text}{'…' if end else ''}" for name, text in middles.items()}
+    return [shown.get(name, name) for name in names]
+
+
+def _alike(lists: Iterable[Sequence[str]]) -> int:
+    """Return how many items lists have in common from their beginning."""
+    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False)))
 
 
 def _figure(**settings: Any) -> Any:

@@ -9,7 +9,6 @@ from pathlib import Path
 import onnx_ir as ir
 
 from graphopt.backend import Array
-from graphopt.data import Dataset
 from graphopt.errors import UsageError
 from graphopt.model_io import source
 from graphopt.optimization import Run
@@ -54,8 +53,9 @@ def check_report(report: Path, request: Request) -> None:
         raise UsageError(f"cannot write report `{report}`: it is no regular file", hint="name a file")
     missing = [name for name in _PAGE_NEEDS if importlib.util.find_spec(name) is None]
     if report.suffix == ".html" and missing:
+        names, verb = " and ".join(f"`{name}`" for name in missing), "is" if len(missing) == 1 else "are"
         raise UsageError(
-            f"report `{report}` needs {' and '.join(f'`{name}`' for name in missing)}, which is not installed",
+            f"report `{report}` needs {names}, which {verb} not installed",
             hint='`pip install "graphopt[report]"`, or write `.md` or `.json`',
         )
 
@@ -104,6 +104,7 @@ def _material(run: Run, report: Report, output: Path | None) -> Material:
         backend=run.backend,
         asked_backend=request.backend,
         feeds=_feeds(run),
+        source=run.scored.name if run.scored is not None else None,
         files=_files(run, output),
         command=command,
         why_no_command=why,
@@ -116,7 +117,7 @@ def _feeds(run: Run) -> list[dict[str, Array]]:
     """Return what the run was scored on, a sample each, else what it made up; nothing where nothing may be run."""
     if run.judge is None or run.judge.refusal is not None:
         return []
-    if isinstance(run.scored, Dataset):
+    if run.scored is not None:
         return [dict(batch.feeds) for batch in run.scored.take(LAYER_SAMPLES).batches(1)]
     first = run.judge.single_feed()
     return [first, *run.judge.feeds] if first is not None else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,6 +151,7 @@ class Material:
         backend: What ran both.
         asked_backend: The text it was asked for by, or None where it is the target's own.
         feeds: Inputs of one sample each; none where nothing may be run.
+        source: What the inputs were taken from; None where they are made up.
         files: What was read and written: what for, and where it lies.
         command: The command that repeats the run, or None.
         why_no_command: Why there is none.
@@ -164,6 +165,7 @@ class Material:
     backend: Backend
     asked_backend: str | None
     feeds: Sequence[Mapping[str, Array]]
+    source: str | None
     files: Sequence[tuple[str, Path]]
     command: str | None
     why_no_command: str
@@ -293,7 +295,7 @@ def _times(
 def _layers(given: Material) -> LayerComparison:
     size = given.report.before.bytes
     samples = LAYER_SAMPLES if size <= _LARGE else _SAMPLES_OF_LARGE if size <= _HUGE else _SAMPLES_OF_HUGE
-    return compare_layers(
+    found = compare_layers(
         given.original.clone(),
         given.result.clone(),
         data=[dict(feed) for feed in given.feeds[:samples]],
@@ -301,12 +303,14 @@ def _layers(given: Material) -> LayerComparison:
         samples=samples,
         threads=given.threads,
     )
+    found.source = found.outputs.source = given.source  # a list of feeds does not say where they are from
+    return found
 
 
 def _coverage(given: Material) -> Explanation:
     if given.report.before.bytes > _HUGE:
         raise GraphoptError("the model is too large to be proven for a report", hint="`graphopt explain`")
-    return explain(
+    found = explain(
         given.result.clone(),
         target=given.report.target,
         data=[dict(given.feeds[0])] if given.feeds else None,
@@ -314,6 +318,9 @@ def _coverage(given: Material) -> Explanation:
         threads=given.threads,
         runs=_runs(given.report),
     )
+    if found.inputs is None:
+        return found
+    return replace(found, inputs="made-up inputs" if given.source is None else f"a sample of `{given.source}`")
 
 
 def _repetition(given: Material) -> Repetition:

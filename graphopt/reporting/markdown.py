@@ -7,7 +7,7 @@ from typing import Any
 
 from graphopt.comparing.layer_comparison import LayerComparison
 from graphopt.explaining.explanation import Explanation
-from graphopt.report import Report, show_bytes, show_count
+from graphopt.report import NOT_RUN, Report, show_bytes, show_count
 from graphopt.reporting.findings import Findings
 from graphopt.reporting.rows import STEP_COLUMNS, doubts, refusals, side_rows, specialised_lines, step_cells
 from graphopt.reporting.weight_histograms import WeightHistograms
@@ -40,11 +40,12 @@ def markdown(name: str, report: Report, findings: Findings) -> str:
         findings: What was collected besides.
     """
     rows = side_rows(report)
-    missing = findings.not_measured
+    missing, sentence = findings.not_measured, verdict(report)
+    run = NOT_RUN if report.scored == NOT_RUN else f"run by {report.backend}, scored on {report.scored}"
     parts = [
         f"# {_cell(name)}: {headline(report, rows)}",
-        f"{verdict(report)}.",
-        f"Pipeline `{report.pipeline}`, target {report.target}, run by {report.backend}, scored on {report.scored}.",
+        f"{sentence[:1].upper()}{sentence[1:]}.",
+        f"Pipeline `{report.pipeline}`, target {report.target}, {run}.",
         "## Before and after",
         _table(("", "before", "after", "change", "measured on"), [_fields(row) for row in rows], "no model came out"),
         *specialised_lines(report),

@@ -24,7 +24,10 @@ def headline(report: Report, rows: Sequence[SideRow]) -> str:
     if told:
         return ", ".join(told)
     edits = sum(step.edits for step in report.steps)
-    return f"As large and as fast as before, after {counted(edits, 'edit')}" if edits else "Nothing to change"
+    if not edits:
+        return "Nothing to change"
+    as_fast = " and as fast" if changes.get("latency") else ""
+    return f"As large{as_fast} as before, after {counted(edits, 'edit')}"
 
 
 def verdict(report: Report) -> str:
@@ -33,9 +36,12 @@ def verdict(report: Report) -> str:
         return report.failure or "a check failed"
     unchecked = [step for step in report.steps if step.check.ok is None and step.edits]
     if len(unchecked) == len([step for step in report.steps if step.edits]) and unchecked:
-        return "nothing was checked: " + (unchecked[0].check.why or NOT_RUN)
+        why = unchecked[0].check.why
+        return f"nothing was checked: {why}" if why and why != NOT_RUN else "nothing was checked, for no model was run"
     if unchecked:
         return f"checks held, but {counted(len(unchecked), 'step')} could not be checked"
+    if report.deployed is not None and report.deployed.ok is None:
+        return "the steps' checks held, but the model as deployed could not be checked"
     return "every check and budget held"
 
 
@@ -59,17 +65,21 @@ def layers_message(layers: LayerComparison | None) -> str:
     if layers.identical:
         return "Both models are the same, node by node and bit by bit."
     source = f"{counted(layers.samples, 'sample')}" + ("" if layers.source is not None else ", made up")
-    differing = [one for one in layers.layers if one.differs]
+    differing = sum(one.differs for one in layers.layers)
     start = f"{counted(len(layers.layers), 'value')} that both models have, compared on {source}."
     if not differing:
         return f"{start} None differs by more than rounding."
     first = layers.first_diverging
-    outputs = [one for one in layers.layers if one.is_output]
-    end = f" Outputs keep {show_decibels(min(one.sqnr_db for one in outputs))}." if outputs else ""
-    begins = ""
+    output = min((one for one in layers.layers if one.is_output), key=lambda one: one.sqnr_db, default=None)
+    begins = end = ""
+    if output is not None:
+        mismatch = output.error.mismatch
+        kept = f"Outputs keep {show_decibels(output.sqnr_db)}"
+        end = f" {kept}." if mismatch is None else f" Output `{output.name}` cannot be compared: {mismatch}."
     if first is not None:
-        begins = f" The first to differ is made by `{first.origin}` ({show_decibels(first.sqnr_db)})."
-    return f"{start} {len(differing)} differ by more than rounding.{begins}{end}"
+        begins = f" The first to differ is made by `{first.origin}` ({how_near(first)})."
+    verb = "differs" if differing == 1 else "differ"
+    return f"{start} {differing} {verb} by more than rounding.{begins}{end}"
 
 
 def left_message(layers: LayerComparison) -> str:
@@ -92,7 +102,7 @@ def worst_rows(layers: LayerComparison, count: int) -> list[tuple[str, str, str,
         (
             one.name,
             operators(one),
-            f"{one.sqnr_db:.1f} dB",
+            how_near(one),
             show_share(own_noise(one)),
             f"{one.max_abs_error:.3g}",
         )
@@ -111,6 +121,13 @@ def own_noise(one: LayerError) -> float:
     if one.has_other_shape:
         return 1.0
     return 0.0 if one.own_sqnr_db >= SQNR_CEILING_DB else min(1.0, 10 ** (-one.own_sqnr_db / 10))
+
+
+def how_near(one: LayerError) -> str:
+    """Return the signal to noise of a value, or why it cannot be compared."""
+    if one.error.mismatch is not None:
+        return one.error.mismatch
+    return "no error" if one.error.equal else f"{one.sqnr_db:.1f} dB".replace("-", "−")
 
 
 def operators(one: LayerError) -> str:

@@ -221,7 +221,10 @@ def _default_runtime() -> Iterator[Finding]:
     for name in registry.table("TARGETS"):
         with contextlib.suppress(GraphoptError):  # a target of a plug-in that brings no backend for it
             missing[name] = backend_of(find_target(name)).missing()
-    own = missing.get(registry.host_target())
+    try:
+        own = missing.get(registry.host_target())
+    except GraphoptError:  # said where the target is
+        return
     if own is None:
         return
     others = [f"`--target {name}`" for name, why in missing.items() if why is None]

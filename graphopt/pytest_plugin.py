@@ -115,4 +115,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("graphopt golden files")
     for path in sorted(written):
         terminalreporter.line(f"wrote {path}")
-    terminalreporter.line(f"{len(written)} written; look at the differences before you commit them")
+    after = "look at the differences before you commit them" if written else "none was missing, none differs"
+    terminalreporter.line(f"{len(written)} written; {after}")

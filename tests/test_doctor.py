@@ -17,6 +17,8 @@ import pytest
 from graphopt import backend_survey, doctor, machine, package_skews, registry
 from graphopt.backend import Backend
 from graphopt.backends import onnxruntime_health, targets
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.backends.openvino import OpenVino
 from graphopt.backends.reference import Reference
 from graphopt.doctor import Diagnosis, Finding, examine
 from graphopt.errors import BackendError, UsageError
@@ -203,6 +205,17 @@ def test_a_container_that_may_use_less_than_it_sees(
     told = [one for one in found(examine(), "processor") if one.verdict == "warning"]
     assert bool(told) == warned
     assert all("--threads 1" in one.hint for one in told)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_machine_without_the_runtime_of_its_own_target(others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = BackendError("ONNX Runtime is not installed", hint="`pip install it`")
+    monkeypatch.setattr(OnnxRuntime, "missing", lambda self: gone)
+    monkeypatch.setattr(OpenVino, "missing", lambda self: None if others else gone)
+    (told,) = [one for one in found(examine(), "target") if one.verdict != "fact"]
+    assert told.verdict == ("warning" if others else "error")
+    assert "ONNX Runtime is not installed" in told.text
+    assert told.hint == ("`pip install it`, or `--target openvino`" if others else "`pip install it`")
 
 
 def test_a_machine_without_any_runtime_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

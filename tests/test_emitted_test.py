@@ -23,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt import optimization, registry, walk
+from graphopt.backends import targets
 from graphopt.comparison import OutputError
 from graphopt.errors import BackendError, DataError, UsageError
 from graphopt.evaluation import nudged
@@ -412,6 +413,15 @@ def test_any_file_name_is_written_as_python() -> None:
     facts = Facts(["x: float [1]"], ["y: float [1]"], {"y": noise(0.5, 40.0)}, None, None, {}, 1000)
     said = ast.get_docstring(ast.parse(as_python(about, facts)))
     assert said == f"`{name}` does what it did when graphopt wrote it."
+
+
+def test_processors_of_one_name_that_can_do_other_things_are_other_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = registry.backend("onnxruntime")
+    places = []
+    for flags in ({"avx2"}, {"avx2", "avx512_vnni"}):
+        monkeypatch.setattr(targets, "_cpu_flags", lambda flags=flags: flags)
+        places.append(place_of(runtime))
+    assert len(set(places)) == 2
 
 
 def test_bound_that_asks_for_nothing_still_asks_for_the_shape() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graphopt import registry
 from graphopt.backend import Backend
 from graphopt.choices import find_backend, find_target
 from graphopt.errors import hints_in_tracebacks
@@ -164,9 +165,13 @@ def versions_of(backend: Backend) -> dict[str, str]:
 
 
 def place_of(backend: Backend) -> str:
-    """Return the runtime with its version and the processor, for people and to tell places apart."""
+    """Return the runtime with its version and the processor, for people and to tell places apart.
+
+    Virtual machines say of many processors that they are the same; kernels are chosen by what these can do.
+    """
     versions = [f"{name} {text}" for name, text in versions_of(backend).items()]
-    return f"{', '.join(versions) or backend.describe()} on {cpu_name()}"
+    processor = ", ".join(text for text in (cpu_name(), registry.host_reason()) if text)
+    return f"{', '.join(versions) or backend.describe()} on {processor}"
 
 
 def integer_operators(found: explanation.Explanation) -> dict[str, int]:

@@ -54,7 +54,7 @@ RELUCTANT = {
 # weight is mostly zeros before it is pruned; they have real ones in their own tests.
 RARE = {"prune-heads", "prune-hidden", "prune-layers", "sparsify"}
 # Lossy passes that few graphs show anything, for which more are run.
-SELDOM = {"prune-heads:ratio=0.5"}
+SELDOM = {"prune-heads:ratio=0.5", "tie-layers"}
 RECIPE_SIZE = 8
 CALIBRATION_SEEDS = range(1, 5)
 TESTED_SEED = 0

@@ -331,3 +331,12 @@ def test_an_iterator_that_is_used_up_is_refused() -> None:
     data = open_data(lambda: once, model_of(x=(TensorProto.FLOAT, ("n", 4))))
     with pytest.raises(DataError, match="gives other samples the second time"):
         list(data.batches(2))
+
+
+def test_what_is_no_archive_is_refused_without_advice_to_trust_it(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    for content in (b"garbage", b"\x80\x04K\x01.", b""):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not an archive of named arrays") as caught:
+            open_data(path, DYNAMIC)
+        assert "pickle" not in f"{caught.value.message} {caught.value.hint}"

@@ -421,7 +421,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphopt.save(refused_model(4, 2), "deep.onnx")
     outcome = run("debug", "reduce", "deep.onnx", "--threads", 1)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("37 nodes -> 1, ")
+    assert outcome.out.startswith("nodes 37 -> 1, ")
     assert "\n [odd] e = Tan (" in outcome.out
     assert all(" tried: " in line for line in outcome.err.splitlines())
     replay = run("debug", "replay", "deep-reduced")

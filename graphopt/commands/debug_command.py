@@ -253,7 +253,7 @@ def _say_progress(progress: Progress) -> None:
 
 def _show_reduction(found: Reduction) -> None:
     before, after = found.nodes
-    typer.echo(f"{before} nodes -> {after}, {found.bytes[0]:,} bytes -> {found.bytes[1]:,}")
+    typer.echo(f"nodes {before} -> {after}, bytes {found.bytes[0]:,} -> {found.bytes[1]:,}")
     typer.echo(f"tried {found.tried} models in {found.seconds:.1f} s" + ("" if found.complete else "; time was up"))
     typer.echo(f"was:  {found.original.text}")
     typer.echo(f"now:  {found.failure.text}")

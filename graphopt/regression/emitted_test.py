@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,7 +97,7 @@ class EmittedTest:
     def _check(self, data: Sequence[Any]) -> None:
         path = self.path
         if path.suffix != ".py" or not (path.stem.startswith("test_") or path.stem.endswith("_test")):
-            raise UsageError(f"pytest would not find the test `{path}`", hint=f"name it `test_{path.stem}.py`")
+            raise UsageError(f"pytest would not find the test `{path}`", hint=f"name it `{_findable(path.stem)}.py`")
         if not path.parent.is_dir():
             raise UsageError(f"the folder of test `{path}` does not exist", hint=f"create `{path.parent}` first")
         if not os.access(path.parent, os.W_OK):
@@ -168,6 +169,11 @@ class EmittedTest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._staged.discard()
+
+
+def _findable(stem: str) -> str:
+    """Return a name like another one, by which pytest finds a test."""
+    return "test_" + re.sub(r"\W+", "_", stem).removeprefix("test_")
 
 
 def _is_ours(path: Path) -> bool:

@@ -51,8 +51,7 @@ from graphopt.reporting.words import (
 # Rows of one table: more are counted, not shown.
 _MOST_ROWS = 500
 _WORST_SHOWN = 10
-# What is at the top of the page, where the run measured it.
-_CARDS = ("size", "size, gzip", "latency", "nodes", "parameters", "nonzero")
+# Cards at the top of the page.
 _MOST_CARDS = 6
 SECTIONS = (
     ("figures", "Figures"),

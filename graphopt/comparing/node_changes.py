@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphopt import provenance, walk
 from graphopt.comparing.layer_pairs import OriginIndex
+from graphopt.explaining.advice import made_of_constants
 from graphopt.model_diff import show_attribute
 
 # Constants of more bytes are not compared element by element.
@@ -206,10 +207,16 @@ def _default(node: ir.Node, name: str) -> str:
 
 
 def _computes(node: ir.Node) -> bool:
-    """Return whether numbers hang on a node: it neither only moves them nor computes sizes."""
+    """Return whether numbers hang on a node: it neither only moves them, nor computes sizes or what is known ahead."""
     dtypes = [value.dtype for value in node.outputs if value.dtype is not None]
     is_integer = bool(dtypes) and not any(dtype.is_floating_point() for dtype in dtypes)
-    return not is_integer and not walk.is_onnx_op(node, *_MOVES)
+    return not is_integer and not walk.is_onnx_op(node, *_MOVES) and not _is_known_ahead(node)
+
+
+def _is_known_ahead(node: ir.Node) -> bool:
+    """Return whether a node computes from constants alone; of what CastLike reads second, only the type counts."""
+    read = node.inputs[:1] if walk.is_onnx_op(node, "CastLike") else node.inputs
+    return bool(read) and all(made_of_constants(value) for value in read if value is not None)
 
 
 def _is_constant(node: ir.Node) -> bool:

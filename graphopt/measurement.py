@@ -58,6 +58,6 @@ def time_side_by_side(
     """Time models as deployed, their runs interleaved."""
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(backend.open(file, threads=threads)) for file in files]
-        times = latency.measure(sessions, [feed] * len(files), seconds=LATENCY_SECONDS)
+        times = latency.measure(sessions, [feed] * len(files), seconds=LATENCY_SECONDS, min_runs=latency.LEAST_PARTS)
         placed = [session.placement() if isinstance(session, Placing) else None for session in sessions]
     return [Deployed(one, at.as_dict() if at is not None else None) for one, at in zip(times, placed, strict=True)]

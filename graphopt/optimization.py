@@ -459,7 +459,8 @@ class Run:
         before, after = time_side_by_side(self.backend, [self.source, staged], feed, self.request.threads)
         report.before.latency_ms, report.after.latency_ms = before.latency.median, after.latency.median
         report.before.placement, report.after.placement = before.placement, after.placement
-        report.latency_ratio = after.latency.ratio
+        report.latency_ratio, report.latency_within = after.latency.ratio, after.latency.ratio_within
+        report.latency_verdict = after.latency.verdict
         report.latency_batch = batch_size(feed)
         if self.request.advise:
             with self.display.stage("trying other runtimes"):

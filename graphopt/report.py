@@ -122,6 +122,8 @@ class Report:
         ok: Whether every check and the budget held.
         deployed: How the written file compares with the original, the runtime's optimizations on; None if lossy.
         latency_ratio: Median over paired runs of latency after / before.
+        latency_within: Where that ratio is, with 95 % confidence.
+        latency_verdict: What can be said by that: ``faster``, ``slower``, ``the same`` or ``cannot tell``.
         latency_batch: Samples in each run that was timed.
         specialised: Sizes the inputs were fixed to, and what that changed of the signature, or None.
         stopped_after_edits: The edit the run was ended at, as asked, or None.
@@ -141,6 +143,8 @@ class Report:
     scored: str = ""
     deployed: Check | None = None
     latency_ratio: float | None = None
+    latency_within: tuple[float, float] | None = None
+    latency_verdict: str | None = None
     latency_batch: int = 1
     advice: dict[str, Any] | None = None
     stopped_after_edits: int | None = None
@@ -163,6 +167,8 @@ class Report:
             "after": asdict(self.after) if self.after is not None else None,
             "deployed": asdict(self.deployed) if self.deployed is not None else None,
             "latency_ratio": self.latency_ratio,
+            "latency_within": self.latency_within,
+            "latency_verdict": self.latency_verdict,
             "latency_batch": self.latency_batch,
             "advice": self.advice,
             "stopped_after_edits": self.stopped_after_edits,

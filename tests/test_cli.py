@@ -39,6 +39,8 @@ ADDED = {
         "scored",
         "deployed",
         "latency_ratio",
+        "latency_within",
+        "latency_verdict",
         "latency_batch",
         "advice",
         "stopped_after_edits",
@@ -488,18 +490,20 @@ def test_reason_why_nothing_was_checked_is_given_once(model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "paired", "shown"),
+    ("before", "after", "paired", "verdict", "shown"),
     [
-        (10, 5, 0.5, "2.0× faster"),
-        (10, 20, 2.0, "2.0× slower"),
-        (10, 5, 0.8, "1.2× faster"),  # of two ratios the one that claims less
-        (10, 9.8, 0.9, "the same"),
-        (10, 9, 1.1, "the same"),  # one says faster, the other slower
-        (10, 9, None, "1.1× faster"),
+        (10, 5, 0.5, "faster", "2.0× faster"),
+        (10, 20, 2.0, "slower", "2.0× slower"),
+        (10, 5, 0.8, "faster", "1.2× faster"),  # of two ratios the one that claims less
+        (10, 9.8, 0.98, "the same", "the same"),
+        (10, 5, 0.5, "cannot tell", "cannot tell"),
+        (10, 9, 1.1, "slower", "cannot tell"),  # one says faster, the other slower
     ],
 )
-def test_latency_claims_no_more_than_was_measured(before: float, after: float, paired: float, shown: str) -> None:
-    assert report_rows.faster(before, after, paired) == shown
+def test_latency_claims_no_more_than_was_measured(
+    before: float, after: float, paired: float, verdict: str, shown: str
+) -> None:
+    assert report_rows.latency_change(before, after, paired, verdict) == shown
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,6 @@ class LayerError:
         return self.error.max_rel
 
     @property
-    def lost_db(self) -> float:
-        """How many dB it lies below the worst of the values it hangs on; rounding of exact inputs loses many."""
-        return max(0.0, self.inputs_sqnr_db - self.sqnr_db) if self.inputs_sqnr_db > float("-inf") else 0.0
-
-    @property
     def own_sqnr_db(self) -> float:
         """SQNR of the noise that comes in here, in dB: that of the value less that of the values it hangs on.
 
@@ -194,6 +189,17 @@ class Left:
     inside_kernels: int = 0
     nested: int = 0
     no_numbers: int = 0
+
+    def __str__(self) -> str:
+        """Say the counts that are not 0; empty where all are."""
+        counts = {
+            f"{self.unmatched} of {self.values} without a counterpart": self.unmatched,
+            f"{self.added} new in the second": self.added,
+            f"{self.inside_kernels} inside integer kernels": self.inside_kernels,
+            f"{self.nested} inside nested graphs or functions": self.nested,
+            f"{self.no_numbers} without numbers": self.no_numbers,
+        }
+        return ", ".join(text for text, count in counts.items() if count)
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts for JSON."""

@@ -17,7 +17,7 @@ from graphopt.backend import Array, Backend
 from graphopt.choices import find_backend, find_target
 from graphopt.comparison import Comparison
 from graphopt.debugging.user_check import EXIT_SKIP, CheckCommand, in_words
-from graphopt.errors import BackendError, DataError, GraphoptError, PassError, UsageError, VerificationError
+from graphopt.errors import BackendError, PassError, UsageError, VerificationError
 from graphopt.errors import in_words as error_in_words
 from graphopt.evaluation import Judge, compare_outputs
 from graphopt.instruments import VerifyNumerics, VerifyStructure
@@ -206,8 +206,3 @@ def _by_how_much(comparison: Comparison) -> str:
     worst = comparison.worst
     assert worst is not None, "something differs"
     return f"output `{worst.name}` is off by {worst.max_abs:.3g} ({worst.mismatch or f'values up to {worst.peak:.3g}'})"
-
-
-def is_no_answer(error: GraphoptError) -> bool:
-    """Return whether an error says that a question cannot be asked of a model: it is no failure in question."""
-    return isinstance(error, (UsageError, DataError, BackendError))

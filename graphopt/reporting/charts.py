@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from graphopt.comparing.layer_comparison import LayerComparison, LayerError
 from graphopt.comparison import SQNR_CEILING_DB
 from graphopt.report import Report, StepRecord, show_bytes
-from graphopt.reporting.findings import KernelTime, LayerCost, OperatorShare
+from graphopt.reporting.findings import LayerCost, OperatorShare, OperatorTime
 from graphopt.reporting.weight_histograms import WeightHistogram
 from graphopt.reporting.words import how_near, operators, own_noise, show_share, worst_layers
 
@@ -144,7 +144,7 @@ def operators_chart(shares: Sequence[OperatorShare]) -> Any:
     return _paired_bars(_with_others(rows), show_bytes)
 
 
-def kernels_chart(times: Sequence[KernelTime]) -> Any:
+def kernels_chart(times: Sequence[OperatorTime]) -> Any:
     """Return milliseconds by kernel, before and after."""
     rows = [_Pair(one.kernel, one.ms_before, one.ms_after) for one in times]
     return _paired_bars(_with_others(rows), lambda time: f"{time:.3g} ms")

@@ -46,8 +46,8 @@ class OperatorShare:
 
 
 @dataclass(frozen=True)
-class KernelTime:
-    """How long one kind of kernel takes in a run, in ms, with how many of it ran; what runtimes fuse counts as one."""
+class OperatorTime:
+    """What the kernels of one operator take in a run, in ms, and how many ran; what runtimes fuse counts as one."""
 
     kernel: str
     ms_before: float
@@ -119,7 +119,7 @@ class Findings:
 
     repetition: Repetition
     operators: tuple[OperatorShare, ...] = ()
-    kernels: tuple[KernelTime, ...] = ()
+    kernels: tuple[OperatorTime, ...] = ()
     layers: LayerComparison | None = None
     sensitivity: tuple[LayerCost, ...] = ()
     weights: WeightHistograms | None = None
@@ -257,7 +257,7 @@ def _layer_costs(report: Report) -> tuple[LayerCost, ...]:
     return tuple(sorted(found, key=lambda one: (-(one.measured or 0.0), -(one.predicted or 0.0))))
 
 
-def _kernel_times(given: Material) -> tuple[KernelTime, ...]:
+def _kernel_times(given: Material) -> tuple[OperatorTime, ...]:
     backend = given.backend
     if not isinstance(backend, Inspectable):
         raise GraphoptError(f"backend `{backend.describe()}` does not tell what it runs", hint="another `--backend`")
@@ -269,7 +269,7 @@ def _kernel_times(given: Material) -> tuple[KernelTime, ...]:
     rows = []
     for name in dict.fromkeys([*before, *after]):
         (ms_before, count_before), (ms_after, count_after) = (side.get(name, (0.0, 0)) for side in (before, after))
-        rows.append(KernelTime(name, ms_before, ms_after, count_before, count_after))
+        rows.append(OperatorTime(name, ms_before, ms_after, count_before, count_after))
     return tuple(sorted(rows, key=lambda row: -max(row.ms_before, row.ms_after)))
 
 

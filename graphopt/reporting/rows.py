@@ -12,8 +12,6 @@ from graphopt.report import NOT_RUN, Report, Side, StepRecord, show_bytes, show_
 
 # Ratios of sizes are shown to two digits; what is 1.00 then is the same.
 _ROUNDING = 0.005
-# Run times of one and the same model differ by as much on a machine that others use, too.
-_LATENCY_NOISE = 0.05
 
 # Facts of notes that forecast what single layers lose.
 FORECASTS = frozenset({"predicted_error", "error_curve"})
@@ -40,7 +38,7 @@ def side_rows(report: Report) -> list[SideRow]:
     if before.bytes_gzip is not None and after.bytes_gzip is not None:
         rows.append(SideRow("size, gzip", *_sizes(before.bytes_gzip, after.bytes_gzip)))
     if before.latency_ms is not None and after.latency_ms is not None:
-        change = faster(before.latency_ms, after.latency_ms, report.latency_ratio)
+        change = latency_change(before.latency_ms, after.latency_ms, report.latency_ratio, report.latency_verdict)
         place = f"{report.backend}, {show_threads(report.threads)}, batch {report.latency_batch}"
         rows.append(SideRow("latency", f"{before.latency_ms:.3g} ms", f"{after.latency_ms:.3g} ms", change, place))
     elif report.scored == NOT_RUN:
@@ -155,24 +153,33 @@ def show_threads(count: int) -> str:
     return counted(count, "thread") if count else "default threads"
 
 
-def faster(before: float, after: float, paired: float | None) -> str:
-    """Return how much faster, in words, by the ratio of medians or the median of ratios, whichever claims less."""
+def latency_change(before: float, after: float, paired: float | None, verdict: str | None) -> str:
+    """Return how much faster, in words: what can be told by the interval of the ratio, in a figure that claims less.
+
+    Args:
+        before: Median time of a run, of the original.
+        after: Likewise, of the result.
+        paired: Median of after / before in the same round.
+        verdict: As `graphopt.latency.Latency.verdict`.
+    """
+    if verdict not in ("faster", "slower"):
+        return verdict or ""
     ratios = [before / after, 1 / paired if paired else before / after]
     if min(ratios) < 1 < max(ratios):
-        return "the same"
-    return ratio(min(ratios, key=lambda ratio: abs(ratio - 1)), 1.0, "faster", "slower", noise=_LATENCY_NOISE)
+        return "cannot tell"
+    return ratio(min(ratios, key=lambda ratio: abs(ratio - 1)), 1.0, "faster", "slower")
 
 
 def _share(side: Side) -> str:
     return f"{(side.nonzero or 0) / side.parameters:.1%}" if side.parameters else "–"
 
 
-def ratio(before: float, after: float, better: str, worse: str, *, noise: float = _ROUNDING) -> str:
-    """Return before/after in words; what cannot be told from noise is called the same."""
+def ratio(before: float, after: float, better: str, worse: str) -> str:
+    """Return before/after in words; what is 1.00 to two digits is called the same."""
     if not before or not after:
         return ""
     quotient = before / after
-    if abs(quotient - 1) < noise:
+    if abs(quotient - 1) < _ROUNDING:
         return "the same"
     factor, word = (quotient, better) if quotient > 1 else (1 / quotient, worse)
     return f"{factor:.{1 if factor >= 1.1 else 2}f}× {word}"

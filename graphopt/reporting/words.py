@@ -14,19 +14,21 @@ from graphopt.reporting.weight_histograms import WeightHistograms
 
 SENSITIVITY_COLUMNS = ("layer", "pass", "noise predicted", "cost measured")
 
+_NO_CHANGE = (None, "", "the same", "cannot tell")
+
 
 def headline(report: Report, rows: Sequence[SideRow]) -> str:
     """Return what a run comes to in a few words: how much smaller and faster, or that it failed."""
     if not report.ok:
         return "A check failed" if report.failure and not report.failure.startswith("over budget") else "Over budget"
     changes = {row.name: row.change for row in rows}
-    told = [changes[name] for name in ("size", "latency") if changes.get(name) not in (None, "", "the same")]
+    told = [changes[name] for name in ("size", "latency") if changes.get(name) not in _NO_CHANGE]
     if told:
         return ", ".join(told)
     edits = sum(step.edits for step in report.steps)
     if not edits:
         return "Nothing to change"
-    as_fast = " and as fast" if changes.get("latency") else ""
+    as_fast = " and as fast" if changes.get("latency") == "the same" else ""
     return f"As large{as_fast} as before, after {counted(edits, 'edit')}"
 
 
@@ -84,16 +86,8 @@ def layers_message(layers: LayerComparison | None) -> str:
 
 def left_message(layers: LayerComparison) -> str:
     """Return what was not compared, counted."""
-    left = layers.left
-    parts = [
-        (left.unmatched, "of the original have no counterpart"),
-        (left.added, "of the result are new"),
-        (left.inside_kernels, "lie inside integer kernels"),
-        (left.nested, "lie in nested graphs"),
-        (left.no_numbers, "hold no numbers"),
-    ]
-    told = [f"{count} {what}" for count, what in parts if count]
-    return f"Values not compared: {', '.join(told)}." if told else ""
+    told = str(layers.left)
+    return f"Values not compared: {told}." if told else ""
 
 
 def worst_rows(layers: LayerComparison, count: int) -> list[tuple[str, str, str, str, str]]:

@@ -132,7 +132,8 @@ def optimize(
     backend: BackendOption = None,
     verify: Annotated[VerifyMode, typer.Option(help="When to check the model.")] = VerifyMode.each,
     report: Annotated[
-        Path | None, typer.Option(help="Write the report here, as .html, .md or .json.", metavar="FILE")
+        list[Path] | None,
+        typer.Option(help="Write the report here, as .html, .md or .json; may be repeated.", metavar="FILE"),
     ] = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
@@ -208,12 +209,12 @@ def _say_refused(report: Report) -> None:
 
 
 def _say_written(
-    output: Path | None, report: Path | None, quiet: bool, test: Path | None, *, failed: bool = False
+    output: Path | None, reports: list[Path] | None, quiet: bool, test: Path | None, *, failed: bool = False
 ) -> None:
     if quiet:
         return
     said = [f"wrote {output}" if output is not None else "no model written"]
-    said += [f"report: {report}"] if report is not None else []
+    said += [f"report: {report}" for report in reports or ()]
     said += [f"test: {'none, the run failed' if failed else test}"] if test is not None else []
     typer.echo("   ".join(said))
 

@@ -11,7 +11,7 @@ from graphopt.choices import ModelLike
 from graphopt.errors import GraphoptError, VerificationError
 from graphopt.optimization import Result, Run
 from graphopt.pipeline import Pipeline
-from graphopt.reporting.file import check_report, write_report
+from graphopt.reporting.file import check_reports, write_reports
 from graphopt.request import Request, Verify
 
 
@@ -39,7 +39,7 @@ def optimize(
     calibration_cache: str | Path | None = None,
     emit_test: str | Path | None = None,
     timed: bool = True,
-    report: str | Path | None = None,
+    report: str | Path | Sequence[str | Path] | None = None,
     detailed: bool = False,
     advise: bool = False,
     progress: bool = False,
@@ -72,7 +72,8 @@ def optimize(
             model for another target or with other options; None keeps it for this run only.
         emit_test: Test file to write, for pytest, that holds the result to what was measured of it.
         timed: Time the model before and after, and ask the runtime where its nodes went.
-        report: File to write the report to, as ``.html``, ``.md`` or ``.json``; written also where a check fails.
+        report: File to write the report to, as ``.html``, ``.md`` or ``.json``, or several; written also where a check
+            fails.
         detailed: Measure what weights hold and take after gzip also where no step is lossy.
         advise: Time the written file on the other runtimes of this machine, too, and name one that is clearly faster.
         progress: Show a progress bar on stderr.
@@ -81,6 +82,7 @@ def optimize(
         GraphoptError: One line that says what is wrong, where, and what to do; `VerificationError` if a check or
             the budget failed, its ``report`` attribute holding the report.
     """
+    reports = [report] if isinstance(report, (str, Path)) else report or ()
     request = Request(
         model=model,
         passes=passes,
@@ -104,23 +106,21 @@ def optimize(
         calibration_cache=Path(calibration_cache) if calibration_cache is not None else None,
         emit_test=Path(emit_test) if emit_test is not None else None,
         timed=timed,
-        report=Path(report) if report is not None else None,
-        detailed=detailed or report is not None,
+        reports=[Path(one) for one in reports],
+        detailed=detailed or bool(reports),
         advise=advise,
         progress=progress,
     )
-    if request.report is not None:
-        check_report(request.report, request)
+    check_reports(request)
     run = Run(request)
     try:
         result = run.run()
     except VerificationError as error:
-        if request.report is not None and error.report is not None:
+        if error.report is not None:
             try:
-                write_report(request.report, run, error.report, error.output)
+                write_reports(run, error.report, error.output)
             except GraphoptError as unwritten:  # what failed first is what a user has to know
                 error.hint = f"{error.hint}; there is no report: {unwritten.message}"
         raise
-    if request.report is not None:
-        write_report(request.report, run, result.report, result.output)
+    write_reports(run, result.report, result.output)
     return result

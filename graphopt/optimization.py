@@ -358,7 +358,7 @@ class Run:
     @property
     def _predicts(self) -> bool:
         """Whether passes say for the report what they expect of single layers."""
-        if self.request.report is None or self.calibration is None:
+        if not self.request.reports or self.calibration is None:
             return False
         return sum(tensor.nbytes for tensor in walk.stored_tensors(self.original)) <= _PREDICTED_BYTES
 

@@ -28,6 +28,7 @@ def command_of(request: Request, pipeline: Pipeline) -> tuple[str | None, str]:
     words += ["--strict"] if request.strict else []
     words += ["--keep-failed"] if request.keep_failed else []
     words += ["--stop-after-edits", str(request.stop_after_edits)] if request.stop_after_edits is not None else []
-    places = {"-o": request.output, "--report": request.report, "--emit-test": request.emit_test}
-    words += [word for option, place in places.items() if place is not None for word in (option, str(place))]
+    reports = [("--report", one) for one in request.reports]
+    places = [("-o", request.output), *reports, ("--emit-test", request.emit_test)]
+    words += [word for option, place in places if place is not None for word in (option, str(place))]
     return shlex.join(["graphopt", "optimize", *words]), ""

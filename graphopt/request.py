@@ -46,7 +46,7 @@ class Request:
     calibration_cache: Path | None = None
     emit_test: Path | None = None
     timed: bool = True
-    report: Path | None = None
+    reports: Sequence[Path] = ()
     detailed: bool = False
     advise: bool = False
     progress: bool = False
@@ -69,7 +69,7 @@ class Request:
             "calibration_cache",
             "emit_test",
             "timed",
-            "report",
+            "reports",
             "detailed",
             "advise",
             "progress",

@@ -438,3 +438,17 @@ def test_names_of_a_model_are_no_code(tmp_path: Path, page: BrowserPage) -> None
     assert page.evaluate("window.hacked") is None
     assert page.evaluate("document.querySelectorAll('img').length") == 0
     assert page.tab.locator(".file").text_content() == str(path)
+
+
+def test_one_run_writes_every_form_asked_for(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("out.json", "out.md", "page.html")]
+    words = [word for file in files for word in ("--report", file)]
+    outcome = run("optimize", fill(tmp_path), "--passes", "simplify", "-o", tmp_path / "small.onnx", *words)
+    assert outcome.code == 0, outcome.err
+    assert all(f"report: {file}" in outcome.out for file in files)
+    found = json.loads(files[0].read_text())
+    assert found["findings"]["repetition"]["command"].count("--report") == len(files)
+    for file in files[1:]:
+        assert "small.onnx" in file.read_text(encoding="utf-8")
+    bad = run("optimize", tmp_path / "model.onnx", "--passes", "simplify", *words, "--report", tmp_path / "out.pdf")
+    assert "is of unknown kind" in bad.error

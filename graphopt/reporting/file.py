@@ -24,17 +24,21 @@ KINDS = (".html", ".json", ".md")
 _PAGE_NEEDS = ("bokeh", "jinja2")
 
 
-def check_report(report: Path, request: Request) -> None:
+def check_reports(request: Request) -> None:
     """Raise an error, before any work, if a report cannot be written where it is wanted.
 
     Args:
-        report: The file wanted.
         request: All that was asked for.
 
     Raises:
         UsageError: It is of no known kind, or the model or its data; its folder is missing or not writable; or what
             makes pages is not installed.
     """
+    for report in request.reports:
+        _check(report, request)
+
+
+def _check(report: Path, request: Request) -> None:
     if report.suffix not in KINDS:
         raise UsageError(
             f"report `{report}` is of unknown kind", hint=f"name it {', '.join(f'`{one}`' for one in KINDS)}"
@@ -60,25 +64,27 @@ def check_report(report: Path, request: Request) -> None:
         )
 
 
-def write_report(file: Path, run: Run, report: Report, output: Path | None) -> None:
-    """Collect what a report shows, and write it in the form that the name of the file asks for.
+def write_reports(run: Run, report: Report, output: Path | None) -> None:
+    """Collect what reports show, once, and write each in the form that the name of its file asks for.
 
     Args:
-        file: The file, as `check_report` let it pass.
         run: The run, over or failed.
         report: Its figures.
         output: The model that was written, or None.
 
     Raises:
-        UsageError: The file cannot be written after all.
+        UsageError: A file cannot be written after all.
     """
+    if not run.request.reports:
+        return
     findings = collect(_material(run, report, output))
-    with run.display.stage("writing the report"):
-        text = _text(file, run, report, findings)
-    try:
-        write_text(file, text)
-    except OSError as error:
-        raise UsageError(f"cannot write report `{file}`: {error.strerror}", hint="choose another place") from error
+    for file in run.request.reports:
+        with run.display.stage(f"writing {file.name}"):
+            text = _text(file, run, report, findings)
+        try:
+            write_text(file, text)
+        except OSError as error:
+            raise UsageError(f"cannot write report `{file}`: {error.strerror}", hint="choose another place") from error
 
 
 def _text(file: Path, run: Run, report: Report, findings: Findings) -> str:

@@ -34,12 +34,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.numpy_helper
+import onnx_ir as ir
 from real_models import SHARED, calibration, load_scorer
 
 import graphopt
 from graphopt.backend import Backend
 from graphopt.choices import find_backend, find_target
 from graphopt.comparison import Comparison
+from graphopt.data import open_data
 from graphopt.errors import BackendError, GraphoptError, one_line
 from graphopt.generated import generated_feeds
 
@@ -127,7 +129,7 @@ def run_model(source: str, model: str, passes: Sequence[str], backends: Sequence
 def inputs_that_run(path: Path, samples: Feed | None, runtime: Backend) -> tuple[list[Feed], str | None]:
     """Return inputs for a model, and why the backend cannot run it on them, or None."""
     try:
-        feeds = list(generated_feeds(graphopt.load(path), 0)) if samples is None else [samples]
+        feeds = feeds_of(graphopt.load(path), samples)
         with runtime.open(path, optimize=False) as session:
             for feed in feeds:
                 session.run(feed)
@@ -136,14 +138,27 @@ def inputs_that_run(path: Path, samples: Feed | None, runtime: Backend) -> tuple
     return feeds, None
 
 
+def feeds_of(model: ir.Model, samples: Feed | None) -> list[Feed]:
+    """Return what a model runs on: made up, a set of inputs, or samples as graphopt batches them."""
+    if samples is None:
+        return list(generated_feeds(model, 0))
+    if rows(samples) is None:
+        return [samples]
+    return [dict(batch.feeds) for batch in open_data(samples, model).batches(CALIBRATION_SAMPLES)]
+
+
+def rows(samples: Feed) -> int | None:
+    """Return how many samples there are, or None where not every input has one row for each, as with operators."""
+    counts = {len(x) if x.ndim else None for x in samples.values()}
+    return counts.pop() if len(counts) == 1 else None
+
+
 def outcome(
     said: tuple[str, str, str, str], path: Path, samples: Feed | None, feeds: list[Feed], runtime: Backend, output: Path
 ) -> Outcome:
     """Run one pass, and what it wrote beside the original."""
     passes, backend = said[2:]
-    # Of operators, not every input has one row per sample; without data, inputs are made up.
-    rows = {len(x) if x.ndim else None for x in samples.values()} if samples is not None else set()
-    data = samples if len(rows) == 1 and None not in rows else None
+    data = samples if samples is not None and rows(samples) is not None else None
     try:
         graphopt.optimize(path, passes, data=data, evaluation=data, backend=backend, output=output)
     except GraphoptError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from graphopt.comparison import SQNR_CEILING_DB, Comparison, OutputError
@@ -37,13 +37,7 @@ class Difference:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
-        return {
-            "kind": self.kind,
-            "where": self.where,
-            "what": self.what,
-            "is_fault": self.is_fault,
-            "origin": self.origin,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -285,10 +279,6 @@ class LayerComparison:
         """
         noisy = [one for one in self.layers if not one.error.equal and not one.has_other_shape]
         return sorted(noisy, key=lambda one: (one.own_sqnr_db, one.sqnr_db))[:n]
-
-    def noisiest(self, n: int = WORST_SHOWN) -> list[LayerError]:
-        """Return the ``n`` layers of lowest SQNR, whoever is to blame for it."""
-        return sorted((one for one in self.layers if not one.error.equal), key=lambda one: one.sqnr_db)[:n]
 
     def by_depth(self) -> list[Depth]:
         """Return SQNR by depth, from the inputs to the outputs.

@@ -91,7 +91,7 @@ def left_message(layers: LayerComparison) -> str:
 
 
 def worst_rows(layers: LayerComparison, count: int) -> list[tuple[str, str, str, str, str]]:
-    """Return rows of the noisiest layers: value, operator, SQNR, noise of its own, largest error."""
+    """Return rows of the layers that add most noise: value, operator, SQNR, noise of its own, largest error."""
     return [
         (
             one.name,

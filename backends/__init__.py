@@ -6,6 +6,7 @@ BACKENDS = {
     "onnxruntime": "graphopt.backends.onnxruntime:OnnxRuntime",
     "openvino": "graphopt.backends.openvino:OpenVino",
     "reference": "graphopt.backends.reference:Reference",
+    "torch": "graphopt.backends.torch_fx.backend:Torch",
 }
 
 HOST_TARGET = "graphopt.backends.targets:host_target"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from graphopt.options import opt
     from graphopt.pattern import Miss, Rule
     from graphopt.pipeline import Pipeline
+    from graphopt.recovering import recover
     from graphopt.registry import Preset
     from graphopt.summary import summarize
     from graphopt.target import Target
@@ -46,6 +47,7 @@ _HOMES = {
     "graphopt.options": ("opt",),
     "graphopt.pattern": ("Miss", "Rule"),
     "graphopt.pipeline": ("Pipeline",),
+    "graphopt.recovering": ("recover",),
     "graphopt.registry": ("Preset",),
     "graphopt.debugging.reduction": ("reduce",),
     "graphopt.debugging.reduction_result": ("Reduction",),
@@ -86,6 +88,7 @@ __all__ = [
     "load",
     "opt",
     "optimize",
+    "recover",
     "reduce",
     "replay",
     "save",

@@ -88,6 +88,22 @@ class Attempt:
     notes: Sequence[Note]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What is known of a run before any work: for passes to refuse what they could not do.
+
+    Attributes:
+        model: The model as it was given; passes before this one may change it. It is only looked at.
+        data: Calibration samples, or None.
+        teacher: What the model is to be like: the teacher that was given; else the model itself, where a lossy pass
+            comes before; None where there will be nothing to learn from.
+    """
+
+    model: ir.Model
+    data: Dataset | None
+    teacher: ir.Model | None
+
+
 class Forecasting(Protocol):
     """What expects an error of each layer a pass changes."""
 
@@ -107,9 +123,9 @@ class Context:
         seed: Seed of everything random.
         threads: Threads for the backend; 0 leaves it to the runtime.
         data: Calibration samples, or None.
-        reference: The model as it was before the first lossy pass of the run, weights shared with it; None for that
-            pass and those before it. A node that an exact pass changed since has no origins there: it may compute
-            something else now than the node of its name does.
+        reference: The teacher that was given for the run; else the model as it was before the first lossy pass of the
+            run, weights shared with it, and None for that pass and those before it. A node that an exact pass changed
+            since has no origins there: it may compute something else now than the node of its name does.
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
         weigh: Says how a model stands against the original on calibration samples, by the budgets of the run; None
             where the run has none, which a pass that declares `Need.BUDGET` never meets.
@@ -356,6 +372,13 @@ class Pass:
     def needs(self) -> frozenset[Need]:
         """What the pass must have before it runs."""
         return frozenset()
+
+    def check_ahead(self, given: Given) -> None:
+        """Refuse, before any pass has run, what this one could not do; by default there is nothing to refuse.
+
+        Raises:
+            GraphoptError: What is asked cannot be done with what there is.
+        """
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Change the model in place, through ``ctx.rewriter`` only.

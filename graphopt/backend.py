@@ -233,3 +233,27 @@ class Placing(Protocol):
 
     def placement(self) -> Placement | None:
         """Return how the runtime divided the model, or None where this version of it cannot tell."""
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A backend that can hand out a model as something to train."""
+
+    def lower(self, model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = True) -> Any:
+        """Return a model as a `torch.fx.GraphModule`, with its weights as parameters that do not train yet.
+
+        It takes the inputs of `graphopt.data.input_specs` by position and returns a tuple: the model's outputs in their
+        order, then what is observed. Its ``meta["graphopt"]`` says which parameter is which initializer
+        (``parameters``: name to path), and which node computes which value (``values``: name to node); each node of the
+        graph has ``meta["onnx"]``, the name of the model's node, and ``meta["origins"]``. Weights of a mapped file are
+        memory that must not be written: what trains gets a copy of its own first.
+
+        Args:
+            model: The model.
+            observe: Names of values of the main graph to return behind the outputs.
+            differentiable: Whether gradients go through QuantizeLinear (straight through its rounding), which then
+                gives its codes as floats.
+
+        Raises:
+            BackendError: The backend is missing, or there is an operator it cannot compute.
+        """

@@ -24,6 +24,7 @@ from graphopt.commands import (
     doctor_command,
     explain_command,
     inspect_command,
+    recover_command,
     sensitivity_command,
 )
 from graphopt.commands.cli_options import (
@@ -42,6 +43,7 @@ from graphopt.commands.cli_options import (
     SetDimOption,
     SetShapeOption,
     TargetOption,
+    TeacherOption,
     ThreadsOption,
     VerboseOption,
     open_pipeline,
@@ -49,12 +51,15 @@ from graphopt.commands.cli_options import (
 from graphopt.errors import (
     EXIT_FAULT,
     EXIT_USAGE,
+    DataError,
     GraphoptError,
+    ModelError,
     UsageError,
     VerificationError,
     did_you_mean,
 )
 from graphopt.lazy_imports import defer
+from graphopt.processes import is_main_process, process_count, process_number
 
 if TYPE_CHECKING:
     from graphopt.report import Report
@@ -125,6 +130,7 @@ def optimize(
     ] = None,
     data: DataOption = None,
     evaluation: EvaluationOption = None,
+    teacher: TeacherOption = None,
     labels: LabelsOption = None,
     metric: MetricOption = None,
     budget: BudgetOption = None,
@@ -163,6 +169,7 @@ def optimize(
     from graphopt.specialise import parse_dims, parse_shapes
 
     out = output if output is not None else model.with_name(f"{model.stem}.opt.onnx")
+    quiet = quiet or not is_main_process()
     try:
         result = run(
             model,
@@ -170,6 +177,7 @@ def optimize(
             output=out,
             data=data,
             evaluation=evaluation,
+            teacher=teacher,
             labels=labels,
             metric=metric,
             set_dims=parse_dims(set_dim or ()),
@@ -237,6 +245,9 @@ app.command(name="explain", short_help="Show what a target runs in integers, and
     explain_command.explain
 )
 app.add_typer(debug_command.app, name="debug", short_help="Find what breaks a model, and make it small.")
+app.command(
+    name="recover", short_help="Train a model until it does again what it did.", cls=recover_command.WithPassOptions
+)(recover_command.recover)
 app.command(name="sensitivity", short_help="Show which layers a lossy pass hurts.")(sensitivity_command.sensitivity)
 
 
@@ -303,7 +314,9 @@ def _run() -> int:
         code = app(prog_name="graphopt", standalone_mode=False)
         sys.stdout.flush()
     except GraphoptError as error:
-        _explain(error.message, error.hint, error.__cause__)
+        # What a user got wrong is the same in every process of a run, and the main one says it.
+        if is_main_process() or not isinstance(error, (UsageError, ModelError, DataError)):
+            _explain(error.message, error.hint, error.__cause__)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
@@ -326,7 +339,8 @@ def _run() -> int:
 
 def _explain(message: str, hint: str | None, cause: BaseException | None = None) -> None:
     """Say what went wrong on stderr; with ``-v`` also where."""
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    who = "" if is_main_process() else f"process {process_number()} of {process_count()}: "
+    typer.echo(f"error: {who}{' '.join(message.split())}", err=True)
     if hint:
         typer.echo(f"hint: {' '.join(hint.split())}", err=True)
     if cause is not None and {"-v", "--verbose"} & set(sys.argv):

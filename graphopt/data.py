@@ -129,7 +129,7 @@ class Dataset:
         advance: Advance | None = None,
     ) -> None:
         self._chunks = chunks
-        self._specs = list(specs)
+        self.specs = tuple(specs)
         self.name = name
         self._total = total
         self._chosen = chosen
@@ -159,7 +159,7 @@ class Dataset:
         """Return what all sets of the same samples share, wherever these came from; the first time reads them all."""
         if self._fingerprint is None:
             state = hashlib.blake2b(digest_size=16)
-            for chunk, rows in self._picked():
+            for chunk, rows in self.chunks():
                 for row in rows if chunk.divisible else rows[:1]:
                     for name, array in sorted(chunk.arrays.items()):
                         one = np.asarray(array[row] if chunk.divisible and array.ndim else array)
@@ -179,17 +179,17 @@ class Dataset:
     def _subset(self, indices: Array) -> Dataset:
         own = np.arange(self._total) if self._chosen is None else self._chosen
         chosen = np.sort(own[indices])
-        return Dataset(self._chunks, self._specs, self.name, self._total, self.has_labels, chosen, self._advance)
+        return Dataset(self._chunks, self.specs, self.name, self._total, self.has_labels, chosen, self._advance)
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield the samples in batches of at most ``size``; a model's fixed batch size takes precedence."""
-        for chunk, rows in self._picked():
+        for chunk, rows in self.chunks():
             for batch in self._batches_of(chunk, rows, size):
                 yield batch
                 self._advance(batch.count)
 
-    def _picked(self) -> Iterator[tuple[Chunk, Array]]:
-        """Yield each chunk with the rows of it that belong to this set."""
+    def chunks(self) -> Iterator[tuple[Chunk, Array]]:
+        """Yield the source as it comes: each chunk with the rows of it that belong to this set."""
         position = 0
         for chunk in self._chunks():
             rows = np.arange(chunk.size)
@@ -203,7 +203,7 @@ class Dataset:
             if len(rows):
                 yield Batch(chunk.arrays, chunk.labels, 1)
             return
-        fixed = next((spec.fixed_batch for spec in self._specs if spec.fixed_batch and not chunk.stacked), None)
+        fixed = next((spec.fixed_batch for spec in self.specs if spec.fixed_batch and not chunk.stacked), None)
         step = 1 if chunk.stacked else (fixed or size)
         for start in range(0, len(rows), step):
             picked = rows[start : start + step]
@@ -220,14 +220,22 @@ def _rows(array: Array, rows: Array, stacked: bool) -> Array:
     return np.asarray(picked, dtype=array.dtype, order="C")
 
 
-def open_data(source: Any, model: ir.Model, *, labels: str | None = None, advance: Advance | None = None) -> Dataset:
+def open_data(
+    source: Any,
+    model: ir.Model,
+    *,
+    labels: str | None = None,
+    labels_required: bool | None = None,
+    advance: Advance | None = None,
+) -> Dataset:
     """Open data for a model and check every sample against its inputs.
 
     Args:
         source: A path to an ``.npz`` file, to a folder of them or of ONNX ``test_data_set_*`` folders,
             ``file.py:function`` yielding dicts of arrays, or such a function, dict or list itself.
         model: The model the samples are for.
-        labels: Key of the labels; ``labels`` where None, and then they may be missing.
+        labels: Key of the labels; ``labels`` where None.
+        labels_required: Whether they may not be missing; where None, that is so if a key is named.
         advance: Told of samples as they are used, to show progress.
 
     Raises:
@@ -236,10 +244,11 @@ def open_data(source: Any, model: ir.Model, *, labels: str | None = None, advanc
     specs = input_specs(model)
     raw, name = open_source(source)
     key = labels or DEFAULT_LABELS
+    required = labels is not None if labels_required is None else labels_required
 
     def read() -> Iterator[Chunk]:
         for where, arrays, divisible in raw([spec.name for spec in specs]):
-            yield _checked_chunk(arrays, specs, key, labels is not None, divisible, where)
+            yield _checked_chunk(arrays, specs, key, required, divisible, where)
 
     # The samples are chosen by their position, so every pass over them must see the same ones.
     chunks = _Repeatable(read, name)

@@ -11,8 +11,9 @@ from graphopt.choices import ModelLike
 from graphopt.errors import GraphoptError, VerificationError
 from graphopt.optimization import Result, Run
 from graphopt.pipeline import Pipeline
+from graphopt.processes import is_main_process
 from graphopt.reporting.file import check_reports, write_reports
-from graphopt.request import Request, Verify
+from graphopt.request import Request, Verify, without_output
 
 
 def optimize(
@@ -22,6 +23,7 @@ def optimize(
     output: str | Path | None = None,
     data: Any = None,
     evaluation: Any = None,
+    teacher: ModelLike | None = None,
     labels: str | None = None,
     metric: str | None = None,
     set_dims: Mapping[str, int] | None = None,
@@ -52,6 +54,8 @@ def optimize(
         output: File to write; nothing is written where None.
         data: Samples to calibrate on: a path, ``file.py:function``, a function, a dict of arrays or a list of dicts.
         evaluation: Samples to score; where None, a seeded quarter of ``data`` (at most 1,000) is held back for it.
+        teacher: A model of the same inputs and outputs that the result is to be like: what is trained learns from it,
+            and the result is scored against it. Where None, that is the model itself.
         labels: Key of the labels in the data; ``labels`` by default.
         metric: Name of a metric, or ``file.py:function``; chosen by the outputs and labels where None.
         set_dims: Sizes to fix dimensions of the inputs to, by name: ``{"batch": 1}``. The result takes no others.
@@ -89,6 +93,7 @@ def optimize(
         output=Path(output) if output is not None else None,
         data=data,
         evaluation=evaluation,
+        teacher=Path(teacher) if isinstance(teacher, str) else teacher,
         labels=labels,
         metric=metric,
         set_dims=set_dims or {},
@@ -112,7 +117,8 @@ def optimize(
         progress=progress,
     )
     check_reports(request)
-    run = Run(request)
+    # Where several processes train together each of them does all the work, and one of them tells of it.
+    run = Run(request if is_main_process() else without_output(request))
     try:
         result = run.run()
     except VerificationError as error:

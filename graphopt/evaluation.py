@@ -41,6 +41,7 @@ class Judge:
         seed: Seed of made-up inputs.
         threads: Threads for the backend.
         feeds: What to compare outputs on, instead of the data or made-up inputs.
+        teacher: What outputs are scored against instead of the original's, or None.
 
     Attributes:
         cannot_probe: Why outputs cannot be compared, or None.
@@ -57,8 +58,10 @@ class Judge:
         seed: int = 0,
         threads: int = 0,
         feeds: Sequence[dict[str, Array]] = (),
+        teacher: ir.Model | None = None,
     ) -> None:
         self.original = original
+        self.teacher = teacher
         self.backend = backend
         self.data = data
         self.metrics = list(metrics)
@@ -134,8 +137,9 @@ class Judge:
         if self.refusal is not None or (self.cannot_probe is not None and self.data is None):
             return {}
         metrics = [metric() for metric in self.metrics] if self.data is not None else [SQNR()]
+        standard = self.teacher if self.teacher is not None else self.original
         with (
-            self.backend.open(self.original, threads=self.threads) as original,
+            self.backend.open(standard, threads=self.threads) as original,
             self.backend.open(model, threads=self.threads) as session,
         ):
             for batch in self._batches():

@@ -31,7 +31,7 @@ PRESET_ROUNDS_LIMIT = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """What all passes of a run share."""
+    """What all passes of a run share; `Context` says what each is."""
 
     target: Target
     backend: Backend
@@ -44,6 +44,7 @@ class Setting:
     judge: Judging | None = None
     predicts: bool = False
     display: Display | None = None
+    teacher: ir.Model | None = None
 
 
 class PassManager:
@@ -79,7 +80,8 @@ class PassManager:
         self._measured: tuple[int, tuple[int, int]] | None = None
         # Kept only where a later lossy pass may look at it.
         self._keeps_reference = sum(one.guarantee is Guarantee.LOSSY for step in steps for one in step.passes) > 1
-        self._reference: ir.Model | None = None
+        # A copy: what later edits make of its origins is this run's own.
+        self._reference = setting.teacher.clone() if setting.teacher is not None else None
 
     def run(self, model: ir.Model) -> list[StepRecord]:
         """Run the steps and return their records.

@@ -49,7 +49,7 @@ from graphopt.measurement import measure_side, time_side_by_side
 from graphopt.metrics import Budget
 from graphopt.model_io import save, source
 from graphopt.output_files import check_output, move_into_place, staging_folder
-from graphopt.pipeline import Pipeline, schedule, weakest
+from graphopt.pipeline import Pipeline, check_ahead, schedule, weakest
 from graphopt.plain_runs import with_plain_runs
 from graphopt.progress import Display
 from graphopt.regression.emitted_test import EmittedTest, Subject, some_feeds
@@ -62,6 +62,7 @@ from graphopt.shapes import forget_inferred
 from graphopt.specialise import specialise
 from graphopt.standing import Standing
 from graphopt.target_advice import advise
+from graphopt.teacher import open_teacher
 from graphopt.verify import Signature, problems_of, verify
 from graphopt.versions import installed_version
 
@@ -113,10 +114,12 @@ class Run:
             if request.set_dims or request.set_shapes
             else None
         )
+        self.teacher = open_teacher(request.teacher, self.model, request.output)
         known = known_metrics(request.metric)
         self.original = self.model.clone() if self._original_is_needed else self.model
         self.calibration, self.scored = self._open_data()
         self.steps = schedule(self.pipeline, has_data=self.calibration is not None, has_budget=bool(request.budget))
+        check_ahead(self.steps, self.model, data=self.calibration, teacher=self.teacher)
         self.metrics = chosen_metrics(request.metric, known, self.original, self.scored)
         self.metric_types = {**known, **{metric.name: metric for metric in self.metrics}}
         self.budgets = [Budget.parse(text, self.metric_types) for text in request.budget]
@@ -141,12 +144,13 @@ class Run:
                 scored = self._open(request.evaluation, request.labels)
             if request.data is None:
                 return None, scored
-            # Labels of calibration samples are not read, so they may be missing where others are scored.
-            calibration = self._open(request.data, request.labels if scored is None else None)
+            # Few passes read labels of calibration samples, so they may be missing where others are scored.
+            calibration = self._open(request.data, request.labels, may_lack_labels=scored is not None)
         return (calibration, scored) if scored is not None else calibration.split(request.seed)
 
-    def _open(self, given: Any, labels: str | None) -> Dataset:
-        return open_data(given, self.model, labels=labels, advance=self.display.advance)
+    def _open(self, given: Any, labels: str | None, *, may_lack_labels: bool = False) -> Dataset:
+        required = False if may_lack_labels else None
+        return open_data(given, self.model, labels=labels, labels_required=required, advance=self.display.advance)
 
     def _check_budgets(self) -> None:
         computed = [metric.name for metric in self.metrics]
@@ -230,7 +234,13 @@ class Run:
         request = self.request
         with self.display.stage("running the original"):
             self.judge = Judge(
-                self.original, self.backend, self.scored, self.metrics, seed=request.seed, threads=request.threads
+                self.original,
+                self.backend,
+                self.scored,
+                self.metrics,
+                seed=request.seed,
+                threads=request.threads,
+                teacher=self.teacher,
             )
         if self.emitted is not None:
             self.emitted.require(self.judge)
@@ -250,8 +260,12 @@ class Run:
             files = save(self.original, self.source) if self.judge is not None else []
         before = measure_side(self.original, files, content=self._content_is_shown, work=self._work_is_shown)
         if self.judge is not None:
-            scores = self.judge.score(self.source)
-            before.metrics = {n: v for n, v in scores.items() if not self.metric_types[n].against_original}
+            before.metrics = self.judge.score(self.source)
+        teacher = None
+        if self.judge is not None and self.teacher is not None:
+            teacher = self._without_itself(self.judge.score(self.teacher))
+        else:
+            before.metrics = self._without_itself(before.metrics)
         return Report(
             graphopt=installed_version(),
             pipeline=str(self.pipeline),
@@ -265,8 +279,13 @@ class Run:
             after=None,
             ok=True,
             specialised=self.specialised.as_dict() if self.specialised is not None else None,
+            teacher=teacher,
             metric_types=self.metric_types,
         )
+
+    def _without_itself(self, scores: dict[str, float]) -> dict[str, float]:
+        """Return what a model scores, without what compares it with itself."""
+        return {name: value for name, value in scores.items() if not self.metric_types[name].against_original}
 
     @property
     def _scored_on(self) -> str:
@@ -353,6 +372,7 @@ class Run:
             judge=comparing(self.backend, self.metrics, self.request.threads),
             predicts=self._predicts,
             display=self.display,
+            teacher=self.teacher,
         )
 
     @property
@@ -374,7 +394,7 @@ class Run:
                 budgets = [(budget, self.metric_types[budget.metric]) for budget in self.budgets]
                 of_classes = are_of_classes([*self.metrics, *(metric for _, metric in budgets)])
                 judge = CandidateJudge(
-                    self.original,
+                    self.original if self.teacher is None else self.teacher,
                     self.backend,
                     data,
                     (),
@@ -403,10 +423,11 @@ class Run:
         return instruments
 
     def _baseline(self, report: Report) -> dict[str, float]:
-        """Return what the original scores, metrics against itself included."""
+        """Return what the original, or the teacher, scores, metrics against itself included."""
         if not any(self.metric_types[budget.metric].against_original for budget in self.budgets):
-            return report.before.metrics
-        return self.judge.score(self.source) if self.judge is not None else {}
+            return report.before.metrics if report.teacher is None else report.teacher
+        standard = self.source if self.teacher is None else self.teacher
+        return self.judge.score(standard) if self.judge is not None else {}
 
     def _verify_at_end(self, report: Report) -> None:
         """Check the finished model once, by the weakest guarantee of all steps."""

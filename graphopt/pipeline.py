@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import tomli_w
 
 from graphopt import options, registry
-from graphopt.authoring import Guarantee, Need, Pass
+from graphopt.authoring import Given, Guarantee, Need, Pass
+from graphopt.data import Dataset
 from graphopt.errors import UsageError, did_you_mean
 
 _STRENGTH = (Guarantee.LOSSY, Guarantee.EQUIVALENT, Guarantee.EXACT)
@@ -218,6 +220,27 @@ def schedule(pipeline: Pipeline, *, has_data: bool, has_budget: bool = False) ->
         steps.append(step)
         canonical = canonical and not changing
     return tuple(steps)
+
+
+def check_ahead(
+    steps: Sequence[Step], model: ir.Model, *, data: Dataset | None = None, teacher: ir.Model | None = None
+) -> None:
+    """Let each pass refuse what it could not do, before any of them runs.
+
+    Args:
+        steps: As `schedule` returned them.
+        model: The model they are for.
+        data: Calibration samples, or None.
+        teacher: The teacher that was given, or None.
+
+    Raises:
+        GraphoptError: A pass refuses.
+    """
+    for step in steps:
+        for one in step.passes:
+            one.check_ahead(Given(model, data, teacher))
+            if teacher is None and one.guarantee is Guarantee.LOSSY:
+                teacher = model  # as it was before the first loss
 
 
 def _refuse_wrong_order(pipeline: Pipeline) -> None:

@@ -17,7 +17,8 @@ def command_of(request: Request, pipeline: Pipeline) -> tuple[str | None, str]:
     """Return the command that asks for a run and all it writes, or None and why there is none."""
     if isinstance(request.model, ir.Model):
         return None, "the model was given in memory, from Python"
-    for what, given in (("the data", request.data), ("the evaluation data", request.evaluation)):
+    named = (("the data", request.data), ("the evaluation data", request.evaluation), ("the teacher", request.teacher))
+    for what, given in named:
         if given is not None and not isinstance(given, (str, Path)):
             return None, f"{what} was given in memory, from Python"
     for one in (one for step in pipeline.steps for one in step.passes):

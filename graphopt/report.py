@@ -120,6 +120,7 @@ class Report:
 
     Attributes:
         ok: Whether every check and the budget held.
+        teacher: What the teacher scores, where one was given: the result is measured against it then.
         deployed: How the written file compares with the original, the runtime's optimizations on; None if lossy.
         latency_ratio: Median over paired runs of latency after / before.
         latency_within: Where that ratio is, with 95 % confidence.
@@ -150,6 +151,7 @@ class Report:
     stopped_after_edits: int | None = None
     specialised: dict[str, Any] | None = None
     failure: str | None = None
+    teacher: dict[str, float] | None = None
     metric_types: dict[str, type[Metric]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -165,6 +167,7 @@ class Report:
             "steps": [step.as_dict() for step in self.steps],
             "before": asdict(self.before),
             "after": asdict(self.after) if self.after is not None else None,
+            "teacher": self.teacher,
             "deployed": asdict(self.deployed) if self.deployed is not None else None,
             "latency_ratio": self.latency_ratio,
             "latency_within": self.latency_within,

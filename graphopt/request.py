@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ class Request:
     output: Path | None = None
     data: Any = None
     evaluation: Any = None
+    teacher: ModelLike | None = None
     labels: str | None = None
     metric: str | None = None
     set_dims: Mapping[str, int] = field(default_factory=dict)
@@ -89,6 +90,13 @@ class Request:
     def _sizes(self) -> dict[str, Any]:
         shapes = {name: list(shape) for name, shape in self.set_shapes.items()}
         return {name: one for name, one in (("set_dims", dict(self.set_dims)), ("set_shapes", shapes)) if one}
+
+
+def without_output(request: Request) -> Request:
+    """Return a request of the same work that writes no file and shows nothing: of one process among several."""
+    return replace(
+        request, output=None, emit_test=None, reproducers=None, reports=(), timed=False, advise=False, progress=False
+    )
 
 
 def check_request(request: Request) -> None:

@@ -186,7 +186,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     if producer is not None and is_onnx_op(producer, "Constant"):
         attr = next(iter(producer.attributes.values()), None)
         if attr is not None and not attr.is_ref():
-            return _constant_of(attr)
+            return constant_of(attr)
     return None
 
 
@@ -205,7 +205,8 @@ def is_read(node: ir.Node) -> bool:
     return any(value.uses() or value.is_graph_output() for value in node.outputs)
 
 
-def _constant_of(attr: ir.Attr) -> ir.TensorProtocol | None:
+def constant_of(attr: ir.Attr) -> ir.TensorProtocol | None:
+    """Return the tensor an attribute of a Constant stands for, or None for a sparse one."""
     match attr.name:
         case "value":
             return attr.as_tensor()

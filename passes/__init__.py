@@ -46,6 +46,7 @@ PASSES = {
     "quant": "graphopt.passes.lossy.quant:Quant",
     "raise-operators": "graphopt.passes.raising.raise_operators:RaiseOperators",
     "runtime-operators": "graphopt.passes.raising.runtime_operators:RuntimeOperators",
+    "recover": "graphopt.passes.recovery.recover:Recover",
     "reciprocals": "graphopt.passes.exact.reciprocals:Reciprocals",
     "repeats": "graphopt.passes.exact.repeats:Repeats",
     "sequences": "graphopt.passes.exact.sequences:Sequences",

@@ -20,7 +20,7 @@ PACKAGES = {"graphopt": ROOT / "graphopt", "graphopt.passes": ROOT / "passes", "
 
 # The rooms of core from the ground up. A module imports from its own room and from those above it in this list.
 ROOMS = {
-    "words": ("errors", "lazy_imports", "machine", "progress", "versions"),
+    "words": ("errors", "lazy_imports", "machine", "processes", "progress", "versions"),
     "ground": ("backend", "fusion_rules", "options", "provenance", "standing", "target", "walk"),
     "files": (
         "data_files",
@@ -109,6 +109,7 @@ ROOMS = {
         "rulebook",
         "specialise",
         "target_advice",
+        "teacher",
     ),
     "running": ("instruments", "manager", "repetition", "reproducer"),
     "driving": (
@@ -132,6 +133,7 @@ ROOMS = {
         "layer_sensitivity",
         "comparing.model_comparison",
         "optimization",
+        "recovering",
         "regression.recorded_model",
         "debugging.reduction",
         "debugging.reduction_cuts",
@@ -153,6 +155,7 @@ ROOMS = {
         "testing",
     ),
     "showing": (
+        "__main__",
         "commands.bench_command",
         "commands.bench_tables",
         "cli",
@@ -164,6 +167,7 @@ ROOMS = {
         "commands.inspect_command",
         "commands.layer_tables",
         "pytest_plugin",
+        "commands.recover_command",
         "commands.sensitivity_command",
         "commands.tables",
     ),

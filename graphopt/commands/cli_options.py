@@ -65,6 +65,10 @@ EvaluationOption = Annotated[
     str | None,
     typer.Option("--eval", help="Samples to score; without it a quarter of --data is held back.", metavar="DATA"),
 ]
+TeacherOption = Annotated[
+    str | None,
+    typer.Option("--teacher", help="Model the result is to be like, and is scored against.", metavar="MODEL"),
+]
 SetDimOption = Annotated[
     list[str] | None,
     typer.Option("--set-dim", help="Fix named dimensions of the inputs: batch=1,seq=128.", metavar="NAME=SIZE"),

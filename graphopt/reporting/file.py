@@ -46,6 +46,7 @@ def _check(report: Path, request: Request) -> None:
     for what, given in (
         ("the model", (request.model, request.output)),
         ("the data", (request.data, request.evaluation)),
+        ("the teacher", (request.teacher,)),
     ):
         if any(isinstance(one, (str, Path)) and is_same_file(report, Path(one)) for one in given):
             raise UsageError(f"cannot write report `{report}`: it is {what}", hint="name another file")
@@ -141,6 +142,8 @@ def _files(run: Run, output: Path | None) -> list[tuple[str, Path]]:
     for role, given in (("data", request.data), ("evaluation data", request.evaluation)):
         if isinstance(given, (str, Path)):
             files.append((role, Path(str(given).partition(".py:")[0] + ".py" if ".py:" in str(given) else given)))
+    if isinstance(request.teacher, (str, Path)):
+        files.append(("teacher", Path(request.teacher)))
     if output is not None:
         files.append(("result", output))
         beside = output.with_name(output.name + ".data")

@@ -66,16 +66,20 @@ def _placement_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any] |
 
 def _metric_rows(report: Report, before: Side, after: Side) -> list[SideRow]:
     rows = []
-    scored = report.scored
+    scored, teacher = report.scored, report.teacher or {}
+    standard = "original" if report.teacher is None else "teacher"
     for name, value in after.metrics.items():
         metric = report.metric_types.get(name)
         shown = metric.show if metric is not None else show_number
         old = before.metrics.get(name)
         if old is None:
-            place = ", ".join(filter(None, ("against the original", scored)))
+            place = ", ".join(filter(None, (f"against the {standard}", scored)))
             rows.append(SideRow(name, "–", shown(value), "", place))
         else:
-            rows.append(SideRow(name, shown(old), shown(value), show_change(metric, old, value), scored))
+            aim = f"the teacher: {shown(teacher[name])}" if name in teacher else ""
+            aim = f"against the {standard}" if metric is not None and metric.against_original else aim
+            place = ", ".join(filter(None, (aim, scored)))
+            rows.append(SideRow(name, shown(old), shown(value), show_change(metric, old, value), place))
         scored = ""  # the same for all of them
     return rows
 

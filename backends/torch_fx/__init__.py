@@ -1,0 +1,1 @@
+"""Models lowered to torch.fx, to run and to train them."""

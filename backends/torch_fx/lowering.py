@@ -1,0 +1,283 @@
+"""From a model to a module of torch.fx, node by node."""
+
+from __future__ import annotations
+
+import keyword
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from graphopt import walk
+from graphopt.data import input_specs
+from graphopt.errors import BackendError, did_you_mean
+from graphopt.provenance import origins
+
+from . import catalog
+from .operators import Operator
+from .parameters import Lowered, Store
+from .support import refuse_unsupported
+
+# A buffer that lies where the module does, so that what is made of numbers alone can be put there, too.
+_PLACE = "graphopt_place"
+Attributes = Mapping[str, ir.Attr]
+
+
+def lower(model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = False) -> fx.GraphModule:
+    """Return a module that computes what a model computes.
+
+    Each node becomes one call of the function of its operator (`Operator`), so whoever looks at the graph sees the
+    model. Weights stay where they lie: a parameter of a mapped file is read-only memory, and whoever trains it replaces
+    its data by a copy first.
+
+    Args:
+        model: The model.
+        observe: Names of values of the main graph to return behind the outputs.
+        differentiable: Whether QuantizeLinear gives codes as floats, with a straight-through gradient.
+
+    Returns:
+        The module: takes the inputs of `graphopt.data.input_specs` by position and returns a tuple. Its
+        ``meta["graphopt"]`` is a `Lowered`; its nodes have ``meta["onnx"]``, the name of the node, and
+        ``meta["origins"]``.
+
+    Raises:
+        BackendError: An operator that torch cannot compute, or a value to observe that is none.
+    """
+    return _Lowering(model, differentiable).run(observe)
+
+
+@dataclass
+class _Scope:
+    """A graph of torch.fx while it is built: what it captures of the one around it, and what it reads of the store."""
+
+    graph: fx.Graph
+    parent: _Scope | None = None
+    captured: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    stored: dict[str, fx.Node] = field(default_factory=dict)
+    arguments: set[str] = field(default_factory=set)
+    last_placeholder: fx.Node | None = None
+
+    def capture(self, outer: fx.Node) -> fx.Node:
+        """Return what stands here for a node of the graph around."""
+        if outer not in self.captured:
+            with self.graph.inserting_after(self.last_placeholder):
+                self.captured[outer] = self.placeholder(outer.name)
+        return self.captured[outer]
+
+    def placeholder(self, name: str) -> fx.Node:
+        """Add an argument of a name that is Python's and no other argument's."""
+        name = _identifier(name)
+        while name in self.arguments:
+            name += "_"
+        self.arguments.add(name)
+        self.last_placeholder = self.graph.placeholder(name)
+        return self.last_placeholder
+
+    def read_stored(self, path: str) -> fx.Node:
+        """Return the node that reads something stored; it is always the outermost graph that does."""
+        if path not in self.stored:
+            made = self.graph.get_attr(path) if self.parent is None else self.capture(self.parent.read_stored(path))
+            self.stored[path] = made
+        return self.stored[path]
+
+
+@dataclass
+class _Frame:
+    """A graph of the model, or a call of a function, while it is lowered.
+
+    Attributes:
+        scope: The graph of torch.fx it goes to.
+        outer: The frame around a nested graph.
+        opsets: Versions of the operator sets.
+        attributes: What the caller of a function gives.
+        prefix: What sets names inside a call apart.
+        nodes: Value to the node that computes it.
+    """
+
+    scope: _Scope
+    outer: _Frame | None
+    opsets: Mapping[str, int]
+    attributes: Attributes
+    prefix: str = ""
+    nodes: dict[ir.Value, Any] = field(default_factory=dict)
+
+
+class _Lowering:
+    def __init__(self, model: ir.Model, differentiable: bool) -> None:
+        self._model = model
+        self._differentiable = differentiable
+        self._store = Store()
+        self._paths: dict[Any, str] = {}
+
+    def run(self, observe: Sequence[str]) -> fx.GraphModule:
+        model = self._model
+        refuse_unsupported(model)
+        names = [spec.name for spec in input_specs(model)]
+        frame = _Frame(_Scope(fx.Graph()), None, model.opset_imports, {})
+        by_name = {value.name or "": value for value in model.graph.inputs}
+        for name in names:
+            frame.nodes[by_name[name]] = frame.scope.placeholder(name)
+        self._lower_nodes(frame, model.graph)
+        values = {value.name or "": node for value, node in frame.nodes.items() if isinstance(node, fx.Node)}
+        known = {value.name or "": value for value in [*frame.nodes, *model.graph.initializers.values()]}
+        for name in observe:
+            if name not in known:
+                raise BackendError(f"the model has no value `{name}` to observe", hint=did_you_mean(name, known))
+        wanted = [*model.graph.outputs, *(known[name] for name in observe)]
+        frame.scope.graph.output(tuple(self._read(frame, value) for value in wanted))
+        module = fx.GraphModule(self._store.root, frame.scope.graph, class_name="Lowered")
+        outputs = tuple(value.name or "" for value in model.graph.outputs)
+        module.meta["graphopt"] = Lowered(tuple(names), outputs, tuple(observe), self._store.parameters, values)
+        return module
+
+    def _lower_nodes(self, frame: _Frame, graph: ir.Graph | ir.Function) -> None:
+        for node in graph:
+            if walk.is_onnx_op(node, "Constant"):
+                self._lower_constant(frame, node)
+            elif node.op_identifier() in self._model.functions:
+                self._lower_call(frame, node, self._model.functions[node.op_identifier()])
+            else:
+                self._lower_operator(frame, node)
+
+    def _lower_constant(self, frame: _Frame, node: ir.Node) -> None:
+        name = f"{frame.prefix}{node.outputs[0].name}"
+        attribute = self._resolved(frame, node).popitem()[1]
+        tensor = walk.constant_of(attribute)
+        assert tensor is not None, "dense"
+        frame.nodes[node.outputs[0]] = frame.scope.read_stored(self._stored((frame.prefix, node), name, tensor))
+
+    def _stored(self, key: Any, name: str, tensor: ir.TensorProtocol) -> str:
+        if key not in self._paths:
+            self._paths[key] = self._store.put(name, tensor)
+        return self._paths[key]
+
+    def _lower_call(self, frame: _Frame, node: ir.Node, function: ir.Function) -> None:
+        """Lower the body of a function in place of a call of it."""
+        defaults = {name: attribute for name, attribute in function.attributes.items() if attribute.value is not None}
+        prefix = f"{frame.prefix}{walk.label(node)}/"
+        given = defaults | self._resolved(frame, node)
+        inner = _Frame(frame.scope, None, function.opset_imports, given, prefix)
+        arguments = [self._read(frame, value) for value in node.inputs]
+        inner.nodes.update(zip(function.inputs, arguments, strict=False))
+        inner.nodes.update(dict.fromkeys(function.inputs[len(arguments) :]))
+        self._lower_nodes(inner, function)
+        for value, returned in zip(node.outputs, function.outputs, strict=False):
+            frame.nodes[value] = self._read(inner, returned)
+
+    def _lower_operator(self, frame: _Frame, node: ir.Node) -> None:
+        found = catalog.find(node.domain, node.op_type, walk.imported(frame.opsets, node.domain))
+        assert found is not None, "refused before"
+        arguments = _without_trailing([self._read(frame, value) for value in node.inputs])
+        wanted = _wanted_outputs(node)
+        keywords = {name: self._attribute(frame, node, one) for name, one in self._resolved(frame, node).items()}
+        keywords |= self._told(frame, node, found, wanted)
+        graph = frame.scope.graph
+        call = graph.create_node(
+            "call_function", found.function, tuple(arguments), keywords, _identifier(node.name or node.op_type)
+        )
+        call.meta.update(onnx=f"{frame.prefix}{walk.label(node)}", origins=origins(node))
+        if not found.returns_tuple:
+            frame.nodes[node.outputs[0]] = call
+            return
+        for index, value in enumerate(node.outputs[:wanted]):
+            if value.name:
+                frame.nodes[value] = graph.call_function(operator.getitem, (call, index))
+                frame.nodes[value].meta.update(call.meta)
+
+    def _told(self, frame: _Frame, node: ir.Node, found: Operator, wanted: int) -> dict[str, Any]:
+        """Return the keywords a function asks for by name, besides attributes."""
+        told: dict[str, Any] = {}
+        if "outputs" in found.keywords:
+            told["outputs"] = wanted
+        if "input_types" in found.keywords:
+            told["input_types"] = [_element_type(value) for value in node.inputs]
+        if "device" in found.keywords:
+            told["device"] = self._device(frame.scope)
+        return told
+
+    def _device(self, scope: _Scope) -> fx.Node:
+        if _PLACE not in self._paths:
+            self._paths[_PLACE] = self._store.put_buffer(_PLACE, torch.zeros(1))
+        return scope.graph.call_function(getattr, (scope.read_stored(self._paths[_PLACE]), "device"))
+
+    def _read(self, frame: _Frame, value: ir.Value | None) -> Any:
+        """Return the node that computes a value, in the frame's graph; None for one left out."""
+        if value is None:
+            return None
+        if value not in frame.nodes:
+            if value.is_initializer() and value.const_value is not None:
+                path = self._stored(value, value.name or "", value.const_value)
+                frame.nodes[value] = frame.scope.read_stored(path)
+            elif frame.outer is None:
+                return None  # an optional output of a function that its operator was not asked for
+            else:
+                outer = self._read(frame.outer, value)
+                same = frame.scope is frame.outer.scope or outer is None
+                frame.nodes[value] = outer if same else frame.scope.capture(outer)
+        return frame.nodes[value]
+
+    def _resolved(self, frame: _Frame, node: ir.Node) -> dict[str, ir.Attr]:
+        """Return the attributes of a node, those of a function's caller in place of references."""
+        found = {}
+        for name, attribute in node.attributes.items():
+            if not attribute.is_ref():
+                found[name] = attribute
+            elif attribute.ref_attr_name in frame.attributes:
+                found[name] = frame.attributes[attribute.ref_attr_name]
+        return found
+
+    def _attribute(self, frame: _Frame, node: ir.Node, attribute: ir.Attr) -> Any:
+        match attribute.type:
+            case ir.AttributeType.GRAPH:
+                return self._nested(frame, node, attribute.as_graph())
+            case ir.AttributeType.TENSOR:
+                name = f"{frame.prefix}{walk.label(node)}.{attribute.name}"
+                path = self._stored((frame.prefix, node, attribute.name), name, attribute.as_tensor())
+                return frame.scope.read_stored(path)
+            case ir.AttributeType.INTS | ir.AttributeType.FLOATS | ir.AttributeType.STRINGS:
+                return list(attribute.value)
+            case _:
+                return attribute.value
+
+    def _nested(self, frame: _Frame, node: ir.Node, graph: ir.Graph) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """Return the module of a nested graph, and what it captures: these follow its own inputs."""
+        scope = _Scope(fx.Graph(), frame.scope)
+        inner = _Frame(scope, frame, frame.opsets, frame.attributes, frame.prefix)
+        for index, value in enumerate(graph.inputs):
+            inner.nodes[value] = scope.placeholder(value.name or f"input_{index}")
+        self._lower_nodes(inner, graph)
+        scope.graph.output(tuple(self._read(inner, value) for value in graph.outputs))
+        module = fx.GraphModule(self._store.root, scope.graph, class_name="Nested")
+        path = self._store.put_module(f"{walk.label(node)}.{graph.name or 'graph'}", module)
+        return frame.scope.read_stored(path), tuple(scope.captured)
+
+
+def _identifier(name: str) -> str:
+    """Return a name as one of Python's."""
+    text = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"_{text}" if not text or text[0].isdigit() or keyword.iskeyword(text) else text
+
+
+def _without_trailing(arguments: list[Any]) -> list[Any]:
+    while arguments and arguments[-1] is None:
+        arguments.pop()
+    return arguments
+
+
+def _wanted_outputs(node: ir.Node) -> int:
+    """Return how many outputs of a node are wanted, trailing ones without a name left out."""
+    return max((index + 1 for index, value in enumerate(node.outputs) if value.name), default=0)
+
+
+def _element_type(value: ir.Value | None) -> int:
+    """Return ONNX's code of the element type of a value, or 0."""
+    if value is None:
+        return 0
+    if value.const_value is not None:
+        return int(value.const_value.dtype)
+    return int(value.dtype) if value.dtype is not None else 0

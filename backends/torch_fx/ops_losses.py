@@ -1,0 +1,8 @@
+"""Operators: losses."""
+
+from __future__ import annotations
+
+from .operators import Table
+
+OPERATORS: Table = {}
+TRAINING: Table = {}

@@ -1,0 +1,104 @@
+"""Where a lowered model keeps what the model stores: parameters and buffers, named as the initializers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx, nn
+
+from .tensors import to_torch
+
+# What gradients are computed in. Floats of 8 bits and less are codes, of which there are none.
+TRAINABLE = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+# fx writes names into Python source between quotes.
+_UNWRITABLE = re.compile(r"""[\\"'\n\r\0]""")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a lowered module has to do with the model it was made of: `module.meta["graphopt"]`.
+
+    A copy of the module shares it, and its nodes are then those of the original.
+
+    Attributes:
+        inputs: Names of the inputs, in the order of the module's arguments.
+        outputs: Names of the model's outputs, which come first in the tuple the module returns.
+        observed: Names of the values that follow them.
+        parameters: Initializer, or value of a Constant, to the path of its parameter (`module.get_parameter`).
+        values: Name of a value of the main graph to the node that computes it.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    observed: tuple[str, ...]
+    parameters: Mapping[str, str]
+    values: Mapping[str, fx.Node]
+
+
+@dataclass
+class Store:
+    """Everything stored, put into one module of modules by name.
+
+    Attributes:
+        root: The module that holds it.
+        parameters: Name of what is stored to path, of parameters only.
+    """
+
+    root: nn.Module = field(default_factory=nn.Module)
+    parameters: dict[str, str] = field(default_factory=dict)
+
+    def put(self, name: str, tensor: ir.TensorProtocol) -> str:
+        """Store a tensor on the memory it lies in, and return its path: floats as parameters, the rest as buffers."""
+        holder, path = self._place(name)
+        field_name = path.rpartition(".")[2]
+        held = to_torch(tensor.numpy())
+        if tensor.dtype in TRAINABLE:
+            holder.register_parameter(field_name, nn.Parameter(held, requires_grad=False))
+            self.parameters.setdefault(name, path)
+        elif isinstance(held, torch.Tensor):
+            holder.register_buffer(field_name, held)
+        else:  # strings
+            setattr(holder, field_name, held)
+        return path
+
+    def put_buffer(self, name: str, tensor: torch.Tensor) -> str:
+        """Store a tensor of ours and return its path."""
+        holder, path = self._place(name)
+        holder.register_buffer(path.rpartition(".")[2], tensor)
+        return path
+
+    def put_module(self, name: str, module: nn.Module) -> str:
+        """Store the module of a nested graph and return its path."""
+        holder, path = self._place(name)
+        holder.add_module(path.rpartition(".")[2], module)
+        return path
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """Return the module a name leads to, made where it is missing, and the path: the name where that is free."""
+        *modules, last = [_UNWRITABLE.sub("_", part) or "_" for part in name.split(".")]
+        holder, path = self.root, []
+        for part in modules:
+            free = _free(holder, part, nn.Module)
+            if free not in holder._modules:
+                holder.add_module(free, nn.Module())
+            holder = holder.get_submodule(free)
+            path.append(free)
+        return holder, ".".join([*path, _free(holder, last, None)])
+
+
+def _free(holder: nn.Module, name: str, shared: Any) -> str:
+    """Return the name, with underscores behind it until it is free or that of a module to share.
+
+    It is not free where any module, or one of torch.fx, has something else of the name, such as `forward` or `graph`.
+    """
+    while True:
+        if shared is not None and type(holder._modules.get(name)) is shared:
+            return name
+        if not hasattr(holder, name) and not hasattr(fx.GraphModule, name):
+            return name
+        name += "_"

@@ -1,0 +1,146 @@
+"""A lowered model, open to be run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from graphopt import model_io
+from graphopt.backend import Array, Feeds
+from graphopt.data import input_specs
+from graphopt.errors import BackendError, one_line
+
+from .lowering import lower
+from .tensors import to_numpy, to_torch
+
+
+def open_session(model: ir.Model | Path, device: str, threads: int) -> TorchSession:
+    """Lower a model and put it on a device.
+
+    Raises:
+        BackendError: There is an operator torch cannot compute.
+    """
+    own = model_io.load(model) if isinstance(model, Path) else model
+    module = lower(own).to(device)
+    types = {value.name or "": value.dtype for value in own.graph.outputs}
+    fixed = [value.name or "" for value in own.graph.inputs if value.is_initializer()]
+    dtypes = {spec.name: spec.dtype for spec in input_specs(own)}
+    return TorchSession(module, dtypes, types, fixed, torch.device(device), threads)
+
+
+class TorchSession:
+    """A module, and how arrays become its tensors and come back.
+
+    Args:
+        module: The lowered model.
+        inputs: Name and numpy's dtype of each input, in their order; None where it is no tensor.
+        outputs: Name and element type of each output.
+        fixed: Inputs with a default, which a session takes for constants.
+        device: Where the module lies.
+        threads: Threads inside an operator; 0 leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        inputs: dict[str, np.dtype[Any] | None],
+        outputs: dict[str, ir.DataType | None],
+        fixed: Sequence[str],
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        self._module: fx.GraphModule | None = module
+        self._inputs, self._outputs, self._fixed = inputs, outputs, fixed
+        self._device, self._threads = device, threads
+        self.input_names: Sequence[str] = list(inputs)
+        self.output_names: Sequence[str] = list(module.meta["graphopt"].outputs)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run the model once; see `graphopt.backend.Session.run`."""
+        with self._running():
+            values = self._compute(self._tensors(feeds))
+            return {
+                name: to_numpy(value, self._outputs[name])
+                for name, value in zip(self.output_names, values, strict=True)
+            }
+
+    def bind(self, feeds: Feeds) -> Callable[[], None]:
+        """Return what runs the model on a feed in place; see `graphopt.backend.Bindable.bind`."""
+        with self._running():
+            tensors = self._tensors({name: np.array(array) for name, array in feeds.items()})
+
+        def run() -> None:
+            with self._running():
+                self._compute(tensors)
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+
+        return run
+
+    def _compute(self, tensors: Sequence[Any]) -> Any:
+        assert self._module is not None, "the session is open"
+        return self._module(*tensors)
+
+    def _tensors(self, feeds: Feeds) -> list[Any]:
+        for name in feeds:
+            if name in self._fixed:
+                raise BackendError(
+                    f"torch takes `{name}` for a constant, as it has a default, and cannot be fed another",
+                    hint="leave it out of the feed, or use another `--backend`",
+                )
+            if name not in self._inputs:
+                raise BackendError(f"torch: the model has no input `{name}`", hint="give inputs by their names")
+        return [self._tensor(name, feeds) for name in self._inputs]
+
+    def _tensor(self, name: str, feeds: Feeds) -> Any:
+        if name not in feeds:
+            raise BackendError(f"torch: input `{name}` is not fed", hint="give every input of the model")
+        given: Any = feeds[name]
+        wanted = self._inputs[name]
+        if wanted is None:  # a sequence, or an optional
+            return _each(given, lambda array: self._placed(array))
+        array = np.asarray(given)
+        if array.dtype != wanted and not {array.dtype.kind, wanted.kind} <= set("OSUT"):
+            raise BackendError(f"torch: input `{name}` is {wanted}, and was given {array.dtype}", hint="convert it")
+        return self._placed(array)
+
+    def _placed(self, array: Array) -> Any:
+        tensor = to_torch(np.asarray(array))
+        return tensor.to(self._device) if isinstance(tensor, torch.Tensor) else tensor
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Run without gradients, on the threads asked for, and turn what torch raises into one line."""
+        before = torch.get_num_threads()
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                yield
+        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+            raise BackendError(f"torch fails on the model: {one_line(error)}") from error
+        finally:
+            torch.set_num_threads(before)
+
+    def close(self) -> None:
+        """Free the module."""
+        self._module = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _each(given: Any, change: Callable[[Array], Any]) -> Any:
+    if given is None:
+        return None
+    return [_each(one, change) for one in given] if isinstance(given, (list, tuple)) else change(given)

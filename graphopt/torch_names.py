@@ -1,0 +1,118 @@
+"""Names a module's author knows, on what torch's exporter made: paths of modules on nodes, values and weights."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.derived import transposed
+
+# What the exporter notes on a node: the path of each module around it, outermost first, and the node of torch.fx last.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+# What a module is there for, where its other nodes only prepare or finish.
+_MAIN_OPERATORS = frozenset(
+    {
+        "BatchNormalization",
+        "Conv",
+        "ConvTranspose",
+        "DeformConv",
+        "GRU",
+        "Gather",
+        "Gemm",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LSTM",
+        "LayerNormalization",
+        "MatMul",
+        "PRelu",
+        "RMSNormalization",
+        "RNN",
+    }
+)
+_HANDS_ON = ("Cast", "Identity", "Reshape", "Transpose")
+
+
+def name_by_modules(model: ir.Model) -> None:
+    """Name nodes, and the values between them, by the modules they come from, and drop the exporter's other notes.
+
+    The one node of a module that computes with a parameter has the module's path for a name, `layers.3.mlp.up_proj`;
+    any other has its operator behind it, `layers.3.mlp/Mul`, with a number where that is not the first. A value is
+    called as the node that makes it. Inputs, outputs and initializers keep their names.
+    """
+    nodes = list(walk.every_node(model))
+    paths = {node: _module_path(node) for node in nodes}
+    mains = Counter(paths[node] for node in nodes if paths[node] and _computes_with_weight(node))
+    kept = {value for graph in walk.every_graph(model) for value in (*graph.inputs, *graph.outputs)}
+    taken = {value.name for value in kept} | {
+        name for graph in walk.every_graph(model) if isinstance(graph, ir.Graph) for name in graph.initializers
+    }
+    for node in nodes:
+        path = paths[node]
+        is_main = mains[path] == 1 and _computes_with_weight(node)
+        node.name = _fresh(path if is_main else f"{path}/{node.op_type}", taken)
+        taken.add(node.name)
+        for index, value in enumerate(node.outputs):
+            if value not in kept:
+                value.name = _fresh(node.name if index == 0 else f"{node.name}:{index}", taken - {node.name})
+                taken.add(value.name)
+        for note in set(node.metadata_props) - {_SCOPES}:
+            del node.metadata_props[note]
+    for graph in walk.every_graph(model):
+        graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def store_as_read(model: ir.Model) -> None:
+    """Let weights that are only ever read transposed be initializers of that layout, under the names they have.
+
+    The exporter writes a Linear of torch, [out, in], as a Transpose and a MatMul, which reads [in, out]; were the
+    Transpose folded, the result would bear the exporter's name for it. Nothing is copied: the transposed tensor is a
+    view of the parameter.
+    """
+    graph = model.graph
+    for weight in list(graph.initializers.values()):
+        uses = list(weight.uses())
+        if len(uses) != 1 or weight.is_graph_output() or weight.const_value is None:
+            continue
+        node = uses[0].node
+        if not walk.is_onnx_op(node, "Transpose") or node.graph is not graph or node.outputs[0].is_graph_output():
+            continue
+        axes = node.attributes.get_ints("perm", tuple(reversed(range(len(walk.dims(weight.const_value))))))
+        view = transposed(weight.const_value, axes)
+        view.name = weight.name
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.remove(node, safe=True)
+        weight.const_value, weight.shape = view, ir.Shape(view.shape)
+
+
+def _module_path(node: ir.Node) -> str:
+    """Return the path of the innermost module a node is of; nothing for the outermost, and for unknown ones."""
+    noted = node.metadata_props.get(_SCOPES)
+    scopes = ast.literal_eval(noted) if noted else []
+    return next((str(scope) for scope in reversed(scopes[:-1]) if scope), "")
+
+
+def _computes_with_weight(node: ir.Node) -> bool:
+    return node.op_type in _MAIN_OPERATORS and any(_is_stored(value) for value in node.inputs)
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    """Return whether a value is a parameter, or one that is only handed on."""
+    while value is not None and not value.is_initializer():
+        producer = value.producer()
+        if producer is None or not walk.is_onnx_op(producer, *_HANDS_ON):
+            return False
+        value = producer.inputs[0]
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+
+
+def _fresh(name: str, taken: set[str | None]) -> str:
+    """Return the name, or the first of it with a number behind it that nothing has yet."""
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}_{number}"
+    return found

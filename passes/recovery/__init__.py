@@ -1,0 +1,1 @@
+"""Recovery: a changed model trained until it does again what the original did."""

@@ -1,0 +1,98 @@
+"""Accelerate, opened for one training: where it runs, in which precision, on how many processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+
+from graphopt.errors import BackendError, UsageError
+
+from .settings import Training, process_count
+
+# How Accelerate calls the precisions.
+_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def refuse_device(settings: Training, device: str) -> None:
+    """Refuse a device that is not here, or that cannot do what was asked for.
+
+    Raises:
+        BackendError: There is no such device.
+        UsageError: It cannot.
+    """
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UsageError(f"pass `recover`: cannot train on `{device}`", hint="`cpu`, `cuda` or `cuda:1`")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise BackendError(f"cannot train on `{device}`: torch finds {found} GPUs", hint="`device=cpu`, or a GPU it finds")
+    if kind == "cpu" and settings.precision == "fp16":
+        raise UsageError(
+            "pass `recover`: `precision=fp16` needs a GPU: gradients of half precision are scaled there",
+            hint="`precision=bf16`, which any processor computes",
+        )
+    if kind == "cpu" and settings.sharding == "fsdp":
+        raise UsageError("pass `recover`: `sharding=fsdp` needs GPUs", hint="several CPU processes train without it")
+
+
+@contextlib.contextmanager
+def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
+    """Open Accelerate as a training wants it, and leave nothing of it behind.
+
+    Args:
+        settings: The training.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; among many processes, each takes the GPU of its own number.
+
+    Raises:
+        BackendError: There is no such device.
+        UsageError: It cannot do what was asked for.
+    """
+    refuse_device(settings, device)
+    kind, _, index = device.partition(":")
+    if index and process_count() == 1:
+        torch.cuda.set_device(int(index))
+    # Terms of a loss need not read every parameter, and a branch may leave some out: these have no gradient then.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    accelerator = Accelerator(
+        mixed_precision=_PRECISIONS[settings.precision],
+        cpu=kind == "cpu",
+        kwargs_handlers=[ddp],
+        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if settings.sharding == "fsdp" else None,
+    )
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        # Accelerate keeps device and precision for the whole process, and another training may want others. What joins
+        # processes stays, as it can only be made once.
+        AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Return whether weights are divided among processes."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def summed(accelerator: Accelerator, values: Mapping[str, float]) -> dict[str, float]:
+    """Return figures summed up over all processes, each of which gives the same names.
+
+    Raises:
+        BackendError: A process is gone.
+    """
+    if accelerator.num_processes == 1:
+        return dict(values)
+    stacked = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
+    total = accelerator.reduce(stacked, reduction="sum")
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor on the CPU; of one that is divided among processes, all of it."""
+    gather = getattr(tensor, "full_tensor", None)
+    full: torch.Tensor = tensor.detach() if gather is None else gather().detach()
+    return full.to("cpu", copy=True)

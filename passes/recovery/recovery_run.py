@@ -1,0 +1,192 @@
+"""One recovery, stage by stage: lowered, trained, checked, and the weights written back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+
+from graphopt import registry, walk
+from graphopt.authoring import Context
+from graphopt.backend import Differentiable
+from graphopt.data import Dataset
+from graphopt.errors import BackendError
+from graphopt.metrics import show_number
+from graphopt.report import show_count
+from graphopt.reporting.rows import counted
+
+from . import objectives
+from .constraints import Constrained, constrain
+from .curve import Curve
+from .engine import train
+from .parts import Objective
+from .samples import Samples
+from .stored_weights import stored_tensor
+from .trainable import refuse
+
+if TYPE_CHECKING:
+    from .recover import Recover
+
+RULE = "recover"
+BACKEND = "torch"
+# The fact of a note that holds how the loss went, which reports make a chart of.
+LOSS_CURVE = "loss_curve"
+_MINUTE, _HOUR = 60, 3600
+
+
+def check_device(text: str) -> None:
+    """Raise an error unless a device is there to train on.
+
+    Raises:
+        UsageError: The text names no device.
+        BackendError: It is not here.
+    """
+    open_backend(device_of(text))
+
+
+def device_of(text: str) -> str:
+    """Return the device that is meant; ``auto`` is a GPU where there is one."""
+    if text != "auto":
+        return text
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_backend(device: str) -> Differentiable:
+    """Return what lowers models, on a device that must be there."""
+    backend = registry.backend(BACKEND, device=device)
+    why = backend.missing()
+    if why is not None:
+        raise why
+    if not isinstance(backend, Differentiable):
+        raise BackendError(f"backend `{BACKEND}` lowers nothing that trains", hint="repair or reinstall graphopt")
+    return backend
+
+
+def check_subject(options: Recover, model: ir.Model, teacher: ir.Model | None, data: Dataset) -> None:
+    """Raise an error where a model cannot be trained with what there is; nothing is computed.
+
+    Raises:
+        GraphoptError: Samples, labels or a teacher are missing, or gradients.
+    """
+    options.check_data(data)
+    refuse(model, options)
+    objectives.choose(options, model, teacher, data)
+
+
+def recover(model: ir.Model, ctx: Context, options: Recover) -> None:
+    """Train a model and write its weights back, all in one edit.
+
+    Raises:
+        GraphoptError: It cannot be trained, training diverges, or a constraint would be broken.
+    """
+    assert ctx.data is not None, "the pass declares that it needs data"
+    check_subject(options, model, ctx.reference, ctx.data)
+    # The edit is open while it trains: a run that ends before it does not train in vain.
+    with ctx.rewriter.edit(RULE):
+        if options.reconstruct != "no":
+            from .reconstruction import reconstruct
+
+            curve = reconstruct(model, ctx, options)
+        else:
+            curve = _train_whole(model, ctx, options)
+    for remark in curve.remarks:
+        ctx.note(remark)
+
+
+def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
+    assert ctx.data is not None, "the pass declares that it needs data"
+    device = device_of(options.device)
+    backend = open_backend(device)
+    objective = objectives.choose(options, model, ctx.reference, ctx.data)
+    student = backend.lower(model, observe=objective.student_values, differentiable=True)
+    teacher = None
+    if objective.needs_teacher:
+        assert ctx.reference is not None, "the objective was chosen with a teacher"
+        teacher = backend.lower(ctx.reference, observe=objective.teacher_values, differentiable=False)
+    constrained = constrain(student, model, options)
+    curve = fit(student, objective, ctx.data, options, ctx, constrained, teacher=teacher, device=device)
+    written = write_back(model, ctx, constrained)
+    ctx.note(f"minimised: {objective.describe()}")
+    note_outcome(ctx, curve, written)
+    for line in constrained.describe():
+        ctx.note(line)
+    return curve
+
+
+def fit(
+    student: torch.nn.Module,
+    objective: Objective,
+    samples: Dataset | Samples,
+    options: Recover,
+    ctx: Context,
+    constrained: Constrained,
+    *,
+    teacher: torch.nn.Module | None,
+    device: str,
+) -> Curve:
+    """Train a lowered model, or a lowered part of one, as the options say."""
+    return train(
+        student,
+        objective,
+        samples,
+        options,
+        constrained=constrained,
+        teacher=teacher,
+        seed=ctx.seed,
+        threads=ctx.threads,
+        device=device,
+        display=ctx.display,
+    )
+
+
+def note_outcome(ctx: Context, curve: Curve, written: int) -> None:
+    """Say what came of a training: how long it took, and how the loss went."""
+    where = curve.device if curve.processes == 1 else f"{curve.processes} processes on {curve.device}"
+    text = f"trained {show_count(curve.trained)} numbers for {counted(curve.steps, 'step')} on {where}"
+    text += f" in {show_duration(curve.seconds)}, from {counted(curve.samples, 'sample')}"
+    if curve.first is not None and curve.best is not None:
+        on = f", on {counted(curve.held_out, 'sample')} held out" if curve.held_out else ""
+        text += f": loss {show_number(curve.first)} → {show_number(curve.best)}{on}"
+    if curve.kept and curve.kept != curve.steps:
+        text += f"; the weights of step {curve.kept} were the best, and kept"
+    if curve.stopped:
+        text += f"; stopped early: {curve.stopped}"
+    ctx.note(text, constants=written, **{LOSS_CURVE: curve.as_dict()})
+    if not written:
+        ctx.left("training changed nothing: every weight is stored as it was")
+
+
+def show_duration(seconds: float) -> str:
+    """Return a time as people read it."""
+    if seconds < _MINUTE:
+        return f"{seconds:.1f} s"
+    if seconds < _HOUR:
+        return f"{seconds / _MINUTE:.1f} min"
+    return f"{seconds / _HOUR:.1f} h"
+
+
+def write_back(model: ir.Model, ctx: Context, constrained: Constrained) -> int:
+    """Write what was trained into a model, once every constraint is known to hold; return how many constants changed.
+
+    Raises:
+        PassError: A constraint of an earlier pass is broken.
+    """
+    constrained.check()
+    values = constants_by_name(model)
+    written = 0
+    for name, array in constrained.stored():
+        ctx.rewriter.set_weight(values[name], stored_tensor(values[name], array))
+        written += 1
+    return written
+
+
+def constants_by_name(model: ir.Model) -> dict[str, ir.Value]:
+    """Return every constant of a model by name; of equal names in nested graphs the outermost."""
+    found: dict[str, ir.Value] = {}
+    for value in walk.initializers(model):
+        found.setdefault(value.name or "", value)
+    for node in walk.every_node(model):
+        if walk.is_onnx_op(node, "Constant"):
+            found.setdefault(node.outputs[0].name or "", node.outputs[0])
+    return found

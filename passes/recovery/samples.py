@@ -1,0 +1,301 @@
+"""Samples to train on: by index, in a seeded order that does not depend on how many processes share the work."""
+
+from __future__ import annotations
+
+import bisect
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from graphopt.backend import Array
+from graphopt.data import Chunk, Dataset
+
+Outputs = Mapping[str, torch.Tensor]
+
+# Samples stay in memory up to so many bytes; what is more lies in a temporary file, which is mapped.
+BYTES_IN_MEMORY = 1 << 30
+# Arrays of a mapped file begin at multiples of this, as processors like them.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """Some samples, as a model takes them.
+
+    Attributes:
+        feeds: Input name to tensor; text stays an array of objects.
+        labels: Of the real samples, [count, ...], or None; text stays an array.
+        count: How many samples are real; where a fixed batch size is padded, they come first.
+        rows: Which samples these are: int64 [count], indices of all samples.
+        epoch: How often all samples have been seen before; None where they are looked at and not trained on.
+    """
+
+    feeds: dict[str, Any]
+    labels: Any
+    count: int
+    rows: Array
+    epoch: int | None = None
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        """Return the batch with its tensors on a device."""
+        feeds = {name: _moved(feed, device) for name, feed in self.feeds.items()}
+        return replace(self, feeds=feeds, labels=_moved(self.labels, device))
+
+
+class Samples(Protocol):
+    """What can be trained on."""
+
+    def __len__(self) -> int: ...
+
+    def divide(self, rows: Array, at_most: int) -> list[Array]:
+        """Divide samples into parts that fit into a batch each, of so many samples at most; none is empty."""
+
+    def batch(self, rows: Array, epoch: int | None, among: Array | None = None) -> TrainingBatch:
+        """Return a batch of samples by index.
+
+        Args:
+            rows: The samples: int64 [count], a part as `divide` gives it.
+            epoch: How often all samples have been seen before; None where they are not trained on.
+            among: All samples of the step, over all processes.
+        """
+
+
+class Augmenting(Protocol):
+    """What changes inputs before they are trained on, at random, by seed, epoch and sample alone."""
+
+    @property
+    def needs_partners(self) -> bool:
+        """Whether each sample is mixed with another one."""
+
+    def partners(self, rows: Array, epoch: int, seed: int) -> Array:
+        """Return which sample each of a step's samples is mixed with, one of them too."""
+
+    def apply(
+        self, feeds: Mapping[str, Array], partners: Mapping[str, Array] | None, rows: Array, epoch: int, seed: int
+    ) -> Mapping[str, Array]:
+        """Return inputs, changed."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which samples are trained on: one permutation after the other, cut into batches of equal size.
+
+    Attributes:
+        rows: The samples: int64 [samples].
+        batch: Samples of a step, over all processes.
+        seed: Seed of the permutations.
+    """
+
+    rows: Array
+    batch: int
+    seed: int
+
+    def step(self, step: int) -> tuple[Array, int]:
+        """Return the samples of a step, from 0 on, and how often all of them have been seen before it."""
+        start = step * self.batch
+        first, last = start // len(self.rows), (start + self.batch - 1) // len(self.rows)
+        stream = np.concatenate([self._permuted(epoch) for epoch in range(first, last + 1)])
+        begin = start - first * len(self.rows)
+        return stream[begin : begin + self.batch], first
+
+    def _permuted(self, epoch: int) -> Array:
+        permuted: Array = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        return permuted
+
+
+def held_out_of(count: int, held: int, seed: int) -> tuple[Array, Array]:
+    """Return (samples to train on, samples held out): a seeded choice, both in ascending order."""
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+class StoredSamples:
+    """The samples of a data set, read once: each can be had by its index, whatever the source can do.
+
+    Args:
+        data: The data set.
+        augmentation: What changes inputs that are trained on, or None.
+        seed: Its seed.
+        bytes_in_memory: How much stays in memory; the rest goes to a temporary file.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        augmentation: Augmenting | None = None,
+        seed: int = 0,
+        bytes_in_memory: int = BYTES_IN_MEMORY,
+    ) -> None:
+        self._augmentation, self._seed = augmentation, seed
+        self._fixed = next((spec.fixed_batch for spec in data.specs if spec.fixed_batch), None)
+        store = _Store(bytes_in_memory)
+        self._chunks: list[Chunk] = []
+        self._starts: list[int] = []
+        self._total = 0
+        for chunk, rows in data.chunks():
+            if len(rows):
+                self._chunks.append(_stored(chunk, rows, store))
+                self._starts.append(self._total)
+                self._total += len(rows)
+        mapped = store.mapped()
+        self._chunks = [_resolved(chunk, mapped) for chunk in self._chunks]
+
+    def __len__(self) -> int:
+        return self._total
+
+    def divide(self, rows: Array, at_most: int) -> list[Array]:
+        """Divide samples into parts of equal shapes; see `Samples.divide`. A model's fixed batch size is one, too."""
+        alike: dict[Any, list[int]] = {}
+        for row in rows.tolist():
+            alike.setdefault(self._kind(row), []).append(row)
+        size = min(at_most, self._fixed or at_most)
+        return [part for kind in alike.values() for part in _evenly(np.array(kind, np.int64), size)]
+
+    def batch(self, rows: Array, epoch: int | None, among: Array | None = None) -> TrainingBatch:
+        """Return a batch of samples by index; see `Samples.batch`."""
+        feeds = self._feeds(rows)
+        chunk, _ = self._found(int(rows[0]))
+        whole = not chunk.divisible or bool(chunk.stacked)
+        if self._augmentation is not None and epoch is not None and not whole:
+            feeds = dict(self._augmentation.apply(feeds, self._partners(rows, epoch, among), rows, epoch, self._seed))
+        if self._fixed and not whole and len(rows) < self._fixed:
+            padded = np.resize(np.arange(len(rows)), self._fixed)
+            feeds = {name: array[padded] if array.ndim else array for name, array in feeds.items()}
+        tensors = {name: _tensor(array) for name, array in feeds.items()}
+        return TrainingBatch(tensors, self._labels(rows), len(rows), rows, epoch)
+
+    def _partners(self, rows: Array, epoch: int, among: Array | None) -> dict[str, Array] | None:
+        assert self._augmentation is not None
+        if not self._augmentation.needs_partners:
+            return None
+        step = rows if among is None else among
+        partner = dict(zip(step.tolist(), self._augmentation.partners(step, epoch, self._seed).tolist(), strict=True))
+        return self._feeds(np.array([partner[row] for row in rows.tolist()], np.int64))
+
+    def _found(self, row: int) -> tuple[Chunk, int]:
+        index = bisect.bisect_right(self._starts, row) - 1
+        return self._chunks[index], row - self._starts[index]
+
+    def _kind(self, row: int) -> Any:
+        """Return what samples have in common that can be in one batch."""
+        chunk, _ = self._found(row)
+        if not chunk.divisible or chunk.stacked:
+            return row
+        if any(not array.ndim for array in chunk.arrays.values()):
+            return "chunk", id(chunk)
+        labels = None if chunk.labels is None else chunk.labels.shape[1:]
+        return tuple(array.shape[1:] for array in chunk.arrays.values()), labels
+
+    def _feeds(self, rows: Array) -> dict[str, Array]:
+        found = [self._found(row) for row in rows.tolist()]
+        chunk, row = found[0]
+        if not chunk.divisible:
+            return dict(chunk.arrays)
+        if chunk.stacked:
+            return {name: array[row] if name in chunk.stacked else array[[row]] for name, array in chunk.arrays.items()}
+        return {
+            name: _picked([(chunk.arrays[name], row) for chunk, row in found]) if array.ndim else array
+            for name, array in chunk.arrays.items()
+        }
+
+    def _labels(self, rows: Array) -> Any:
+        found = [self._found(row) for row in rows.tolist()]
+        chunk, _ = found[0]
+        if chunk.labels is None:
+            return None
+        if not chunk.divisible:
+            return _tensor(chunk.labels)
+        return _tensor(_picked([(chunk.labels, row) for chunk, row in found if chunk.labels is not None]))
+
+
+def _picked(found: Sequence[tuple[Array, int]]) -> Array:
+    """Return rows of arrays as one array; at once where they are of one, as they mostly are."""
+    array, _ = found[0]
+    if all(other is array for other, _ in found):
+        return array[[row for _, row in found]]
+    return np.stack([other[row] for other, row in found])
+
+
+def _evenly(rows: Array, at_most: int) -> list[Array]:
+    return np.array_split(rows, -(-len(rows) // at_most))
+
+
+def _tensor(array: Array) -> Any:
+    """Return an array as a tensor of its own; text as it is."""
+    if array.dtype.kind in "OSU":
+        return array
+    if array.dtype.kind == "V" or array.dtype.name == "bfloat16":
+        # Types numpy only knows through an extension; of these torch takes the bits.
+        return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+class _Store:
+    """Arrays kept in memory until they are too many, then in a temporary file that is gone with the process.
+
+    Args:
+        bytes_in_memory: How many bytes stay in memory.
+    """
+
+    def __init__(self, bytes_in_memory: int) -> None:
+        self._left = bytes_in_memory
+        self._file: Any = None
+
+    def keep(self, array: Array) -> Array | _Place:
+        """Return the array, or where it is in the file by now."""
+        if array.dtype.hasobject or array.nbytes <= self._left:
+            self._left -= array.nbytes
+            return array
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="graphopt-samples-")  # noqa: SIM115 (open as long as it is mapped)
+        self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+        place = _Place(self._file.tell(), array.dtype, array.shape)
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        return place
+
+    def mapped(self) -> Array:
+        """Return the file's bytes; nothing where there is none."""
+        if self._file is None:
+            return np.zeros(0, np.uint8)
+        self._file.flush()
+        return np.memmap(self._file, np.uint8, mode="r")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an array is in the temporary file."""
+
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def read(self, mapped: Array) -> Array:
+        """Return the array, as a view of the file."""
+        count = int(np.prod(self.shape)) * self.dtype.itemsize
+        view: Array = mapped[self.offset : self.offset + count].view(self.dtype).reshape(self.shape)
+        return view
+
+
+def _stored(chunk: Chunk, rows: Array, store: _Store) -> Chunk:
+    """Return the chosen rows of a chunk, put into a store."""
+    if not chunk.divisible:
+        picked = chunk.arrays
+    else:
+        whole = len(rows) == chunk.size
+        picked = {n: a if whole or not a.ndim else a[rows] for n, a in chunk.arrays.items()}
+    labels = chunk.labels if chunk.labels is None or not chunk.divisible else chunk.labels[rows]
+    arrays: dict[str, Any] = {name: store.keep(array) for name, array in picked.items()}
+    return replace(chunk, arrays=arrays, labels=labels, size=len(rows))
+
+
+def _resolved(chunk: Chunk, mapped: Array) -> Chunk:
+    arrays = {n: a.read(mapped) if isinstance(a, _Place) else a for n, a in chunk.arrays.items()}
+    return replace(chunk, arrays=arrays)

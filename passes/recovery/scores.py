@@ -1,0 +1,130 @@
+"""Which outputs of a model are scores of classes, and where their logits are found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt import walk
+from graphopt.data import Batch
+from graphopt.explaining.codes import is_dequantize, is_quantize
+from graphopt.metrics import KL, default_metrics
+from graphopt.shapes import dims_of
+
+from ..analyses.linear_layers import LINEAR_OPS
+from ..analyses.padding import mask_of
+from .terms import Items, Values, class_scores
+
+# Probabilities below this say no more than that they are small; the metric KL has the same floor.
+SMALLEST_SHARE = 1e-12
+# From this on Softmax is about one axis; before, it was about all axes from one on.
+_SOFTMAX_OPSET = 13
+# What may stand between an operator and the output of a model without changing what it holds.
+_VIEWS = ("Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+# Names under which exporters hand out scores of classes.
+_SCORES = re.compile(r"(logits?|probs?|probabilit(y|ies)|scores?)\b|.*[._](logits?|probs?|probabilities)\b", re.I)
+# A sole output of a linear layer with as many values is taken for classes; fewer may be coordinates.
+_CLASSES_AT_LEAST = 10
+_IMAGE_RANK = 4
+_TOKEN_RANK = 3
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Where scores of classes are read.
+
+    Attributes:
+        output: The output they belong to.
+        value: The value that is read: the output, or the logits it is the Softmax of.
+        are_shares: Whether these are probabilities.
+    """
+
+    output: str
+    value: str
+    are_shares: bool = False
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """What must be observed besides outputs."""
+        return (self.value,) if self.value != self.output else ()
+
+    def logits(self, values: Values) -> Tensor:
+        """Return logits, float32 [rows, ..., classes]; those of probabilities are their logarithms."""
+        scores = class_scores(values[self.value])
+        return torch.log(scores.clamp_min(SMALLEST_SHARE)) if self.are_shares else scores
+
+
+def scores_of(model: ir.Model, output: ir.Value) -> Scores:
+    """Return where the scores are read that an output of classes stands for."""
+    name = output.name or ""
+    node = _maker(output)
+    if node is None or not walk.is_onnx_op(node, "Softmax"):
+        return Scores(name, name)
+    rank = len(output.shape) if output.shape is not None else None
+    axis = node.attributes.get_int("axis", -1)
+    direct = node.outputs[0] is output and rank is not None and walk.opset(model) >= _SOFTMAX_OPSET
+    if direct and rank is not None and axis % rank == (1 if rank >= _IMAGE_RANK else rank - 1):
+        read = node.inputs[0]
+        if read is not None and read.name and walk.constant_tensor(read) is None and not read.is_graph_input():
+            return Scores(name, read.name)
+    return Scores(name, name, are_shares=True)
+
+
+def holds_classes(model: ir.Model, output: ir.Value, specimen: Batch) -> bool:
+    """Return whether an output is scores of classes, of which one is right, rather than numbers of another kind."""
+    dims = dims_of(output)
+    if dims is None or len(dims) < 2 or output.dtype is None or not output.dtype.is_floating_point():
+        return False
+    node = _maker(output)
+    if node is not None and walk.is_onnx_op(node, "Softmax", "LogSoftmax"):
+        return True
+    if node is None or not walk.is_onnx_op(node, "Add", *LINEAR_OPS):
+        return False  # an activation or a normalization: no logits
+    if output is model.graph.outputs[0] and KL in default_metrics(model, specimen):
+        return True
+    if _SCORES.match(output.name or ""):
+        return True
+    classes = dims[1] if len(dims) >= _IMAGE_RANK else dims[-1]
+    alone = sum(1 for one in model.graph.outputs if one.dtype is not None and one.dtype.is_floating_point()) == 1
+    return alone and all(dim == 1 for dim in dims[2:]) and isinstance(classes, int) and classes >= _CLASSES_AT_LEAST
+
+
+def _maker(output: ir.Value) -> ir.Node | None:
+    """Return the operator that makes an output, behind views and codes."""
+    node = output.producer()
+    while node is not None and (walk.is_onnx_op(node, *_VIEWS) or is_dequantize(node) or is_quantize(node)):
+        read = node.inputs[0]
+        node = read.producer() if read is not None else None
+    return node
+
+
+def token_input(model: ir.Model) -> str | None:
+    """Return the first input of token ids, integers of [rows, tokens], that is no mask; None where there is none."""
+    mask = mask_of(model)
+    for value in model.graph.inputs:
+        is_ids = value.dtype is not None and value.dtype.is_integer() and value.shape is not None
+        if is_ids and len(value.shape or ()) == 2 and value is not mask and not value.is_initializer():
+            return value.name
+    return None
+
+
+def items_of(model: ir.Model, output: ir.Value, *, shifted: bool = False) -> Items:
+    """Return what is counted of an output: tokens where it holds something for each of an input's, else rows."""
+    tokens = token_input(model)
+    dims = dims_of(output)
+    if tokens is None or dims is None or len(dims) < _TOKEN_RANK:
+        return Items()
+    given = dims_of(next(value for value in model.graph.inputs if value.name == tokens))
+    if given is None or not _may_be_same(dims[:2], given):
+        return Items()
+    mask = mask_of(model)
+    return Items(tokens, mask.name if mask is not None else None, shifted=shifted)
+
+
+def _may_be_same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return all(not (isinstance(x, int) and isinstance(y, int)) or x == y for x, y in zip(a, b, strict=True))

@@ -1,0 +1,39 @@
+"""What was trained as the arrays a model stores: in each constant's own dtype, sparse where it was."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from graphopt import walk
+from graphopt.backend import Array
+from graphopt.sparse import SparselyStored
+
+
+def as_array(tensor: torch.Tensor, dtype: ir.DataType) -> Array:
+    """Return a tensor as an array of an ONNX dtype.
+
+    Args:
+        tensor: Floats as a model computes with them, or codes as floats that hold integers.
+        dtype: What the constant is stored in; integers of 4 bits and floats of 8 are ml_dtypes' own.
+    """
+    plain = tensor.detach().cpu()
+    if dtype.is_integer():
+        return np.rint(plain.to(torch.float64).numpy()).astype(np.int64).astype(dtype.numpy())
+    if dtype == ir.DataType.DOUBLE:
+        return np.ascontiguousarray(plain.to(torch.float64).numpy())
+    # Every other float fits into float32 exactly; a number that was rounded already is not rounded again.
+    return np.ascontiguousarray(plain.to(torch.float32).numpy().astype(dtype.numpy()))
+
+
+def as_floats(tensor: ir.TensorProtocol) -> torch.Tensor:
+    """Return what a constant holds in memory of its own: float64 for double, else float32."""
+    wide = np.float64 if tensor.dtype == ir.DataType.DOUBLE else np.float32
+    return torch.from_numpy(np.array(tensor.numpy()).astype(wide))
+
+
+def stored_tensor(value: ir.Value, array: Array) -> ir.TensorProtocol:
+    """Return the tensor a constant is to hold, stored as the present one is: sparse ones stay sparse."""
+    tensor = ir.tensor(array, name=value.name)
+    return SparselyStored(tensor) if isinstance(walk.constant_tensor(value), SparselyStored) else tensor

@@ -1,0 +1,315 @@
+"""Which constants of a model can train, and as what: told by what reads them, not by their names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import walk
+from graphopt.errors import PassError
+from graphopt.explaining.advice import made_of_constants
+
+from ..analyses.selection import select
+from .constant_readers import Reader, readers_of
+from .held import ADAPTERS, Held
+from .known_tables import is_known_table
+
+# Operators that compute on integers, or decode them inside: they have no gradient to train by.
+_INTEGER_OPS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul",
+        "GatherBlockQuantized",
+        "MatMulBnb4",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QAttention",
+        "QEmbedLayerNormalization",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearGlobalAveragePool",
+        "QLinearLeakyRelu",
+        "QLinearMatMul",
+        "QLinearMul",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+        "QMoE",
+    }
+)
+_NAMED = 3  # nodes an error names; the rest is counted
+
+WEIGHT, BIAS, NORM, SCALE, TABLE = "weights", "biases", "norms", "scales", "tables"
+ZERO_POINT = "zero-points"
+
+# What each operator's inputs are, by place.
+_INPUTS: Mapping[str, Mapping[int, str]] = {
+    "Attention": {1: WEIGHT, 2: BIAS},
+    "BatchNormalization": {1: NORM, 2: NORM},
+    "BiasGelu": {1: BIAS},
+    "Conv": {1: WEIGHT, 2: BIAS},
+    "ConvTranspose": {1: WEIGHT, 2: BIAS},
+    "DeformConv": {1: WEIGHT, 3: BIAS},
+    "DequantizeLinear": {1: SCALE, 2: ZERO_POINT},
+    "Einsum": {0: WEIGHT, 1: WEIGHT, 2: WEIGHT},
+    "FastGelu": {1: BIAS},
+    "FusedConv": {1: WEIGHT, 2: BIAS},
+    "FusedGemm": {0: WEIGHT, 1: WEIGHT, 2: BIAS},
+    "FusedMatMul": {0: WEIGHT, 1: WEIGHT},
+    "GRU": {1: WEIGHT, 2: WEIGHT, 3: BIAS},
+    "Gemm": {0: WEIGHT, 1: WEIGHT, 2: BIAS},
+    "GroupNorm": {1: NORM, 2: NORM},
+    "GroupNormalization": {1: NORM, 2: NORM},
+    "InstanceNormalization": {1: NORM, 2: NORM},
+    "LSTM": {1: WEIGHT, 2: WEIGHT, 3: BIAS, 7: WEIGHT},
+    "LayerNormalization": {1: NORM, 2: NORM},
+    "MatMul": {0: WEIGHT, 1: WEIGHT},
+    "MultiHeadAttention": {3: BIAS},
+    "PRelu": {1: NORM},
+    "QuantizeLinear": {1: SCALE, 2: ZERO_POINT},
+    "RMSNormalization": {1: NORM},
+    "RNN": {1: WEIGHT, 2: WEIGHT, 3: BIAS},
+    "SimplifiedLayerNormalization": {1: NORM},
+    "SkipLayerNormalization": {2: NORM, 3: NORM, 4: BIAS},
+    "SkipSimplifiedLayerNormalization": {2: NORM, 3: BIAS},
+}
+# Numbers of this size stand for minus infinity in masks, not for anything learnt.
+_MASKING = 1e4
+# The first places of these hold what varies; a constant beside it is added to, or multiplies it.
+_SUMS, _PRODUCTS = ("Add", "Sub"), ("Mul", "Div")
+_WAVES = ("Cos", "Sin")
+_MOVES = frozenset(
+    {
+        "Cast",
+        "Concat",
+        "DequantizeLinear",
+        "Expand",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Trainable:
+    """A constant that trains.
+
+    Attributes:
+        value: The constant: floats, or integer codes.
+        kind: What it is, of `KINDS`.
+        readers: What reads it, views of it looked through.
+    """
+
+    value: ir.Value
+    kind: str
+    readers: tuple[Reader, ...]
+
+    @property
+    def name(self) -> str:
+        """What the constant is called."""
+        return self.value.name or ""
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        """What it holds."""
+        tensor = walk.constant_tensor(self.value)
+        assert tensor is not None, "it is a constant"
+        return tensor
+
+
+def refuse(model: ir.Model, held: Held) -> None:
+    """Refuse what cannot train, before any work.
+
+    Raises:
+        PassError: The model has operators without a gradient, or nothing in it trains.
+        UsageError: A glob matches no node.
+    """
+    refused = [node for node in walk.every_node(model) if node.op_type in _INTEGER_OPS]
+    if refused:
+        counts = Counter(node.op_type for node in refused)
+        named = ", ".join(f"`{walk.label(node)}`" for node in refused[:_NAMED])
+        more = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
+        raise PassError(
+            f"pass `recover` cannot train through {', '.join(counts)}: {named}{more} compute on integers",
+            hint="recover the float model, or one of `quant:mode=static` (QuantizeLinear and DequantizeLinear), then "
+            "put it in this form",
+        )
+    if not trainables(model, held):
+        raise PassError(
+            f"pass `recover` finds nothing to train: no {', '.join(held.train)} in the nodes chosen",
+            hint="other `train=`, `include=` or `exclude=`; `graphopt inspect` shows what the model is made of",
+        )
+
+
+def trainables(model: ir.Model, held: Held) -> list[Trainable]:
+    """Return the constants that train, each once, in graph order.
+
+    Constants that are nobody's weight never do: epsilons and other single numbers, masks, rotary caches and what they
+    are computed from, what an input is normalized by, running statistics of BatchNormalization, and fixed tables such
+    as NF4.
+
+    Raises:
+        UsageError: A glob matches no node.
+    """
+    selection = select(model, held.include, held.exclude, where="pass `recover`")
+    wanted = {WEIGHT if word == ADAPTERS else word for word in held.train}
+    found = []
+    for value in constants(model):
+        readers = tuple(readers_of(value))
+        kind = kind_of(value, readers)
+        nodes = {node for reader in readers for node in reader.nodes}
+        if kind not in wanted or (nodes and not _chosen(selection.allows, nodes, held)):
+            continue
+        found.append(Trainable(value, kind, readers))
+    return found
+
+
+def constants(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield every constant that something reads, each name once; those inside of functions are nobody's own."""
+    names = set()
+    for graph in walk.graphs_within(model.graph):
+        for node in graph:
+            for value in node.inputs:
+                if value is None or not value.name or value.name in names or walk.constant_tensor(value) is None:
+                    continue
+                names.add(value.name)
+                yield value
+
+
+def kind_of(value: ir.Value, readers: tuple[Reader, ...]) -> str | None:
+    """Return what a constant is, of `KINDS`; None for one that is not to change, or that is read in two ways."""
+    tensor = walk.constant_tensor(value)
+    if tensor is None or tensor.dtype == ir.DataType.STRING or not tensor.size:
+        return None
+    kinds = {_kind_for(value, tensor, reader) for reader in readers}
+    if len(kinds) != 1:
+        return None
+    kind = kinds.pop()
+    is_float = tensor.dtype.is_floating_point() and tensor.dtype.bitwidth > 8
+    if kind == ZERO_POINT:
+        return None if is_float or not all(_of_activation(reader.node) for reader in readers) else kind
+    is_coded = all(reader.dequantize is not None for reader in readers)
+    if kind is None or not (is_float or (is_coded and kind != SCALE)):
+        return None
+    return kind
+
+
+def _chosen(allows: object, nodes: set[ir.Node], held: Held) -> bool:
+    assert callable(allows)
+    if not held.include:
+        # What an excluded layer reads stays, whoever else reads it.
+        return all(allows(node) for node in nodes)
+    return any(allows(node) for node in nodes)
+
+
+def _of_activation(node: ir.Node) -> bool:
+    """Return whether what a Q or DQ converts varies."""
+    return not made_of_constants(node.inputs[0])
+
+
+def _kind_for(value: ir.Value, tensor: ir.TensorProtocol, reader: Reader) -> str | None:
+    """Return what a constant is to one reader."""
+    node, index = reader.node, reader.index
+    if node.op_type == "Gather" and index == 0:
+        return _kind_of_table(tensor, reader)
+    if node.op_type in (*_SUMS, *_PRODUCTS):
+        return _kind_of_operand(tensor, reader)
+    kind = _INPUTS.get(node.op_type, {}).get(index)
+    if kind == WEIGHT and _long_axes(tensor) <= 1 and _makes_waves(node):
+        return None  # frequencies of positions
+    return kind
+
+
+def _kind_of_table(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
+    """Return what a table is that is looked up in: of embeddings, of the values codes stand for, or of a cache."""
+    if made_of_constants(reader.node.inputs[1]) or _long_axes(tensor) <= 1:
+        return None if is_known_table(tensor) else TABLE
+    users = [use.node for output in reader.node.outputs for use in output.uses()]
+    found = list(_past_moves(users))
+    if found and all(node.op_type in ("Mul", "RotaryEmbedding") and not _by_constant(node) for node in found):
+        return None  # a rotary cache, of which rows are looked up by position
+    return WEIGHT
+
+
+def _kind_of_operand(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
+    """Return what a constant is that is added, or multiplied by."""
+    node, index = reader.node, reader.index
+    other = node.inputs[1 - index] if len(node.inputs) > 1 else None
+    if other is not None and made_of_constants(other):
+        # A factor of what is made of constants scales a weight; it is one itself where it is a table of its own.
+        return SCALE if node.op_type == "Mul" and tensor.size > 1 else None
+    if tensor.size == 1 or _is_of_input(other) or _makes_waves(node) or not _is_finite(tensor):
+        return None
+    several = _long_axes(tensor) > 1
+    if node.op_type in _PRODUCTS:
+        return None if several else NORM
+    if not several:
+        return BIAS
+    return None if _is_mask(tensor) else WEIGHT
+
+
+def _is_of_input(value: ir.Value | None) -> bool:
+    """Return whether a value is an input of the model, moved at the most: a constant there normalizes samples."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", *_SUMS, *_PRODUCTS):
+            return False
+        varying = [one for one in node.inputs if one is not None and walk.constant_tensor(one) is None]
+        if len(varying) != 1:
+            return False
+        value = varying[0]
+    return value is not None and value.is_graph_input()
+
+
+def _makes_waves(node: ir.Node) -> bool:
+    """Return whether all that is made of a node goes into sines and cosines."""
+    users = list(_past_moves([use.node for output in node.outputs for use in output.uses()]))
+    return bool(users) and all(user.op_type in _WAVES for user in users)
+
+
+def _past_moves(nodes: list[ir.Node], depth: int = 8) -> Iterator[ir.Node]:
+    """Yield nodes, and in the place of those that only move values what reads these."""
+    for node in nodes:
+        if depth and node.op_type in _MOVES:
+            behind = [use.node for output in node.outputs for use in output.uses()]
+            yield from _past_moves(behind, depth - 1)
+        else:
+            yield node
+
+
+def _by_constant(node: ir.Node) -> bool:
+    return any(walk.constant_tensor(value) is not None for value in node.inputs)
+
+
+def _long_axes(tensor: ir.TensorProtocol) -> int:
+    return sum(size > 1 for size in walk.dims(tensor))
+
+
+def _is_finite(tensor: ir.TensorProtocol) -> bool:
+    """Return whether a constant holds numbers, none of which stands for infinity; not read where it is a large one."""
+    array = np.asarray(tensor.numpy())
+    if array.dtype.kind != "f":
+        array = array.astype(np.float32)
+    low, high = array.min(initial=0), array.max(initial=0)
+    return bool(np.isfinite(low) and np.isfinite(high) and max(-low, high) < _MASKING)
+
+
+def _is_mask(tensor: ir.TensorProtocol) -> bool:
+    """Return whether a constant of several axes holds two numbers only, one of them 0."""
+    array = np.asarray(tensor.numpy())
+    low, high = array.min(), array.max()
+    return bool(((array == low) | (array == high)).all() and (low == 0 or high == 0))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from graphopt.registry import Preset
     from graphopt.summary import summarize
     from graphopt.target import Target
+    from graphopt.torch_import import from_torch
 
 _HOMES = {
     "graphopt.authoring": ("Context", "Guarantee", "Need", "Pass", "RewritePass"),
@@ -55,6 +56,7 @@ _HOMES = {
     "graphopt.comparing.model_comparison": ("compare",),
     "graphopt.summary": ("summarize",),
     "graphopt.target": ("Target",),
+    "graphopt.torch_import": ("from_torch",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -84,6 +86,7 @@ __all__ = [
     "bisect",
     "compare",
     "compare_layers",
+    "from_torch",
     "ir",
     "load",
     "opt",

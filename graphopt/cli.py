@@ -23,6 +23,7 @@ from graphopt.commands import (
     debug_command,
     doctor_command,
     explain_command,
+    import_command,
     inspect_command,
     recover_command,
     sensitivity_command,
@@ -244,6 +245,7 @@ app.command(name="inspect", short_help="Show what a model is made of, or which c
 app.command(name="explain", short_help="Show what a target runs in integers, and why not the rest.")(
     explain_command.explain
 )
+app.command(name="import", short_help="Make an ONNX model of a PyTorch module.")(import_command.import_)
 app.add_typer(debug_command.app, name="debug", short_help="Find what breaks a model, and make it small.")
 app.command(
     name="recover", short_help="Train a model until it does again what it did.", cls=recover_command.WithPassOptions

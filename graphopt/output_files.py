@@ -17,12 +17,12 @@ from graphopt.staged_files import StagedFiles
 _NEVER_CHANGED = "graphopt never changes its input; choose another name"
 
 
-def check_output(output: Path, model: ir.Model, given: Path | None) -> None:
+def check_output(output: Path, model: ir.Model | None, given: Path | None) -> None:
     """Raise an error, before any work, if a file cannot be written where it is wanted.
 
     Args:
         output: The file wanted.
-        model: The input, loaded.
+        model: The input, loaded, if it comes from files.
         given: The file it was loaded from, if any.
 
     Raises:
@@ -36,7 +36,8 @@ def check_output(output: Path, model: ir.Model, given: Path | None) -> None:
         raise UsageError(f"output `{output}` is no regular file", hint="name a file; it is replaced, not written into")
     if not output.parent.is_dir():
         raise UsageError(f"the folder of output `{output}` does not exist", hint=f"create `{output.parent}` first")
-    _check_data_files(output, model)
+    if model is not None:
+        _check_data_files(output, model)
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             pass

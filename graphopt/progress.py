@@ -88,6 +88,11 @@ class Display:
         if self._stages and self._stages[-1][1] == noun:
             self._progress.advance(self._stages[-1][0], count)
 
+    def describe(self, name: str) -> None:
+        """Show another name for the innermost stage: what is done by now, or a figure that changes on the way."""
+        if self._stages:
+            self._progress.update(self._stages[-1][0], description=name)
+
     def track(self, items: Collection[T], name: str, noun: str) -> Iterator[T]:
         """Yield items one by one as a stage of its own, counted when they are done with."""
         with self.stage(name, len(items), noun) as own:

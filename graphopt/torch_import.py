@@ -84,7 +84,7 @@ def from_torch(
     torch = import_torch()
     if isinstance(args, torch.Tensor):
         args = (args,)
-    _check(module, args, kwargs, opset, torch)
+    check_exportable(module, args, kwargs, opset)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -105,6 +105,8 @@ def from_torch(
     model: ir.Model = program.model
     _check_opset(model, opset)
     _check_free(model, dynamic_shapes)
+    _check_names("input", model.graph.inputs, input_names)
+    _check_names("output", model.graph.outputs, output_names)
     normalize(model)
     store_as_read(model)
     name_by_modules(model)
@@ -127,8 +129,13 @@ def import_torch() -> Any:
     return torch
 
 
-def _check(module: Any, args: Any, kwargs: Mapping[str, Any] | None, opset: int, torch: Any) -> None:
-    """Raise an error for what cannot be exported, before anything is tried."""
+def check_exportable(module: Any, args: Any, kwargs: Mapping[str, Any] | None, opset: int) -> None:
+    """Raise an error for what cannot be exported, before anything is tried.
+
+    Raises:
+        UsageError: It is no module of PyTorch in evaluation mode, or the version of ONNX is none to export to.
+    """
+    torch = import_torch()
     if isinstance(opset, bool) or not isinstance(opset, int) or opset < OLDEST_OPSET:
         raise UsageError(
             f"opset {opset!r} cannot be exported to",
@@ -157,6 +164,15 @@ def _check_opset(model: ir.Model, opset: int) -> None:
         raise ModelError(
             f"torch exports this module as opset {found}, not {opset}",
             hint=f"export as {found}; the pass `opset:to={opset}` may convert it",
+        )
+
+
+def _check_names(kind: str, values: Sequence[ir.Value], names: Sequence[str] | None) -> None:
+    """Raise an error where names were given that the exporter had no use for."""
+    if names is not None and len(names) != len(values):
+        found = ", ".join(f"`{value.name}`" for value in values)
+        raise UsageError(
+            f"{len(names)} names for {len(values)} {kind}s: {found}", hint="one name for each tensor, in order"
         )
 
 

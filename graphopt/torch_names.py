@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -12,6 +13,8 @@ from graphopt.derived import transposed
 
 # What the exporter notes on a node: the path of each module around it, outermost first, and the node of torch.fx last.
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# What torch.export calls the place of nodes that no module asked for, such as sizes of inputs.
+_NO_MODULE = "_empty_nn_module_stack"
 # What a module is there for, where its other nodes only prepare or finish.
 _MAIN_OPERATORS = frozenset(
     {
@@ -32,6 +35,7 @@ _MAIN_OPERATORS = frozenset(
         "RNN",
     }
 )
+_CONVOLUTIONS, _BIAS = ("Conv", "ConvTranspose"), 2
 _HANDS_ON = ("Cast", "Identity", "Reshape", "Transpose")
 
 
@@ -45,6 +49,7 @@ def name_by_modules(model: ir.Model) -> None:
     nodes = list(walk.every_node(model))
     paths = {node: _module_path(node) for node in nodes}
     mains = Counter(paths[node] for node in nodes if paths[node] and _computes_with_weight(node))
+    called = _biases(nodes, paths, mains)
     kept = {value for graph in walk.every_graph(model) for value in (*graph.inputs, *graph.outputs)}
     taken = {value.name for value in kept} | {
         name for graph in walk.every_graph(model) if isinstance(graph, ir.Graph) for name in graph.initializers
@@ -56,13 +61,24 @@ def name_by_modules(model: ir.Model) -> None:
         taken.add(node.name)
         for index, value in enumerate(node.outputs):
             if value not in kept:
-                value.name = _fresh(node.name if index == 0 else f"{node.name}:{index}", taken - {node.name})
+                name = called.get(value) or (node.name if index == 0 else f"{node.name}:{index}")
+                value.name = _fresh(name, taken - {node.name})
                 taken.add(value.name)
         for note in set(node.metadata_props) - {_SCOPES}:
             del node.metadata_props[note]
     for graph in walk.every_graph(model):
         graph.metadata_props.clear()
     model.metadata_props.clear()
+
+
+def _biases(
+    nodes: Sequence[ir.Node], paths: Mapping[ir.Node, str], mains: Mapping[str, int]
+) -> dict[ir.Value, str]:
+    """Return names for biases that modules do not have and the exporter computes: they become weights once folded."""
+    lone = [node for node in nodes if mains[paths[node]] == 1 and _computes_with_weight(node)]
+    convolutions = [node for node in lone if node.op_type in _CONVOLUTIONS and len(node.inputs) > _BIAS]
+    computed = {node: node.inputs[_BIAS] for node in convolutions}
+    return {value: f"{paths[node]}.bias" for node, value in computed.items() if value is not None and value.producer()}
 
 
 def store_as_read(model: ir.Model) -> None:
@@ -92,7 +108,7 @@ def _module_path(node: ir.Node) -> str:
     """Return the path of the innermost module a node is of; nothing for the outermost, and for unknown ones."""
     noted = node.metadata_props.get(_SCOPES)
     scopes = ast.literal_eval(noted) if noted else []
-    return next((str(scope) for scope in reversed(scopes[:-1]) if scope), "")
+    return next((str(scope) for scope in reversed(scopes[:-1]) if scope and not scope.startswith(_NO_MODULE)), "")
 
 
 def _computes_with_weight(node: ir.Node) -> bool:

@@ -11,6 +11,8 @@ from . import (
     ops_attention,
     ops_casts,
     ops_contrib,
+    ops_contrib_attention,
+    ops_contrib_blocks,
     ops_control,
     ops_indexing,
     ops_layout,
@@ -25,6 +27,7 @@ from . import (
     ops_recurrent,
     ops_reductions,
     ops_resize,
+    ops_sampling,
     ops_sequence,
     ops_shapes,
     ops_signal,
@@ -37,6 +40,7 @@ _ONNX: tuple[Table, ...] = (
     ops_activations.OPERATORS,
     ops_attention.OPERATORS,
     ops_casts.OPERATORS,
+    ops_contrib.OPERATORS,
     ops_control.OPERATORS,
     ops_indexing.OPERATORS,
     ops_layout.OPERATORS,
@@ -51,6 +55,7 @@ _ONNX: tuple[Table, ...] = (
     ops_recurrent.OPERATORS,
     ops_reductions.OPERATORS,
     ops_resize.OPERATORS,
+    ops_sampling.OPERATORS,
     ops_sequence.OPERATORS,
     ops_shapes.OPERATORS,
     ops_signal.OPERATORS,
@@ -60,15 +65,22 @@ _ONNX: tuple[Table, ...] = (
 
 TABLES: Mapping[str, tuple[Table, ...]] = {
     "": _ONNX,
-    "com.microsoft": (ops_contrib.CONTRIB, ops_quantization.CONTRIB),
+    "ai.onnx.preview": (ops_attention.PREVIEW,),
     "ai.onnx.preview.training": (ops_losses.TRAINING,),
+    "com.microsoft": (
+        ops_contrib.CONTRIB,
+        ops_contrib_attention.CONTRIB,
+        ops_contrib_blocks.CONTRIB,
+        ops_quantization.CONTRIB,
+    ),
 }
 """Tables by domain; no operator is in two of them."""
 
 
-def find(domain: str, op_type: str, opset: int) -> Operator | None:
+def find(domain: str, op_type: str, opset: int, *, differentiable: bool = False) -> Operator | None:
     """Return what computes an operator in a version of its operator set, or None where nothing does."""
-    for table in TABLES.get("" if domain in ONNX_DOMAINS else domain, ()):
+    tables = TABLES.get("" if domain in ONNX_DOMAINS else domain, ())
+    for table in (ops_quantization.DIFFERENTIABLE, *tables) if differentiable else tables:
         if op_type in table:
             return _of_version(table[op_type], opset)
     return None

@@ -14,17 +14,17 @@ import torch
 from torch import fx
 
 from graphopt import walk
-from graphopt.data import input_specs
 from graphopt.errors import BackendError, did_you_mean
 from graphopt.provenance import origins
 
 from . import catalog
 from .operators import Operator
+from .ops_control import SCANNED
 from .parameters import Lowered, Store
+from .placement import place
 from .support import refuse_unsupported
+from .tensors import torch_dtype
 
-# A buffer that lies where the module does, so that what is made of numbers alone can be put there, too.
-_PLACE = "graphopt_place"
 Attributes = Mapping[str, ir.Attr]
 
 
@@ -67,6 +67,7 @@ class _Scope:
         if outer not in self.captured:
             with self.graph.inserting_after(self.last_placeholder):
                 self.captured[outer] = self.placeholder(outer.name)
+            self.captured[outer].meta.update(outer.meta)
         return self.captured[outer]
 
     def placeholder(self, name: str) -> fx.Node:
@@ -82,6 +83,7 @@ class _Scope:
         """Return the node that reads something stored; it is always the outermost graph that does."""
         if path not in self.stored:
             made = self.graph.get_attr(path) if self.parent is None else self.capture(self.parent.read_stored(path))
+            made.meta["path"] = path
             self.stored[path] = made
         return self.stored[path]
 
@@ -113,27 +115,49 @@ class _Lowering:
         self._differentiable = differentiable
         self._store = Store()
         self._paths: dict[Any, str] = {}
+        self._anchor = self._store.put_buffer("graphopt_place", torch.zeros(1))
 
     def run(self, observe: Sequence[str]) -> fx.GraphModule:
-        model = self._model
+        model, store = self._model, self._store
         refuse_unsupported(model)
-        names = [spec.name for spec in input_specs(model)]
         frame = _Frame(_Scope(fx.Graph()), None, model.opset_imports, {})
-        by_name = {value.name or "": value for value in model.graph.inputs}
-        for name in names:
-            frame.nodes[by_name[name]] = frame.scope.placeholder(name)
+        inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+        for value in inputs:
+            frame.nodes[value] = frame.scope.placeholder(value.name or "")
+            frame.nodes[value].meta["numbers"] = _holds_numbers(value)
+        anchor = frame.scope.read_stored(self._anchor)
         self._lower_nodes(frame, model.graph)
-        values = {value.name or "": node for value, node in frame.nodes.items() if isinstance(node, fx.Node)}
-        known = {value.name or "": value for value in [*frame.nodes, *model.graph.initializers.values()]}
+        wanted = [*model.graph.outputs, *self._observed(frame, observe)]
+        graph = frame.scope.graph
+        graph.output(tuple(self._read(frame, value) for value in wanted))
+        place(graph, anchor, self._constants(graph), store.root.get_submodule)
+        module = fx.GraphModule(store.root, graph, class_name="Lowered")
+        module.meta["graphopt"] = self._lowered(frame, inputs, observe)
+        return module
+
+    def _observed(self, frame: _Frame, observe: Sequence[str]) -> list[ir.Value]:
+        known = {value.name or "": value for value in [*frame.nodes, *self._model.graph.initializers.values()]}
         for name in observe:
             if name not in known:
                 raise BackendError(f"the model has no value `{name}` to observe", hint=did_you_mean(name, known))
-        wanted = [*model.graph.outputs, *(known[name] for name in observe)]
-        frame.scope.graph.output(tuple(self._read(frame, value) for value in wanted))
-        module = fx.GraphModule(self._store.root, frame.scope.graph, class_name="Lowered")
-        outputs = tuple(value.name or "" for value in model.graph.outputs)
-        module.meta["graphopt"] = Lowered(tuple(names), outputs, tuple(observe), self._store.parameters, values)
-        return module
+        return [known[name] for name in observe]
+
+    def _constants(self, graph: fx.Graph) -> dict[fx.Node, torch.Tensor]:
+        """Return what is stored of the model and read in its main graph."""
+        held = {node: self._store.get(str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+        return {n: one for n, one in held.items() if isinstance(one, torch.Tensor) and n.target != self._anchor}
+
+    def _lowered(self, frame: _Frame, inputs: Sequence[ir.Value], observe: Sequence[str]) -> Lowered:
+        nodes = set(frame.scope.graph.nodes)
+        read = {str(node.target) for node in nodes if node.op == "get_attr"}
+        return Lowered(
+            inputs=tuple(value.name or "" for value in inputs),
+            outputs=tuple(value.name or "" for value in self._model.graph.outputs),
+            observed=tuple(observe),
+            parameters={name: path for name, path in self._store.parameters.items() if path in read},
+            buffers={name: path for name, path in self._store.buffers.items() if path in read},
+            values={value.name or "": node for value, node in frame.nodes.items() if node in nodes},
+        )
 
     def _lower_nodes(self, frame: _Frame, graph: ir.Graph | ir.Function) -> None:
         for node in graph:
@@ -170,7 +194,8 @@ class _Lowering:
             frame.nodes[value] = self._read(inner, returned)
 
     def _lower_operator(self, frame: _Frame, node: ir.Node) -> None:
-        found = catalog.find(node.domain, node.op_type, walk.imported(frame.opsets, node.domain))
+        version = walk.imported(frame.opsets, node.domain)
+        found = catalog.find(node.domain, node.op_type, version, differentiable=self._differentiable)
         assert found is not None, "refused before"
         arguments = _without_trailing([self._read(frame, value) for value in node.inputs])
         wanted = _wanted_outputs(node)
@@ -180,14 +205,14 @@ class _Lowering:
         call = graph.create_node(
             "call_function", found.function, tuple(arguments), keywords, _identifier(node.name or node.op_type)
         )
-        call.meta.update(onnx=f"{frame.prefix}{walk.label(node)}", origins=origins(node))
+        call.meta.update(onnx=f"{frame.prefix}{walk.label(node)}", origins=origins(node), operator=found)
         if not found.returns_tuple:
             frame.nodes[node.outputs[0]] = call
             return
         for index, value in enumerate(node.outputs[:wanted]):
             if value.name:
                 frame.nodes[value] = graph.call_function(operator.getitem, (call, index))
-                frame.nodes[value].meta.update(call.meta)
+                frame.nodes[value].meta.update(onnx=call.meta["onnx"], origins=call.meta["origins"])
 
     def _told(self, frame: _Frame, node: ir.Node, found: Operator, wanted: int) -> dict[str, Any]:
         """Return the keywords a function asks for by name, besides attributes."""
@@ -196,14 +221,7 @@ class _Lowering:
             told["outputs"] = wanted
         if "input_types" in found.keywords:
             told["input_types"] = [_element_type(value) for value in node.inputs]
-        if "device" in found.keywords:
-            told["device"] = self._device(frame.scope)
         return told
-
-    def _device(self, scope: _Scope) -> fx.Node:
-        if _PLACE not in self._paths:
-            self._paths[_PLACE] = self._store.put_buffer(_PLACE, torch.zeros(1))
-        return scope.graph.call_function(getattr, (scope.read_stored(self._paths[_PLACE]), "device"))
 
     def _read(self, frame: _Frame, value: ir.Value | None) -> Any:
         """Return the node that computes a value, in the frame's graph; None for one left out."""
@@ -250,9 +268,11 @@ class _Lowering:
         inner = _Frame(scope, frame, frame.opsets, frame.attributes, frame.prefix)
         for index, value in enumerate(graph.inputs):
             inner.nodes[value] = scope.placeholder(value.name or f"input_{index}")
+        scope.read_stored(self._anchor)  # the first of what is captured: see `placement`
         self._lower_nodes(inner, graph)
         scope.graph.output(tuple(self._read(inner, value) for value in graph.outputs))
         module = fx.GraphModule(self._store.root, scope.graph, class_name="Nested")
+        module.meta[SCANNED] = [_row(value) for value in graph.outputs]
         path = self._store.put_module(f"{walk.label(node)}.{graph.name or 'graph'}", module)
         return frame.scope.read_stored(path), tuple(scope.captured)
 
@@ -272,6 +292,18 @@ def _without_trailing(arguments: list[Any]) -> list[Any]:
 def _wanted_outputs(node: ir.Node) -> int:
     """Return how many outputs of a node are wanted, trailing ones without a name left out."""
     return max((index + 1 for index, value in enumerate(node.outputs) if value.name), default=0)
+
+
+def _row(value: ir.Value) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Return dtype and shape of what a loop stacks, as far as the model says; what it does not is of no elements."""
+    dtype = torch_dtype(value.dtype) if value.dtype not in (None, ir.DataType.STRING) else torch.float32
+    return dtype, tuple(dim if isinstance(dim, int) else 0 for dim in value.shape or ())
+
+
+def _holds_numbers(value: ir.Value) -> bool:
+    """Return whether an input may be sizes: a few integers."""
+    few = value.shape is not None and value.shape.rank() <= 1
+    return few and value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
 def _element_type(value: ir.Value | None) -> int:

@@ -1,4 +1,4 @@
-"""Attention and what belongs to it: Attention, RotaryEmbedding, LinearAttention, CausalConvWithState.
+"""Attention and what belongs to it: Attention, RotaryEmbedding, LinearAttention, FlexAttention.
 
 Each function is one operator: inputs by position, attributes by ONNX's names; see `operators.py`. Heads are written out
 as products and softmaxes, as ONNX defines them, so that scores can be read and rows without any key give zeros.
@@ -7,6 +7,7 @@ as products and softmaxes, as ONNX defines them, so that scores can be read and 
 from __future__ import annotations
 
 import math
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch.nn import functional
 from .operators import Operator, Table
 from .tensors import torch_dtype
 
+# A graph of the model, and what it captures besides its own inputs.
+Graph: TypeAlias = tuple[Any, tuple[Any, ...]]
 # What the fourth output of Attention holds.
 _RAW, _CAPPED, _BIASED, _PROBABILITIES = range(4)
 _EINSUM_READ = "bhd,bhdm->bhm"  # a vector for each head, times that head's matrix
@@ -214,27 +217,40 @@ def linear_attention(
     return join_heads(output).to(query.dtype), state.to(query.dtype if past_state is None else past_state.dtype)
 
 
-def causal_conv_with_state(
-    data: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    past_state: Tensor | None = None,
+def flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     *,
-    activation: str = "none",
-) -> tuple[Tensor, Tensor]:
-    """A convolution of each channel over what came before, and the last inputs, which the next call continues from."""
-    kept = weight.shape[-1] - 1
-    past = data.new_zeros(*data.shape[:2], kept) if past_state is None else past_state
-    padded = torch.cat([past, data], -1)
-    output = functional.conv1d(padded, weight, bias, groups=data.shape[1])
-    if activation in ("silu", "swish"):
-        output = functional.silu(output.float()).to(data.dtype)
-    return output, padded.narrow(-1, padded.shape[-1] - kept, kept)
+    prob_mod: Graph | None = None,
+    scale: float | None = None,
+    score_mod: Graph | None = None,
+    softmax_precision: int | None = None,
+) -> Tensor:
+    """Attention of heads whose scores and probabilities graphs of the model change."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    usual = torch.float64 if q.dtype is torch.float64 else torch.float32
+    wide = usual if softmax_precision is None else torch_dtype(softmax_precision)
+    factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = _changed(score_mod, (q.to(wide) @ k.to(wide).transpose(-1, -2)) * factor)
+    probabilities = _changed(prob_mod, torch.softmax(scores, -1))
+    return (probabilities @ v.to(wide)).to(q.dtype)
+
+
+def _changed(graph: Graph | None, scores: Tensor) -> Tensor:
+    if graph is None:
+        return scores
+    module, captured = graph
+    (found,) = module(scores, *captured)
+    return torch.as_tensor(found)
 
 
 OPERATORS: Table = {
     "Attention": Operator(attention, since=23),
-    "CausalConvWithState": Operator(causal_conv_with_state, since=27),
     "LinearAttention": Operator(linear_attention, since=27),
     "RotaryEmbedding": Operator(rotary_embedding, since=23),
 }
+
+PREVIEW: Table = {"FlexAttention": Operator(flex_attention)}
+"""Operators of ai.onnx.preview."""

@@ -92,7 +92,9 @@ def _float4(data: Tensor) -> Tensor:
     middles = (magnitudes[1:] + magnitudes[:-1]) / 2
     wide = data.to(torch.float32)
     below, above = (torch.bucketize(wide.abs(), middles, right=right) for right in (False, True))
-    return torch.copysign(magnitudes[torch.where(below % 2 == 0, below, above)], wide)
+    nearest = magnitudes[torch.where(below % 2 == 0, below, above)]
+    # There is no NaN among them; ml_dtypes, and so ONNX's reference, makes it a negative zero.
+    return torch.where(wide.isnan(), -0.0, torch.copysign(nearest, wide))
 
 
 def _float8(data: Tensor, to: ir.DataType, target: torch.dtype, saturate: bool) -> Tensor:

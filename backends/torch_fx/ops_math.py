@@ -200,7 +200,8 @@ def clip_by_attributes(x: Tensor, *, min: float | None = None, max: float | None
 
 def det(x: Tensor) -> Tensor:
     """Determinants of square matrices."""
-    return torch.linalg.det(x) if x.dtype == torch.float64 else torch.linalg.det(x.to(torch.float32)).to(x.dtype)
+    found: Tensor = torch.linalg.det(x.to(torch.promote_types(x.dtype, torch.float32)))
+    return found.to(x.dtype)
 
 
 OPERATORS: Table = {

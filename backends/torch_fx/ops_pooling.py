@@ -13,9 +13,7 @@ from torch import Tensor
 from .operators import Operator, Table
 from .windows import Windows
 
-_LARGEST: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
-    {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-)
+_LARGEST: Mapping[int, Callable[..., Tensor]] = MappingProxyType({1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d})
 _MEANS: Mapping[int, Callable[..., Tensor]] = MappingProxyType({1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d})
 
 
@@ -132,7 +130,8 @@ def lp_pool(
         ceil_mode=ceil_mode,
     )
     elements = windows.over(x, 0.0)
-    return torch.linalg.vector_norm(elements, p, windows.axes(elements))
+    norms: Tensor = torch.linalg.vector_norm(elements, p, windows.axes(elements))
+    return norms
 
 
 def global_average_pool(x: Tensor) -> Tensor:

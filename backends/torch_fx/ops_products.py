@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +142,7 @@ def deform_conv(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Tensor:
-    """Convolutions over two spatial axes that look where they are told (Dai et al. 2017; with a mask Zhu et al. 2019)."""
+    """Convolutions that look where they are told (Dai et al. 2017; with a mask, Zhu et al. 2019), over two axes."""
     if weight.ndim != 4:
         raise NotImplementedError("DeformConv: of other than two spatial axes")
     windows = Windows.of(x.shape[2:], weight.shape[2:], strides=strides, dilations=dilations, pads=pads)
@@ -205,7 +204,7 @@ def causal_conv_with_state(
     return (found if activation == "none" else F.silu(found)), state
 
 
-def _of_rank(kernels: Mapping[int, Callable[..., Any]], rank: int, name: str) -> Callable[..., Any]:
+def _of_rank(kernels: Mapping[int, Callable[..., Tensor]], rank: int, name: str) -> Callable[..., Tensor]:
     if rank not in kernels:
         raise NotImplementedError(f"{name}: over {rank} spatial axes, torch knows one to three")
     return kernels[rank]

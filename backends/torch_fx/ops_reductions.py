@@ -21,10 +21,8 @@ def _reduced(kernel: Kernel, x: Tensor, axes: Tensor | None, keepdims: int, noop
 
 
 def _along(kernel: Kernel, x: Tensor, axes: list[int] | None, keepdims: int, noop: int = 0) -> Tensor:
-    if axes:
-        chosen = sorted({axis % max(x.ndim, 1) for axis in axes})
-    else:
-        chosen = [] if noop else list(range(x.ndim))
+    every = [] if noop else range(x.ndim)
+    chosen = sorted({axis % max(x.ndim, 1) for axis in axes or every})
     if chosen and x.ndim:
         return kernel(x, chosen, bool(keepdims))
     # Along no axis at all each element is reduced by itself, as along one of size 1.
@@ -85,9 +83,9 @@ def _sum_of_sizes(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 
 def _length(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    if not x.is_floating_point():
-        return torch.linalg.vector_norm(x.to(torch.float64), 2, axes, keepdim=keep).to(x.dtype)
-    return torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+    wide = x if x.is_floating_point() else x.to(torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(wide, 2, axes, keepdim=keep)
+    return norm.to(x.dtype)
 
 
 def _log_of_sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
@@ -248,7 +246,9 @@ def _running(kernel: Callable[..., Tensor], first: int, x: Tensor, axis: Tensor,
     return in_wider(run, x)
 
 
-def _versions(by_attribute: Callable[..., Tensor], by_input: Callable[..., Tensor], turn: int = 18) -> tuple[Operator, ...]:
+def _versions(
+    by_attribute: Callable[..., Tensor], by_input: Callable[..., Tensor], turn: int = 18
+) -> tuple[Operator, ...]:
     return Operator(by_attribute), Operator(by_input, since=turn, sizes=(1,))
 
 

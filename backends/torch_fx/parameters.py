@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Lowered:
         outputs: Names of the model's outputs, which come first in the tuple the module returns.
         observed: Names of the values that follow them.
         parameters: Initializer, or value of a Constant, to the path of its parameter (`module.get_parameter`).
+        buffers: The same of those that are no floats, such as codes (`module.get_buffer`).
         values: Name of a value of the main graph to the node that computes it.
     """
 
@@ -37,6 +39,7 @@ class Lowered:
     outputs: tuple[str, ...]
     observed: tuple[str, ...]
     parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
     values: Mapping[str, fx.Node]
 
 
@@ -46,11 +49,13 @@ class Store:
 
     Attributes:
         root: The module that holds it.
-        parameters: Name of what is stored to path, of parameters only.
+        parameters: Name of what is stored to path, of parameters.
+        buffers: Of buffers.
     """
 
     root: nn.Module = field(default_factory=nn.Module)
     parameters: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, str] = field(default_factory=dict)
 
     def put(self, name: str, tensor: ir.TensorProtocol) -> str:
         """Store a tensor on the memory it lies in, and return its path: floats as parameters, the rest as buffers."""
@@ -62,14 +67,15 @@ class Store:
             self.parameters.setdefault(name, path)
         elif isinstance(held, torch.Tensor):
             holder.register_buffer(field_name, held)
+            self.buffers.setdefault(name, path)
         else:  # strings
             setattr(holder, field_name, held)
         return path
 
     def put_buffer(self, name: str, tensor: torch.Tensor) -> str:
-        """Store a tensor of ours and return its path."""
+        """Store a tensor of ours, which is no part of the model, and return its path."""
         holder, path = self._place(name)
-        holder.register_buffer(path.rpartition(".")[2], tensor)
+        holder.register_buffer(path.rpartition(".")[2], tensor, persistent=False)
         return path
 
     def put_module(self, name: str, module: nn.Module) -> str:
@@ -77,6 +83,10 @@ class Store:
         holder, path = self._place(name)
         holder.add_module(path.rpartition(".")[2], module)
         return path
+
+    def get(self, path: str) -> Any:
+        """Return what is stored at a path."""
+        return operator.attrgetter(path)(self.root)
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """Return the module a name leads to, made where it is missing, and the path: the name where that is free."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def unordered(x: Tensor, dtype: torch.dtype) -> Tensor:
     return narrowed(x ^ _SIGN if dtype == torch.uint64 else x, dtype)
 
 
-def in_wider(compute: Callable[..., Any], *inputs: Tensor) -> Any:
+def in_wider(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Compute sums and products of tensors of one type, in a type torch has kernels for."""
     dtype = inputs[0].dtype
     if dtype not in _WIDER:
@@ -53,7 +52,7 @@ def in_wider(compute: Callable[..., Any], *inputs: Tensor) -> Any:
     return narrowed(compute(*map(widened, inputs)), dtype)
 
 
-def in_order(compute: Callable[..., Any], *inputs: Tensor) -> Any:
+def in_order(compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Choose among the elements of tensors of one type by their order, in a type torch has kernels for."""
     dtype = inputs[0].dtype
     if dtype not in _WIDER:

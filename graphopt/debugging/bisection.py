@@ -88,6 +88,7 @@ def bisect(
     check: str | Check | None = None,
     data: Any = None,
     evaluation: Any = None,
+    teacher: ModelLike | None = None,
     labels: str | None = None,
     metric: str | None = None,
     budget: str | Sequence[str] = (),
@@ -115,6 +116,7 @@ def bisect(
             `git bisect run`: 0 is good, 125 cannot be told, others up to 127 are bad, and those above end the search.
         data: Samples to calibrate on and to compare outputs on, as `optimize` takes them.
         evaluation: Samples to score.
+        teacher: A model that the result is to be like, as `optimize` takes it.
         labels: Key of the labels in the data.
         metric: Metric to score by.
         budget: The most a metric may lose; what is lossy is judged by the noise of the outputs without one.
@@ -137,6 +139,7 @@ def bisect(
         passes=passes,
         data=data,
         evaluation=evaluation,
+        teacher=Path(teacher) if isinstance(teacher, str) else teacher,
         labels=labels,
         metric=metric,
         budget=[budget] if isinstance(budget, str) else list(budget),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,7 @@ from graphopt.comparing.layer_comparison import LayerComparison, LayerError
 from graphopt.comparison import SQNR_CEILING_DB
 from graphopt.report import Report, StepRecord, show_bytes
 from graphopt.reporting.findings import LayerCost, OperatorShare, OperatorTime
+from graphopt.reporting.trainings import Training
 from graphopt.reporting.weight_histograms import WeightHistogram
 from graphopt.reporting.words import how_near, operators, own_noise, show_share, worst_layers
 
@@ -32,7 +34,9 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Liberat
 _FONT_SIZE = "12px"
 # Pixels: of a row of bars, of what is around the rows, and of charts whose height does not hang on their content.
 _ROW, _AROUND = 30, 22
-_SCATTER_HEIGHT, _SMALL_HEIGHT = 320, 132
+_SCATTER_HEIGHT, _SMALL_HEIGHT, _LOSS_HEIGHT = 320, 132, 220
+# A loss that falls to less than this share of itself is shown by its logarithm.
+_FAR = 20
 # Longer names would leave no room for the bars.
 _LONGEST_NAME = 28
 _WORD_ENDS = re.compile(r"(?<=[/._])")
@@ -306,6 +310,25 @@ def _single_bars(names: Sequence[str], values: Sequence[float], texts: Sequence[
     bars = plot.hbar(y="name", right="value", height=0.6, source=source, line_color=None)
     _paint(bars.glyph, fill_color=token)
     _label(plot, source, "value", "name", "text")
+    return plot
+
+
+def loss_chart(training: Training) -> Any:
+    """Return how a loss went, on a logarithmic axis where it falls far: of each step, and on what is held out."""
+    batches, looks = training.batches, training.looks
+    shown = [one for one in (*batches[1], *looks[1]) if math.isfinite(one)]
+    is_far = bool(shown) and 0 < min(shown) < max(shown) / _FAR
+    plot = _figure(height=_LOSS_HEIGHT, tools="", y_axis_type="log" if is_far else "linear")
+    lines = plot.line(x=batches[0], y=batches[1], line_width=1.2)
+    _paint(lines.glyph, line_color="before")
+    if looks[0]:
+        held_out = plot.line(x=looks[0], y=looks[1], line_width=2)
+        _paint(held_out.glyph, line_color="after")
+        dots = plot.scatter(x=looks[0], y=looks[1], size=6, line_color=None)
+        _paint(dots.glyph, fill_color="after")
+    plot.xaxis.axis_label, plot.yaxis.axis_label = "steps", "loss"
+    plot.xaxis.ticker.min_interval = 1
+    _paint(plot.ygrid[0], grid_line_color="line")
     return plot
 
 

@@ -17,6 +17,7 @@ from graphopt.errors import GraphoptError, in_words
 from graphopt.explaining.explanation import Explanation, explain
 from graphopt.progress import Display
 from graphopt.report import NOT_RUN, Report
+from graphopt.reporting.trainings import Training, trainings_of
 from graphopt.reporting.weight_histograms import WeightHistograms, weight_histograms
 from graphopt.reproducer import content_hash
 from graphopt.versions import all_versions
@@ -111,6 +112,7 @@ class Findings:
         kernels: Time by kind of kernel, the slowest first; empty where it was not measured.
         layers: The original and the result compared by layers, or None.
         sensitivity: What passes found single layers to cost, the dearest first.
+        trainings: How losses went, of each training; the JSON form has it among the remarks of its step.
         weights: How weights are distributed, or None.
         coverage: What the target runs in integers, or None.
         repetition: How to do it again.
@@ -122,6 +124,7 @@ class Findings:
     kernels: tuple[OperatorTime, ...] = ()
     layers: LayerComparison | None = None
     sensitivity: tuple[LayerCost, ...] = ()
+    trainings: tuple[Training, ...] = ()
     weights: WeightHistograms | None = None
     coverage: Explanation | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
@@ -178,6 +181,7 @@ def collect(given: Material) -> Findings:
     report = given.report
     found = Findings(_repetition(given), operators=operator_shares(given.original, given.result))
     found.sensitivity = _layer_costs(report)
+    found.trainings = trainings_of(report)
     if not found.sensitivity:
         why = "no pass of this run says what single layers cost; `graphopt sensitivity` measures it"
         found.not_measured["sensitivity"] = why

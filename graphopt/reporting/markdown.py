@@ -10,6 +10,7 @@ from graphopt.explaining.explanation import Explanation
 from graphopt.report import NOT_RUN, Report, show_bytes, show_count
 from graphopt.reporting.findings import Findings
 from graphopt.reporting.rows import STEP_COLUMNS, doubts, refusals, side_rows, specialised_lines, step_cells
+from graphopt.reporting.trainings import TRAINING_COLUMNS, training_message, training_rows
 from graphopt.reporting.weight_histograms import WeightHistograms
 from graphopt.reporting.words import (
     SENSITIVITY_COLUMNS,
@@ -54,6 +55,7 @@ def markdown(name: str, report: Report, findings: Findings) -> str:
         _table(STEP_COLUMNS, [step_cells(step, report) for step in report.steps], "no step was run"),
         *refusals(report),
         *doubts(report),
+        *_trainings(findings),
         "## Error by layer",
         *_layers(findings.layers),
         _why(missing, "layers"),
@@ -99,6 +101,13 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]], otherwise: str
 def _cell(value: Any) -> str:
     """Return a text that stays in its cell, whatever is in it."""
     return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _trainings(findings: Findings) -> list[str]:
+    if not findings.trainings:
+        return []
+    table = _table(TRAINING_COLUMNS, training_rows(findings.trainings))
+    return ["## Training", training_message(findings.trainings), table]
 
 
 def _layers(layers: LayerComparison | None) -> list[str]:

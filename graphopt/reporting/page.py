@@ -29,6 +29,7 @@ from graphopt.reporting.rows import (
     step_cells,
     summaries,
 )
+from graphopt.reporting.trainings import TRAINING_COLUMNS, training_message, training_rows
 from graphopt.reporting.weight_histograms import WeightHistograms
 from graphopt.reporting.words import (
     SENSITIVITY_COLUMNS,
@@ -53,9 +54,12 @@ _MOST_ROWS = 500
 _WORST_SHOWN = 10
 # Cards at the top of the page.
 _MOST_CARDS = 6
+# A section of those runs only that trained.
+_TRAINING = "training"
 SECTIONS = (
     ("figures", "Figures"),
     ("steps", "Steps"),
+    (_TRAINING, "Training"),
     ("layers", "Layers"),
     ("cost", "Cost"),
     ("coverage", "Integers"),
@@ -107,7 +111,7 @@ def page(name: str, report: Report, findings: Findings, before: ir.Model, after:
         script=Markup(_resource("page.js")),
         early=Markup(_resource("theme.js")),
         graph={"html": Markup(graph.html), "script": Markup(graph.script), "remark": graph.remark} if graph else None,
-        sections=[{"id": key, "short": short} for key, short in SECTIONS],
+        sections=[{"id": key, "short": short} for key, short in SECTIONS if key != _TRAINING or findings.trainings],
         **_words(report, findings),
     )
     return rendered
@@ -152,6 +156,8 @@ def _charts(report: Report, findings: Findings) -> dict[str, Any]:
         made |= {"bytes": charts.steps_chart(report), "nodes": charts.nodes_chart(report)}
         if any(SQNR.name in step.check.metrics for step in report.steps):
             made["errors"] = charts.errors_chart(report)
+    for number, training in enumerate(findings.trainings):
+        made[_loss_name(number)] = charts.loss_chart(training)
     if any(one.bytes_before or one.bytes_after for one in findings.operators):
         made["operators"] = charts.operators_chart(findings.operators)
     if findings.kernels:
@@ -166,6 +172,10 @@ def _charts(report: Report, findings: Findings) -> dict[str, Any]:
     for number, one in enumerate(findings.weights.layers if findings.weights is not None else ()):
         made[_histogram_name(number)] = charts.histogram_chart(one)
     return made
+
+
+def _loss_name(number: int) -> str:
+    return f"loss{number}"
 
 
 def _histogram_name(number: int) -> str:
@@ -197,6 +207,9 @@ def _words(report: Report, findings: Findings) -> dict[str, Any]:
         ],
         "coverage": _coverage_words(findings.coverage),
         **_weight_words(findings.weights),
+        "training_columns": TRAINING_COLUMNS,
+        "trainings": training_rows(findings.trainings),
+        "losses": [(_loss_name(number), one.name) for number, one in enumerate(findings.trainings)],
         "sensitivity_columns": SENSITIVITY_COLUMNS,
         "sensitivity": sensitivity_rows(findings.sensitivity)[:_MOST_ROWS],
         "remarks": _remarks(report),
@@ -246,6 +259,7 @@ def _messages(report: Report, findings: Findings) -> dict[str, str]:
         "coverage": coverage_message(findings.coverage),
         "weights": weights_message(findings.weights),
         "sensitivity": sensitivity_message(findings.sensitivity),
+        "training": training_message(findings.trainings),
     }
 
 

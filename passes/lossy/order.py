@@ -27,6 +27,7 @@ BEFORE_CLUSTERS: Mapping[str, str] = {
 }
 BEFORE_ZEROS: Mapping[str, str] = {
     "prune": "weights are zero that would not stay so",
+    "prune-gradually": "weights are zero that would not stay so",
     "sparsify": "zeros are left out of the file already",
     **BEFORE_CLUSTERS,
 }
@@ -36,4 +37,6 @@ BEFORE_FACTORS: Mapping[str, str] = {
     **BEFORE_ZEROS,
 }
 # What makes the zeros itself.
-BEFORE_SPARSE_FILES: Mapping[str, str] = {name: why for name, why in BEFORE_ZEROS.items() if name != "prune"}
+BEFORE_SPARSE_FILES: Mapping[str, str] = {
+    name: why for name, why in BEFORE_ZEROS.items() if not name.startswith("prune")
+}

@@ -58,7 +58,7 @@ class Prune(Pass):
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, wherever the pass was made."""
         check(self, where=f"pass `{self.name}`")
-        _parse_pattern(self.pattern)
+        parse_pattern(self.pattern)
         _parse_block(self.block)
         if self.sparsity == 1:
             raise UsageError("pass `prune`: `sparsity=1` leaves no weight", hint="a share below 1, such as 0.5")
@@ -124,14 +124,14 @@ class Prune(Pass):
             return f"its weight is also read by {others[0].op_type} `{walk.label(others[0])}`"
         if any(not selection.allows(use.node) for use in layer.weight.uses()):
             return "its weight is also read by a node that is excluded"
-        kept = _parse_pattern(self.pattern)
+        kept = parse_pattern(self.pattern)
         if kept is not None and layer.channels % kept[1]:
             return f"{layer.channels} input channels are no multiple of {kept[1]}"
         return None
 
     def _constraints(self, layers: Sequence[LinearLayer], method: mask.Method, ctx: Context) -> list[Constraint]:
         """Return what each layer may keep."""
-        kept = _parse_pattern(self.pattern)
+        kept = parse_pattern(self.pattern)
         if kept is not None:
             return [NOfM(*kept)] * len(layers)
         block = _parse_block(self.block) or (1, 1)
@@ -227,7 +227,7 @@ class _Run:
                 aim.bias.shift(shift, self.ctx)
 
 
-def _parse_pattern(text: str | None) -> tuple[int, int] | None:
+def parse_pattern(text: str | None) -> tuple[int, int] | None:
     """Return (N, M) of a pattern such as ``2of4``."""
     if text is None:
         return None

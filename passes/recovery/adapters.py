@@ -13,8 +13,8 @@ class Adapter(nn.Module):
     """Gives W + (alpha / rank) · B A for a weight that does not train (Hu et al., LoRA: Low-Rank Adaptation, 2021).
 
     A weight of several axes is the matrix of its first axis by all others; of a stack of matrices, all of them below
-    each other. A begins as a uniform distribution of variance 1 / (3 · columns), the same for a name in every run, and B
-    as zeros, so that training begins with the weight as it is.
+    each other. A begins as a uniform distribution of variance 1 / (3 · columns), the same for a name in every run,
+    and B as zeros, so that training begins with the weight as it is.
 
     Args:
         name: Name of the weight.

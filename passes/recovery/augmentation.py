@@ -42,23 +42,24 @@ class ImageInput:
     width: int
 
 
+@dataclass(frozen=True)
 class Augmentation:
     """What is done to the images of a batch; random, but by seed, epoch and sample alone.
 
     So it is the same however samples are divided into batches, and batches among processes.
 
-    Args:
+    Attributes:
         names: What is done: flip, crop, mixup or cutmix.
         inputs: Which inputs are images; all of a sample's are changed alike.
     """
 
-    def __init__(self, names: Sequence[str], inputs: Sequence[ImageInput]) -> None:
-        self._names, self._inputs = frozenset(names), tuple(inputs)
+    names: tuple[str, ...]
+    inputs: tuple[ImageInput, ...]
 
     @property
     def mixes(self) -> bool:
         """Whether images are made of two, of which `partners` says which the other is."""
-        return not self._names.isdisjoint(MIXING)
+        return not set(self.names).isdisjoint(MIXING)
 
     def partners(self, rows: Array, epoch: int, seed: int, pool: Array) -> Array:
         """Return the sample that each is mixed with.
@@ -80,6 +81,7 @@ class Augmentation:
         rows: Array,
         epoch: int,
         seed: int,
+        *,
         partners: Mapping[str, Array] | None = None,
     ) -> dict[str, Array]:
         """Return feeds with other images; arrays given are not written to.
@@ -92,7 +94,7 @@ class Augmentation:
             partners: The same inputs of what each is mixed with, where images are.
         """
         changed = dict(feeds)
-        for image in self._inputs:
+        for image in self.inputs:
             others = partners[image.name] if partners is not None and self.mixes else None
             changed[image.name] = np.stack(
                 [
@@ -108,13 +110,13 @@ class Augmentation:
         # All numbers are drawn in any case, so that each change is the same whatever else is asked for.
         flips, shifts, share = random.random(), random.random(2), random.beta(_BETA, _BETA)
         centre = random.random(2)
-        if "flip" in self._names and flips < _FLIPPED_SHARE:
+        if "flip" in self.names and flips < _FLIPPED_SHARE:
             array = np.flip(array, width)
-        if "crop" in self._names:
+        if "crop" in self.names:
             array = _moved(array, (height, width), shifts)
-        if "mixup" in self._names and other is not None:
+        if "mixup" in self.names and other is not None:
             array = (share * array + (1 - share) * other).astype(array.dtype)
-        if "cutmix" in self._names and other is not None:
+        if "cutmix" in self.names and other is not None:
             array = _with_patch(array, other, (height, width), share, centre)
         return array
 
@@ -158,10 +160,9 @@ def augmentation_of(names: Sequence[str], model: ir.Model) -> Augmentation | Non
     if not images:
         raise UsageError(
             f"pass `recover`: `augment={'+'.join(names)}` needs images, and no input is one",
-            hint="an image is of floats, [samples, colours, rows, columns] or [samples, rows, columns, colours], with 1, "
-            "3 or 4 colours",
+            hint="an image is of floats and of rank 4, its colours, 1, 3 or 4, right behind the samples or last",
         )
-    return Augmentation(names, images)
+    return Augmentation(tuple(names), tuple(images))
 
 
 def _image_input(value: ir.Value) -> ImageInput | None:

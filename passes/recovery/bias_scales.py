@@ -24,10 +24,12 @@ class BiasScale:
         scale: The constant.
         factors: Scale of what the layer reads, and of its weight; None where they are not found, or where the layers
             that read the constant have different ones.
+        involved: The constant, and all scales that any of these layers reads.
     """
 
     scale: ir.Value
     factors: tuple[ir.Value, ir.Value] | None
+    involved: frozenset[ir.Value]
 
 
 def bias_scales(model: ir.Model) -> Mapping[ir.Value, BiasScale]:
@@ -43,8 +45,9 @@ def bias_scales(model: ir.Model) -> Mapping[ir.Value, BiasScale]:
             known = found.get(scale)
             agrees = known is None or (known.factors is not None and factors == known.factors)
             product = factors if agrees and factors is not None and _is_product(scale, factors) else None
-            found[scale] = BiasScale(scale, product)
-        found.setdefault(scale, BiasScale(scale, None))
+            involved = frozenset((scale, *(factors or ())))
+            found[scale] = BiasScale(scale, product, involved | (known.involved if known is not None else frozenset()))
+        found.setdefault(scale, BiasScale(scale, None, frozenset((scale,))))
     return found
 
 

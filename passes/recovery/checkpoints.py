@@ -49,9 +49,9 @@ def fingerprint(settings: Training, parts: Mapping[str, Any], modules: Mapping[s
     return state.hexdigest()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _bytes_of(tensor: torch.Tensor) -> Any:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 class Checkpoints:

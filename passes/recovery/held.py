@@ -53,9 +53,7 @@ class Held:
             raise UsageError("pass `recover`: option `train` names nothing", hint=f"any of: {', '.join(KINDS)}")
         for word in self.train:
             if word not in KINDS:
-                raise UsageError(
-                    f"pass `recover`: option `train` cannot be `{word}`", hint=did_you_mean(word, KINDS)
-                )
+                raise UsageError(f"pass `recover`: option `train` cannot be `{word}`", hint=did_you_mean(word, KINDS))
         if ADAPTERS in self.train and "weights" in self.train:
             raise UsageError(
                 "pass `recover`: option `train` names both `weights` and `adapters`, which stand in for weights",

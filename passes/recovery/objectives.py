@@ -10,8 +10,11 @@ import onnx_ir as ir
 from graphopt.data import Dataset
 from graphopt.errors import PassError, UsageError
 
-from .aim import SHARE_BESIDE_A_TASK, Aim
+from .aim import MIXING, SHARE_BESIDE_A_TASK, Aim
+from .attention_transfer import attention_terms
+from .augmentation import augmentation_of
 from .distillation import distillation_terms
+from .feature_matching import feature_terms
 from .task_losses import task_of, task_term
 from .terms import Losses, Term, Values
 
@@ -98,7 +101,9 @@ def choose(aim: Aim, model: ir.Model, teacher: ir.Model | None, data: Dataset) -
     """
     aim.check_aim()
     _check_teacher(aim, teacher)
+    augmentation_of(aim.augment, model)
     task, share = _task(aim, model, teacher, data)
+    _check_mixing(aim, task)
     terms: list[Term] = []
     if task is not None and share < 1:
         terms.append(task_term(task, model, data, 1 - share))
@@ -106,6 +111,10 @@ def choose(aim: Aim, model: ir.Model, teacher: ir.Model | None, data: Dataset) -
         specimen = next(iter(data.take(1).batches(1)))
         if share > 0:
             terms += distillation_terms(aim, model, teacher, specimen, share)
+        if aim.features > 0:
+            terms += feature_terms(model, teacher, aim.features)
+        if aim.attention > 0:
+            terms += attention_terms(model, teacher, aim.attention)
     if not terms:
         raise UsageError(
             "pass `recover`: nothing is minimised", hint="`distill` above 0, a `task`, or `features` or `attention`"
@@ -128,6 +137,15 @@ def _check_teacher(aim: Aim, teacher: ir.Model | None) -> None:
                 f"pass `recover`: `{option}` needs a teacher",
                 hint="`--teacher MODEL`; in a pipeline, the original once a lossy pass ran before: `prune,recover`",
             )
+
+
+def _check_mixing(aim: Aim, task: str | None) -> None:
+    mixing = [name for name in aim.augment if name in MIXING]
+    if mixing and task is not None:
+        raise UsageError(
+            f"pass `recover`: `augment={mixing[0]}` makes one image of two, which task `{task}` has no label for",
+            hint="a teacher, and `task=none`",
+        )
 
 
 def _task(aim: Aim, model: ir.Model, teacher: ir.Model | None, data: Dataset) -> tuple[str | None, float]:

@@ -30,7 +30,9 @@ def refuse_device(settings: Training, device: str) -> None:
         raise UsageError(f"pass `recover`: cannot train on `{device}`", hint="`cpu`, `cuda` or `cuda:1`")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise BackendError(f"cannot train on `{device}`: torch finds {found} GPUs", hint="`device=cpu`, or a GPU it finds")
+        raise BackendError(
+            f"cannot train on `{device}`: torch finds {found} GPUs", hint="`device=cpu`, or a GPU it finds"
+        )
     if kind == "cpu" and settings.precision == "fp16":
         raise UsageError(
             "pass `recover`: `precision=fp16` needs a GPU: gradients of half precision are scaled there",
@@ -56,12 +58,10 @@ def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
     kind, _, index = device.partition(":")
     if index and process_count() == 1:
         torch.cuda.set_device(int(index))
-    # Terms of a loss need not read every parameter, and a branch may leave some out: these have no gradient then.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     accelerator = Accelerator(
         mixed_precision=_PRECISIONS[settings.precision],
         cpu=kind == "cpu",
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[DistributedDataParallelKwargs()],
         fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if settings.sharding == "fsdp" else None,
     )
     try:
@@ -71,6 +71,15 @@ def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
         # Accelerate keeps device and precision for the whole process, and another training may want others. What joins
         # processes stays, as it can only be made once.
         AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+
+
+def tell_of_unused(accelerator: Accelerator, may_miss_some: bool) -> None:
+    """Say, before anything is prepared, whether a step may leave some of what is trained without a gradient.
+
+    Looking for these costs data parallelism a walk through each step's graph.
+    """
+    assert accelerator.ddp_handler is not None, "it is opened with one"
+    accelerator.ddp_handler.find_unused_parameters = may_miss_some
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -15,6 +15,7 @@ from graphopt.errors import BackendError
 from graphopt.metrics import show_number
 from graphopt.report import show_count
 from graphopt.reporting.rows import counted
+from graphopt.reporting.trainings import LOSS_CURVE
 
 from . import objectives
 from .constraints import Constrained, constrain
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 RULE = "recover"
 BACKEND = "torch"
-# The fact of a note that holds how the loss went, which reports make a chart of.
-LOSS_CURVE = "loss_curve"
 _MINUTE, _HOUR = 60, 3600
 
 

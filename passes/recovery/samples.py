@@ -32,6 +32,7 @@ class TrainingBatch:
         count: How many samples are real; where a fixed batch size is padded, they come first.
         rows: Which samples these are: int64 [count], indices of all samples.
         epoch: How often all samples have been seen before; None where they are looked at and not trained on.
+        is_padded: Whether rows that only fill up a fixed batch size follow; a sample may be a feed of several rows.
     """
 
     feeds: dict[str, Any]
@@ -39,6 +40,11 @@ class TrainingBatch:
     count: int
     rows: Array
     epoch: int | None = None
+    is_padded: bool = False
+
+    def real(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the batch without the rows that only pad."""
+        return value[: self.count] if self.is_padded and value.ndim else value
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Return the batch with its tensors on a device."""
@@ -54,13 +60,13 @@ class Samples(Protocol):
     def divide(self, rows: Array, at_most: int) -> list[Array]:
         """Divide samples into parts that fit into a batch each, of so many samples at most; none is empty."""
 
-    def batch(self, rows: Array, epoch: int | None, among: Array | None = None) -> TrainingBatch:
+    def batch(self, rows: Array, epoch: int | None, pool: Array) -> TrainingBatch:
         """Return a batch of samples by index.
 
         Args:
             rows: The samples: int64 [count], a part as `divide` gives it.
             epoch: How often all samples have been seen before; None where they are not trained on.
-            among: All samples of the step, over all processes.
+            pool: All samples that are trained on.
         """
 
 
@@ -68,14 +74,20 @@ class Augmenting(Protocol):
     """What changes inputs before they are trained on, at random, by seed, epoch and sample alone."""
 
     @property
-    def needs_partners(self) -> bool:
+    def mixes(self) -> bool:
         """Whether each sample is mixed with another one."""
 
-    def partners(self, rows: Array, epoch: int, seed: int) -> Array:
-        """Return which sample each of a step's samples is mixed with, one of them too."""
+    def partners(self, rows: Array, epoch: int, seed: int, pool: Array) -> Array:
+        """Return which sample of a pool each one is mixed with."""
 
     def apply(
-        self, feeds: Mapping[str, Array], partners: Mapping[str, Array] | None, rows: Array, epoch: int, seed: int
+        self,
+        feeds: Mapping[str, Array],
+        rows: Array,
+        epoch: int,
+        seed: int,
+        *,
+        partners: Mapping[str, Array] | None = None,
     ) -> Mapping[str, Array]:
         """Return inputs, changed."""
 
@@ -155,26 +167,25 @@ class StoredSamples:
         size = min(at_most, self._fixed or at_most)
         return [part for kind in alike.values() for part in _evenly(np.array(kind, np.int64), size)]
 
-    def batch(self, rows: Array, epoch: int | None, among: Array | None = None) -> TrainingBatch:
+    def batch(self, rows: Array, epoch: int | None, pool: Array) -> TrainingBatch:
         """Return a batch of samples by index; see `Samples.batch`."""
         feeds = self._feeds(rows)
         chunk, _ = self._found(int(rows[0]))
         whole = not chunk.divisible or bool(chunk.stacked)
         if self._augmentation is not None and epoch is not None and not whole:
-            feeds = dict(self._augmentation.apply(feeds, self._partners(rows, epoch, among), rows, epoch, self._seed))
-        if self._fixed and not whole and len(rows) < self._fixed:
-            padded = np.resize(np.arange(len(rows)), self._fixed)
+            partners = self._partners(self._augmentation, rows, epoch, pool)
+            feeds = dict(self._augmentation.apply(feeds, rows, epoch, self._seed, partners=partners))
+        is_padded = bool(self._fixed) and not whole and len(rows) < (self._fixed or 0)
+        if is_padded:
+            padded = np.resize(np.arange(len(rows)), self._fixed or 0)
             feeds = {name: array[padded] if array.ndim else array for name, array in feeds.items()}
         tensors = {name: _tensor(array) for name, array in feeds.items()}
-        return TrainingBatch(tensors, self._labels(rows), len(rows), rows, epoch)
+        return TrainingBatch(tensors, self._labels(rows), len(rows), rows, epoch, is_padded)
 
-    def _partners(self, rows: Array, epoch: int, among: Array | None) -> dict[str, Array] | None:
-        assert self._augmentation is not None
-        if not self._augmentation.needs_partners:
+    def _partners(self, augmentation: Augmenting, rows: Array, epoch: int, pool: Array) -> dict[str, Array] | None:
+        if not augmentation.mixes:
             return None
-        step = rows if among is None else among
-        partner = dict(zip(step.tolist(), self._augmentation.partners(step, epoch, self._seed).tolist(), strict=True))
-        return self._feeds(np.array([partner[row] for row in rows.tolist()], np.int64))
+        return self._feeds(augmentation.partners(rows, epoch, self._seed, pool))
 
     def _found(self, row: int) -> tuple[Chunk, int]:
         index = bisect.bisect_right(self._starts, row) - 1

@@ -115,16 +115,17 @@ def token_input(model: ir.Model) -> str | None:
 
 def items_of(model: ir.Model, output: ir.Value, *, shifted: bool = False) -> Items:
     """Return what is counted of an output: tokens where it holds something for each of an input's, else rows."""
-    tokens = token_input(model)
     dims = dims_of(output)
-    if tokens is None or dims is None or len(dims) < _TOKEN_RANK:
+    if dims is None or len(dims) < _TOKEN_RANK:
         return Items()
-    given = dims_of(next(value for value in model.graph.inputs if value.name == tokens))
-    if given is None or not _may_be_same(dims[:2], given):
+    return token_items(model, dims[:2], shifted=shifted)
+
+
+def token_items(model: ir.Model, sizes: Sequence[object], *, shifted: bool = False) -> Items:
+    """Return tokens as what is counted where two axes of some value are those of the token ids, else rows."""
+    tokens = token_input(model)
+    given = dims_of(next((value for value in model.graph.inputs if value.name == tokens), None))
+    if tokens is None or given is None or tuple(sizes) != tuple(given):
         return Items()
     mask = mask_of(model)
     return Items(tokens, mask.name if mask is not None else None, shifted=shifted)
-
-
-def _may_be_same(a: Sequence[object], b: Sequence[object]) -> bool:
-    return all(not (isinstance(x, int) and isinstance(y, int)) or x == y for x, y in zip(a, b, strict=True))

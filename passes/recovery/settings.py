@@ -47,7 +47,9 @@ class Training:
     sharding: Literal["none", "fsdp"] = opt(
         "none", help="fsdp divides weights, gradients and optimizer among GPUs (under torchrun or accelerate launch)"
     )
-    held_out: float = opt(0.1, help="share of the samples not trained on, by which the best weights are chosen", high=0.5)
+    held_out: float = opt(
+        0.1, help="share of the samples not trained on, by which the best weights are chosen", high=0.5
+    )
     evaluate_every: int | None = opt(None, help="steps between looks at what is held out; an epoch if not given", low=1)
     patience: int | None = opt(None, help="looks without a better loss before training stops early", low=1)
     keep: Literal["best", "last"] = opt("best", help="weights of the least loss on what is held out, or the last ones")
@@ -93,7 +95,8 @@ class Training:
         """
         if len(data) < FEWEST_SAMPLES:
             raise DataError(
-                f"`{data.name}` has {len(data)} sample to train on", hint=f"at least {FEWEST_SAMPLES}; hundreds are better"
+                f"`{data.name}` has {len(data)} sample to train on",
+                hint=f"at least {FEWEST_SAMPLES}; hundreds are better",
             )
 
     def held_out_count(self, samples: int) -> int:

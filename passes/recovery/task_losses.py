@@ -54,7 +54,8 @@ class CrossEntropy(Term):
         Raises:
             DataError: There are not as many labels as the output has items.
         """
-        logits, targets = self._scores.logits(student)[: batch.count], self._targets(batch)
+        logits = batch.real(self._scores.logits(student))
+        targets = self._targets(batch)
         if self.items.shifted:
             logits = logits[:, :-1]
         if targets.numel() != logits[..., 0].numel():
@@ -74,10 +75,11 @@ class CrossEntropy(Term):
     def _targets(self, batch: TrainingBatch) -> Tensor:
         if self.items.shifted:
             assert self.items.tokens is not None, "tokens are counted"
-            tokens: Tensor = batch.feeds[self.items.tokens]
-            return tokens[: batch.count, 1:].long()
+            targets: Tensor = batch.real(batch.feeds[self.items.tokens])[:, 1:]
+            return targets.long()
         assert batch.labels is not None, "samples were found to have labels"
-        return batch.labels[: batch.count].long()
+        labels: Tensor = batch.labels
+        return labels.long()
 
     def _counted(self, targets: Tensor, batch: TrainingBatch) -> Tensor:
         counted = (targets != IGNORED_LABEL).float()
@@ -101,10 +103,20 @@ class SquaredError(Term):
         self._output, self.weight = output, weight
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
-        """Return the sum over rows of each row's mean."""
+        """Return the sum over rows of each row's mean.
+
+        Raises:
+            DataError: There are not as many labels as values.
+        """
         assert batch.labels is not None, "samples were found to have labels"
-        values = student[self._output][: batch.count].float()
-        return self.items.total((values - batch.labels[: batch.count].float().reshape(values.shape)).square(), batch)
+        values = batch.real(student[self._output]).float()
+        if values.numel() != batch.labels.numel():
+            raise DataError(
+                f"task `mse`: labels of shape {list(batch.labels.shape)} for an output of {list(values.shape)}",
+                hint="one label per value of the first output, or another `task`",
+            )
+        labels: Tensor = batch.labels.float()
+        return (values - labels.reshape(values.shape)).square().mean() * batch.count
 
     def describe(self) -> str:
         """Return what is compared."""
@@ -133,7 +145,7 @@ class UserLoss(Term):
         Raises:
             DataError: The function fails, or gives something else than a loss.
         """
-        real = {name: _real(value, batch) for name, value in student.items()}
+        real = {name: batch.real(value) if isinstance(value, Tensor) else value for name, value in student.items()}
         hint = "it is called as function(outputs: dict of tensors, labels or None) and returns a loss per sample"
         try:
             losses = self._function(real, batch.labels)
@@ -143,23 +155,15 @@ class UserLoss(Term):
             raise DataError(f"task `{self._text}` fails: {in_words(error)}", hint=hint) from error
         if not isinstance(losses, Tensor):
             raise DataError(f"task `{self._text}` returns {type(losses).__name__}, no tensor", hint=hint)
-        if losses.ndim > 0 and len(losses) != batch.count:
-            raise DataError(
-                f"task `{self._text}` returns shape {list(losses.shape)} for {batch.count} samples", hint=hint
-            )
         if torch.is_grad_enabled() and not losses.requires_grad:
             raise DataError(
                 f"task `{self._text}` returns a loss without gradient", hint="compute it by torch, no numpy"
             )
-        return self.items.total(losses, batch)
+        return losses.float().mean() * batch.count
 
     def describe(self) -> str:
         """Return what is called."""
         return f"task `{self._text}`"
-
-
-def _real(value: Any, batch: TrainingBatch) -> Any:
-    return value[: batch.count] if isinstance(value, Tensor) and value.ndim else value
 
 
 def task_of(model: ir.Model, data: Dataset) -> str | None:

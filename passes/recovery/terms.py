@@ -67,8 +67,7 @@ class Items:
     def weights(self, batch: TrainingBatch) -> Tensor:
         """Return 1 for each token that counts and else 0, float32 [rows, tokens], without the first where shifted."""
         assert self.tokens is not None, "rows have no weights"
-        source = batch.feeds[self.mask] if self.mask is not None else batch.feeds[self.tokens]
-        real = source[: batch.count]
+        real = batch.real(batch.feeds[self.mask or self.tokens])
         weights = (real != 0).float() if self.mask is not None else torch.ones(real.shape, device=real.device)
         return weights[:, 1:] if self.shifted else weights
 
@@ -76,16 +75,15 @@ class Items:
         """Return the sum over what counts; what a row or token has of several losses goes in with its mean.
 
         Args:
-            losses: Loss of each item, [rows, ...] or [rows, tokens, ...]; rows that only pad come last.
+            losses: Loss of each item, [rows, ...] or [rows, tokens, ...], rows that only pad included; or one of all.
             batch: The batch.
         """
-        if losses.ndim == 0 or len(losses) < batch.count:  # of the whole batch, whatever its rows
-            return losses.float().mean() * self.count(batch)
-        real = losses[: batch.count].float()
-        if self.tokens is None:
-            return real.reshape(batch.count, -1).mean(dim=1).sum()
-        weights = self.weights(batch)
-        return (real.reshape(*weights.shape, -1).mean(dim=2) * weights).sum()
+        real = batch.real(losses.float())
+        if self.tokens is not None:
+            weights = self.weights(batch)
+            return (real.reshape(*weights.shape, -1).mean(dim=2) * weights).sum()
+        # A sample may be a feed of its own, of any number of rows; and an output, the same for all rows.
+        return real.mean() * batch.count
 
 
 class Term:

@@ -50,6 +50,7 @@ _NAMED = 3  # nodes an error names; the rest is counted
 
 WEIGHT, BIAS, NORM, SCALE, TABLE = "weights", "biases", "norms", "scales", "tables"
 ZERO_POINT = "zero-points"
+_SHARED = (WEIGHT, NORM, BIAS)
 
 # What each operator's inputs are, by place.
 _INPUTS: Mapping[str, Mapping[int, str]] = {
@@ -196,10 +197,7 @@ def kind_of(value: ir.Value, readers: tuple[Reader, ...]) -> str | None:
     tensor = walk.constant_tensor(value)
     if tensor is None or tensor.dtype == ir.DataType.STRING or not tensor.size:
         return None
-    kinds = {_kind_for(value, tensor, reader) for reader in readers}
-    if len(kinds) != 1:
-        return None
-    kind = kinds.pop()
+    kind = _common({_kind_for(tensor, reader) for reader in readers if not _reads_form(reader)})
     is_float = tensor.dtype.is_floating_point() and tensor.dtype.bitwidth > 8
     if kind == ZERO_POINT:
         return None if is_float or not all(_of_activation(reader.node) for reader in readers) else kind
@@ -222,7 +220,19 @@ def _of_activation(node: ir.Node) -> bool:
     return not made_of_constants(node.inputs[0])
 
 
-def _kind_for(value: ir.Value, tensor: ir.TensorProtocol, reader: Reader) -> str | None:
+def _common(kinds: set[str | None]) -> str | None:
+    """Return what a constant is that is several things: exporters store equal ones once, such as vectors of zeros."""
+    if len(kinds) == 1:
+        return kinds.pop()
+    return next((kind for kind in _SHARED if kind in kinds), None) if kinds <= set(_SHARED) else None
+
+
+def _reads_form(reader: Reader) -> bool:
+    """Return whether a reader looks at the shape or the type of a constant alone."""
+    return reader.node.op_type in ("Shape", "Size") or (reader.node.op_type == "CastLike" and reader.index == 1)
+
+
+def _kind_for(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
     """Return what a constant is to one reader."""
     node, index = reader.node, reader.index
     if node.op_type == "Gather" and index == 0:
@@ -237,8 +247,10 @@ def _kind_for(value: ir.Value, tensor: ir.TensorProtocol, reader: Reader) -> str
 
 def _kind_of_table(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
     """Return what a table is that is looked up in: of embeddings, of the values codes stand for, or of a cache."""
-    if made_of_constants(reader.node.inputs[1]) or _long_axes(tensor) <= 1:
+    if _hangs_on_bytes(reader.node.inputs[1]):
         return None if is_known_table(tensor) else TABLE
+    if _long_axes(tensor) <= 1:
+        return None
     users = [use.node for output in reader.node.outputs for use in output.uses()]
     found = list(_past_moves(users))
     if found and all(node.op_type in ("Mul", "RotaryEmbedding") and not _by_constant(node) for node in found):
@@ -250,10 +262,12 @@ def _kind_of_operand(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
     """Return what a constant is that is added, or multiplied by."""
     node, index = reader.node, reader.index
     other = node.inputs[1 - index] if len(node.inputs) > 1 else None
+    if _makes_waves(node):
+        return None
     if other is not None and made_of_constants(other):
         # A factor of what is made of constants scales a weight; it is one itself where it is a table of its own.
         return SCALE if node.op_type == "Mul" and tensor.size > 1 else None
-    if tensor.size == 1 or _is_of_input(other) or _makes_waves(node) or not _is_finite(tensor):
+    if tensor.size == 1 or _is_of_input(other) or not _is_finite(tensor):
         return None
     several = _long_axes(tensor) > 1
     if node.op_type in _PRODUCTS:
@@ -261,6 +275,15 @@ def _kind_of_operand(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
     if not several:
         return BIAS
     return None if _is_mask(tensor) else WEIGHT
+
+
+def _hangs_on_bytes(value: ir.Value | None, depth: int = 12) -> bool:
+    """Return whether indices are made of stored bytes, and so are codes."""
+    tensor = walk.constant_tensor(value)
+    if tensor is not None:
+        return tensor.dtype == ir.DataType.UINT8
+    node = value.producer() if value is not None else None
+    return node is not None and depth > 0 and any(_hangs_on_bytes(one, depth - 1) for one in node.inputs)
 
 
 def _is_of_input(value: ir.Value | None) -> bool:

@@ -1,0 +1,219 @@
+"""What stays on the host when a module goes to a GPU: sizes, axes, and the arithmetic that finds them.
+
+Reading such a number from a GPU means to wait for it. So whatever is computed of sizes and constants alone, and is only
+read as numbers (`Operator.sizes`), is computed by the CPU; a constant that is read so becomes part of the module's
+code. What is on the host and meets tensors of the module's device is brought there. On a CPU all of this does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from .operators import Operator
+from .ops_shapes import shape, size
+
+# A constant of more elements is no list of sizes.
+_LONGEST = 1024
+# Operators whose outputs are on the host by themselves.
+_NUMBERS: frozenset[Any] = frozenset({shape, size})
+
+Constants: TypeAlias = Mapping[fx.Node, torch.Tensor]
+Bodies: TypeAlias = Callable[[str], fx.GraphModule]
+
+
+def numbers(values: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return a constant of the host."""
+    return torch.tensor(values, dtype=dtype)
+
+
+def brought(value: Any, device: torch.device) -> Any:
+    """Return a value of the host on a device: a tensor, or each of a sequence."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return [brought(one, device) for one in value] if isinstance(value, list) else value
+
+
+def place(graph: fx.Graph, anchor: fx.Node, constants: Constants, bodies: Bodies) -> None:
+    """Settle for each value of a graph where it is computed, and the same in the graphs nested in it.
+
+    Args:
+        graph: The graph; calls have their operator as ``meta["operator"]``.
+        anchor: The node of a tensor that lies where the module does.
+        constants: Nodes that give tensors that are known.
+        bodies: Gives the module of a nested graph by its path.
+    """
+    placing = _Placing(graph, anchor, constants, bodies)
+    placing.settle()
+    placing.fetch_arguments()
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+class _Placing:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        anchor: fx.Node,
+        constants: Constants,
+        bodies: Bodies,
+        hosted: frozenset[fx.Node] = frozenset(),
+    ) -> None:
+        self._graph, self._anchor, self._bodies, self._hosted = graph, anchor, bodies, hosted
+        self._constants = {node: one for node, one in constants.items() if _is_short(one)}
+        self._host = self._on_host()
+        self._device: fx.Node | None = None
+        self._brought: dict[fx.Node, fx.Node] = {}
+
+    def settle(self) -> None:
+        """Give every operator its inputs where it computes."""
+        for node in list(self._graph.nodes):
+            if "operator" in node.meta:
+                self._settle(node)
+
+    def fetch_arguments(self) -> None:
+        """Bring arguments that are only read as numbers to the host: they come where the module is."""
+        arguments = [node for node in self._graph.nodes if node.op == "placeholder"]
+        for node in arguments:
+            if node in self._host and node not in self._hosted:
+                with self._graph.inserting_after(arguments[-1]):
+                    fetched = self._graph.call_function(brought, (node, torch.device("cpu")))
+                node.replace_all_uses_with(fetched, delete_user_cb=lambda user, own=fetched: user is not own)
+
+    def bring_outputs(self) -> None:
+        """Return everything on the module's device, as whoever runs a nested graph expects."""
+        (output,) = (node for node in self._graph.nodes if node.op == "output")
+        output.args = (tuple(self._as_tensor(one) for one in output.args[0]),)
+
+    def _on_host(self) -> set[fx.Node]:
+        """Return what the host computes: what it can, of which only numbers are read, and of which it has all inputs."""
+        able: set[fx.Node] = set(self._hosted) | set(self._constants)
+        for node in self._graph.nodes:
+            if self._is_able(node, able):
+                able.add(node)
+        wanted: set[fx.Node] = set()
+        for node in reversed(self._graph.nodes):
+            if node in self._hosted or node.target in _NUMBERS or (node in able and _is_wanted(node, wanted)):
+                wanted.add(node)
+        found: set[fx.Node] = set()
+        for node in self._graph.nodes:
+            free = node.op == "placeholder" or node.target in _NUMBERS
+            if node in wanted and (free or all(one in found or one in self._constants for one in _tensors(node))):
+                found.add(node)
+        return found - set(self._constants)
+
+    @staticmethod
+    def _is_able(node: fx.Node, able: set[fx.Node]) -> bool:
+        if node.op == "placeholder":
+            return bool(node.meta.get("numbers"))
+        if node.op != "call_function" or any(True for _ in _nested(node)):
+            return False
+        return node.target in _NUMBERS or all(one in able for one in _tensors(node))
+
+    def _settle(self, node: fx.Node) -> None:
+        found: Operator = node.meta["operator"]
+        on_host = node in self._host
+        keywords = dict(node.kwargs)
+        if "device" in found.keywords:
+            keywords["device"] = torch.device("cpu") if on_host else self._device_node()
+        if on_host:
+            keywords = {name: self._as_numbers(node, one) for name, one in keywords.items()}
+        node.args = tuple(
+            self._as_numbers(node, one) if index in found.sizes or on_host else self._as_tensor(one)
+            for index, one in enumerate(node.args)
+        )
+        node.kwargs = keywords
+        for module, captured in _nested(node):
+            self._place_nested(module, captured)
+        if not on_host and not found.returns_tuple and "device" not in found.keywords and not _has_tensors(node):
+            self._bring_result(node)
+
+    def _as_numbers(self, reader: fx.Node, given: Any) -> Any:
+        """Return what a reader on the host reads: of a constant, its numbers."""
+        if not isinstance(given, fx.Node) or given not in self._constants:
+            return given
+        known = self._constants[given]
+        with self._graph.inserting_before(reader):
+            return self._graph.call_function(numbers, (known.tolist(), known.dtype))
+
+    def _as_tensor(self, given: Any) -> Any:
+        """Return what an operator on the module's device reads."""
+        if not isinstance(given, fx.Node) or given not in self._host:
+            return given
+        if given not in self._brought:
+            device = self._device_node()
+            last = [node for node in self._graph.nodes if node.op == "placeholder"][-1:]
+            with self._graph.inserting_after(last[0] if given.op == "placeholder" else given):
+                self._brought[given] = self._graph.call_function(brought, (given, device))
+            if given.op == "placeholder":
+                self._brought[given].prepend(device)
+        return self._brought[given]
+
+    def _bring_result(self, node: fx.Node) -> None:
+        """Let the users of what is made of numbers alone find it on the module's device."""
+        device = self._device_node()
+        with self._graph.inserting_after(node):
+            result = self._graph.call_function(brought, (node, device))
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+
+    def _device_node(self) -> fx.Node:
+        if self._device is None:
+            arguments = [node for node in self._graph.nodes if node.op == "placeholder"]
+            after = self._anchor if self._anchor.op != "placeholder" else arguments[-1]
+            with self._graph.inserting_after(after):
+                self._device = self._graph.call_function(getattr, (self._anchor, "device"))
+        return self._device
+
+    def _place_nested(self, module: fx.Node, captured: tuple[fx.Node, ...]) -> None:
+        body = self._bodies(str(module.meta["path"]))
+        arguments = [node for node in body.graph.nodes if node.op == "placeholder"]
+        pairs = list(zip(arguments[len(arguments) - len(captured) :], captured, strict=True))
+        constants = {inner: self._constants[outer] for inner, outer in pairs if outer in self._constants}
+        hosted = frozenset(inner for inner, outer in pairs if outer in self._host)
+        inside = _Placing(body.graph, pairs[0][0], constants, self._bodies, hosted)
+        inside.settle()
+        inside.bring_outputs()
+        body.recompile()
+
+
+def _is_short(tensor: torch.Tensor) -> bool:
+    """Return whether a constant can be written as a list that keeps its shape."""
+    return tensor.numel() <= _LONGEST and (tensor.numel() > 0 or tensor.ndim == 1) and not _is_odd(tensor)
+
+
+def _is_odd(tensor: torch.Tensor) -> bool:
+    """Return whether torch makes no tensors of this type from numbers."""
+    return tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point
+
+
+def _tensors(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield what an operator reads as tensors, not as numbers: these must all lie in one place."""
+    sizes = node.meta["operator"].sizes if "operator" in node.meta else ()
+    yield from (one for index, one in enumerate(node.args) if isinstance(one, fx.Node) and index not in sizes)
+
+
+def _has_tensors(node: fx.Node) -> bool:
+    return any(True for _ in _tensors(node)) or any(isinstance(one, fx.Node) for one in node.kwargs.values())
+
+
+def _nested(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+    """Yield the graphs an operator runs: the node of the module, and what it captures."""
+    for given in node.kwargs.values():
+        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], tuple):
+            yield given
+
+
+def _is_wanted(node: fx.Node, wanted: set[fx.Node]) -> bool:
+    return bool(node.users) and all(user in wanted or _reads_numbers(user, node) for user in node.users)
+
+
+def _reads_numbers(user: fx.Node, node: fx.Node) -> bool:
+    """Return whether a user reads nothing but numbers of a node."""
+    if "operator" not in user.meta or any(node is one for _, captured in _nested(user) for one in captured):
+        return False
+    places = [index for index, one in enumerate(user.args) if one is node]
+    return set(places) <= set(user.meta["operator"].sizes) and node not in user.kwargs.values()

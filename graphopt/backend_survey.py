@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,12 +63,18 @@ def survey_backends() -> list[Surveyed]:
     return [_surveyed(name) for name in sorted(registry.table("BACKENDS"))]
 
 
-def backends_here() -> list[Backend]:
-    """Return every backend that can run here, once for each thing it can run on; one that fails when asked is none."""
+def backends_here(wanted: Callable[[Backend], bool] = lambda backend: True) -> list[Backend]:
+    """Return every backend that can run here, once for each thing it can run on; one that fails when asked is none.
+
+    Args:
+        wanted: Tells which are of interest: no other is asked whether it can run, which may take long to find out.
+    """
     found: list[Backend] = []
     for name in sorted(registry.table("BACKENDS")):
         with contextlib.suppress(Exception):  # `doctor` and `list backends` say what is wrong with it
-            found += [one for one in _variants(registry.backend(name)) if one.missing() is None]
+            backend = registry.backend(name)
+            if wanted(backend):
+                found += [one for one in _variants(backend) if one.missing() is None]
     return found
 
 

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 
 # What graphopt and its runtimes stand on; the rest of an environment is not ours to judge.
-PACKAGES = ("graphopt", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
+PACKAGES = (
+    "graphopt",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "torch",
+    "accelerate",
+    "numpy",
+)
 
 
 def package_skews() -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt import latency, registry
-from graphopt.backend import Backend, Feeds, Session, is_timed
+from graphopt.backend import Backend, Differentiable, Feeds, Session, is_timed
 from graphopt.backend_survey import backends_here, option_of
 from graphopt.choices import backend_of
 from graphopt.comparison import Comparison
@@ -79,10 +79,11 @@ def advise(backend: Backend, file: Path, size: int, feed: Feeds, threads: int) -
 def others(backend: Backend) -> list[Backend]:
     """Return the backends that run here and are timed, but for the one there is, whatever it runs on.
 
-    What one backend can run on otherwise is a choice of its user's, who has named one.
+    What one backend can run on otherwise is a choice of its user's, who has named one. Nor is one that is there to train
+    models a place to run them.
     """
     own = getattr(backend, "deployed", backend).name
-    return [one for one in backends_here() if is_timed(one) and one.name != own]
+    return backends_here(lambda one: is_timed(one) and one.name != own and not isinstance(one, Differentiable))
 
 
 def _timed(backend: Backend, other: Backend, file: Path, feed: Feeds, threads: int) -> Advice | None:

@@ -6,7 +6,17 @@ import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 
-_PACKAGES = ("numpy", "onnx", "onnx_ir", "protobuf", "onnxruntime", "onnxruntime-gpu", "openvino")
+_PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnx_ir",
+    "protobuf",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "torch",
+    "accelerate",
+)
 
 
 def installed_version() -> str:

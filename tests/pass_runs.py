@@ -34,7 +34,9 @@ BACKEND = "onnxruntime"
 NOISE_BUDGET_DB = 170.0
 
 # What compares the model with the one before a lossy pass, and such a pass.
-REPAIRS = {"ada-round": "quant:mode=static", "correct-bias": "prune"}
+REPAIRS = {"ada-round": "quant:mode=static", "correct-bias": "prune", "recover": "prune:method=magnitude"}
+# Options with which a pass that trains does so for a moment.
+BRIEFLY = {"recover": "recover:steps=1", "prune-gradually": "prune-gradually:method=magnitude:rounds=1:steps=1"}
 
 Feed = Mapping[str, Any]
 
@@ -97,7 +99,8 @@ def run_passes(
 
 def with_what_it_repairs(name: str) -> str:
     """Return a pipeline in which a pass can do its work: the pass alone, but for those that repair what others do."""
-    return f"{REPAIRS[name]},{name}" if name in REPAIRS else name
+    spec = BRIEFLY.get(name, name)
+    return f"{REPAIRS[name]},{spec}" if name in REPAIRS else spec
 
 
 def weigh_by_noise(model: ir.Model, data: Dataset, budget_db: float) -> CandidateJudge:

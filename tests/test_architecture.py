@@ -99,7 +99,15 @@ ROOMS = {
     ),
     "editing": ("pattern", "worklist", "rewrite_check", "rewriter"),
     "authoring": ("authoring",),
-    "finding": ("backend_survey", "metrics", "package_skews", "registry", "report", "reporting.rows", "reporting.trainings"),
+    "finding": (
+        "backend_survey",
+        "metrics",
+        "package_skews",
+        "registry",
+        "report",
+        "reporting.rows",
+        "reporting.trainings",
+    ),
     "planning": (
         "benchmarking.points",
         "candidates",
@@ -183,7 +191,10 @@ ROOM_OF = {module: room for room, modules in ROOMS.items() for module in modules
 LEVEL = {room: level for level, room in enumerate(ROOMS)}
 
 # Loading one of these takes long, or needs what a machine may lack: only inside a function, where it is used.
-HEAVY = frozenset({"onnxruntime", "openvino", "sklearn", "tensorrt", "torch"})
+HEAVY = frozenset({"accelerate", "onnxruntime", "openvino", "sklearn", "tensorrt", "torch"})
+# What trains is written in torch throughout: its modules are imported inside functions instead, and bring it along.
+WRITTEN_IN_TORCH = (PACKAGES["graphopt.passes"] / "recovery", PACKAGES["graphopt.backends"] / "torch_fx")
+TRAINING = frozenset({"accelerate", "torch"})
 LINES_LIMIT = 500
 SAYS_NOTHING = re.compile(r"common|misc|(.*_)?(utils?|helpers?)", re.IGNORECASE)
 # Import name to the distribution that brings it, where the two differ.
@@ -316,9 +327,13 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
             f"{file.relative_to(ROOT)}:{one.line} imports {one.module} with the module"
             for file in files()
             for one in imports(file)
-            if one.at_import and one.module.split(".")[0] in HEAVY
+            if one.at_import and one.module.split(".")[0] in HEAVY - (TRAINING if _is_of_torch(file) else set())
         ]
     )
+
+
+def _is_of_torch(file: Path) -> bool:
+    return any(file.is_relative_to(folder) for folder in WRITTEN_IN_TORCH)
 
 
 def test_only_backends_know_a_runtime() -> None:
@@ -348,7 +363,7 @@ def test_what_is_imported_is_declared() -> None:
         [
             f"{file.relative_to(ROOT)} imports {top}, which pyproject.toml does not declare"
             for file, top in sorted(third_party)
-            if DISTRIBUTION.get(top, top) not in declared
+            if DISTRIBUTION.get(top, top) not in declared | (TRAINING if _is_of_torch(file) else set())
         ]
     )
 
@@ -406,6 +421,14 @@ def test_whole_core_loads_no_runtime() -> None:
 def test_listing_what_is_installed_loads_no_torch() -> None:
     loaded = loaded_by("from graphopt import registry\nfor kind in registry.TABLES:\n    registry.table(kind)")
     assert not HEAVY & loaded
+
+
+@pytest.mark.parametrize("kind", ["PASSES", "BACKENDS"])
+def test_passes_and_backends_are_known_without_torch(kind: str) -> None:
+    loaded = loaded_by(
+        f"from graphopt import registry\nfor name in registry.table('{kind}'):\n    registry.find('{kind}', name)"
+    )
+    assert not TRAINING & loaded
 
 
 def test_public_names_exist() -> None:

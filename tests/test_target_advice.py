@@ -79,7 +79,7 @@ class Here(Runtime):
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, *there: Runtime, size: int = 100) -> Advice | None:
-    monkeypatch.setattr(target_advice, "backends_here", lambda: [Here(), *there])
+    monkeypatch.setattr(target_advice, "backends_here", lambda wanted: [one for one in (Here(), *there) if wanted(one)])
     monkeypatch.setattr(target_advice, "ADVICE_SECONDS", 0.2)
     monkeypatch.setattr(target_advice, "BURST_SECONDS", 0.02)
     return advise(Here(), Path("any.onnx"), size, FEED, 1)

@@ -22,6 +22,7 @@ from . import (
     ops_normalization,
     ops_pooling,
     ops_products,
+    ops_qlinear,
     ops_quantization,
     ops_random,
     ops_recurrent,
@@ -71,6 +72,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         ops_contrib.CONTRIB,
         ops_contrib_attention.CONTRIB,
         ops_contrib_blocks.CONTRIB,
+        ops_qlinear.CONTRIB,
         ops_quantization.CONTRIB,
     ),
 }

@@ -67,7 +67,8 @@ class _Scope:
         if outer not in self.captured:
             with self.graph.inserting_after(self.last_placeholder):
                 self.captured[outer] = self.placeholder(outer.name)
-            self.captured[outer].meta.update(outer.meta)
+            if "path" in outer.meta:
+                self.captured[outer].meta["path"] = outer.meta["path"]
         return self.captured[outer]
 
     def placeholder(self, name: str) -> fx.Node:
@@ -245,8 +246,8 @@ class _Lowering:
         for name, attribute in node.attributes.items():
             if not attribute.is_ref():
                 found[name] = attribute
-            elif attribute.ref_attr_name in frame.attributes:
-                found[name] = frame.attributes[attribute.ref_attr_name]
+            elif (given := frame.attributes.get(attribute.ref_attr_name or "")) is not None:
+                found[name] = given
         return found
 
     def _attribute(self, frame: _Frame, node: ir.Node, attribute: ir.Attr) -> Any:

@@ -115,6 +115,8 @@ def log_softmax(x: Tensor, *, axis: int = -1) -> Tensor:
 
 def hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
     """Return 1 at the first of the largest elements along an axis, and 0 elsewhere."""
+    if x.numel() == 0:
+        return x
     place = torch.argmax(x, axis, keepdim=True)
     return torch.zeros_like(x).scatter(axis, place, 1)
 
@@ -134,7 +136,7 @@ def flat_log_softmax(x: Tensor, *, axis: int = 1) -> Tensor:
 
 def flat_hardmax(x: Tensor, *, axis: int = 1) -> Tensor:
     """Return 1 at the first of the largest elements from an axis on, and 0 elsewhere."""
-    return hardmax(_flattened(x, axis)).reshape(x.shape) if x.numel() else x
+    return hardmax(_flattened(x, axis)).reshape(x.shape)
 
 
 def _flattened(x: Tensor, axis: int) -> Tensor:

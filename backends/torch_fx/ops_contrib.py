@@ -6,7 +6,6 @@ Each function is one operator of the domain com.microsoft: inputs by position, a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -80,14 +79,6 @@ def bias_split_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def bias_add(x: Tensor, bias: Tensor, skip: Tensor) -> Tensor:
     """The sum of all three."""
     return x + bias + skip
-
-
-def bias_softmax(data: Tensor, bias: Tensor, *, is_inner_broadcast: int, axis: int = 1) -> Tensor:
-    """Softmax of a sum over all axes from one on; the bias lacks axes before `axis`, or right behind the first."""
-    axis %= data.dim()
-    if bias.dim() < data.dim() and not is_inner_broadcast:
-        bias = bias.reshape(bias.shape[:1] + (1,) * (data.dim() - bias.dim()) + bias.shape[1:])
-    return torch.softmax((data + bias).flatten(axis), -1).reshape(data.shape)
 
 
 def fused_conv(
@@ -289,7 +280,7 @@ def skip_group_norm(
 
 def inverse(x: Tensor) -> Tensor:
     """Inverses of matrices."""
-    return torch.linalg.inv(x)
+    return torch.inverse(x)
 
 
 def c_dist(a: Tensor, b: Tensor, *, metric: str = "sqeuclidean") -> Tensor:
@@ -303,32 +294,12 @@ def expand_dims(data: Tensor, axis: Tensor) -> Tensor:
     return data.unsqueeze(int(axis.item()))
 
 
-def relative_position_bias(
-    table: Tensor, query_length: Tensor, key_length: Tensor, *, is_bidirectional: int = 0, max_distance: int
-) -> Tensor:
-    """A learned bias for each head and distance, distances in buckets that grow (T5, Raffel et al. 2020)."""
-    queries, keys = int(query_length.item()), int(key_length.item())
-    distance = torch.arange(queries).unsqueeze(1) - torch.arange(keys)
-    count, first = table.shape[0], torch.zeros_like(distance)
-    if is_bidirectional:
-        count //= 2
-        first = (distance < 0) * count
-        distance = distance.abs()
-    else:
-        distance = distance.clamp(min=0)
-    exact = count // 2
-    growth = torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact) * (count - exact)
-    bucket = torch.where(distance < exact, distance, (exact + growth.long()).clamp(max=count - 1))
-    return F.embedding((first + bucket).to(table.device), table).permute(2, 0, 1).unsqueeze(0)
-
-
 OPERATORS: Table = {"SimplifiedLayerNormalization": Operator(simplified_layer_normalization)}
 """What ONNX Runtime has put into ONNX's own domain."""
 
 CONTRIB: Table = {
     "BiasAdd": Operator(bias_add),
     "BiasGelu": Operator(bias_gelu),
-    "BiasSoftmax": Operator(bias_softmax),
     "BiasSplitGelu": Operator(bias_split_gelu),
     "CDist": Operator(c_dist),
     "EmbedLayerNormalization": Operator(embed_layer_normalization),
@@ -345,7 +316,6 @@ CONTRIB: Table = {
     "Inverse": Operator(inverse),
     "LayerNormalization": Operator(layer_normalization),
     "QuickGelu": Operator(quick_gelu),
-    "RelativePositionBias": Operator(relative_position_bias, sizes=(1, 2)),
     "SimplifiedLayerNormalization": Operator(simplified_layer_normalization),
     "SkipGroupNorm": Operator(skip_group_norm),
     "SkipLayerNormalization": Operator(skip_layer_normalization),

@@ -6,7 +6,7 @@ a tuple.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,10 +15,11 @@ from .operators import Operator, Table
 
 Body: TypeAlias = tuple[Any, Sequence[Any]]
 SCANNED = "scanned"
-"""Key of a nested module's `meta`: dtype and shape of each output, as far as they are known, for loops that never ran."""
+"""Key of a nested module's `meta`: dtype and shape of each output as far as known, for loops that never ran."""
 
 
 def if_(cond: torch.Tensor, *, then_branch: Body, else_branch: Body) -> tuple[Any, ...]:
+    """What one of two graphs gives."""
     module, captured = then_branch if bool(cond) else else_branch
     return tuple(module(*captured))
 
@@ -30,10 +31,11 @@ def loop(
     body: Body,
     device: torch.device,
 ) -> tuple[Any, ...]:
+    """A graph run over and over: what it carries from one run to the next, and what each run adds, stacked."""
     module, captured = body
     most = None if trips is None else int(trips)
     goes_on = cond is None or bool(cond)
-    state, rows = list(carried), []
+    state, rows = list(carried), list[list[Any]]()
     while goes_on and (most is None or len(rows) < most):
         iteration = torch.tensor(len(rows), device=device)
         going, *given = module(iteration, torch.tensor(True, device=device), *state, *captured)
@@ -61,6 +63,7 @@ def scan(
     scan_output_directions: Sequence[int] | None = None,
     device: torch.device,
 ) -> tuple[Any, ...]:
+    """A graph run once for each slice of its inputs: what it carries along, and what each run adds, stacked."""
     module, captured = body
     first = len(inputs) - num_scan_inputs
     state, scanned = list(inputs[:first]), inputs[first:]
@@ -70,7 +73,7 @@ def scan(
         tensor.movedim(axis, 0).flip(0) if back else tensor.movedim(axis, 0)
         for tensor, axis, back in zip(scanned, axes, backwards, strict=True)
     ]
-    rows = []
+    rows = list[tuple[Any, ...]]()
     for step in range(len(read[0])):
         given = module(*state, *(tensor[step] for tensor in read), *captured)
         state = list(given[:first])
@@ -84,14 +87,17 @@ def _laid_out(
     made: Sequence[torch.Tensor], axes: Sequence[int] | None, backwards: Sequence[int] | None
 ) -> list[torch.Tensor]:
     """Put the axis of steps, which comes first, and its direction where a Scan wants them."""
-    turned = [tensor.flip(0) if back else tensor for tensor, back in zip(made, backwards or [0] * len(made), strict=True)]
+    turned = [
+        tensor.flip(0) if back else tensor for tensor, back in zip(made, backwards or [0] * len(made), strict=True)
+    ]
     return [tensor.movedim(0, axis) for tensor, axis in zip(turned, axes or [0] * len(made), strict=True)]
 
 
 def sequence_map(sequence: list[Any], *others: Any, body: Body) -> tuple[Any, ...]:
+    """A graph run once for each element of a sequence, and of those of the same length beside it."""
     module, captured = body
-    pick: Callable[[Any, int], Any] = lambda one, at: one[at] if isinstance(one, list) else one  # noqa: E731
-    rows = [module(one, *(pick(other, at) for other in others), *captured) for at, one in enumerate(sequence)]
+    given = [other if isinstance(other, list) else [other] * len(sequence) for other in others]
+    rows = [module(*one, *captured) for one in zip(sequence, *given, strict=True)]
     return tuple([row[i] for row in rows] for i in range(len(rows[0]))) if rows else ([],) * len(module.meta[SCANNED])
 
 

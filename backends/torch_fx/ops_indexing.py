@@ -51,11 +51,13 @@ def gather_nd(data: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
 
 def _tuples(data: Tensor, indices: Tensor, batch_dims: int) -> tuple[Tensor, ...]:
     """Return an index for each leading axis of the data, those of the batch counted off."""
-    batch = torch.meshgrid(*(torch.arange(size, device=data.device) for size in data.shape[:batch_dims]), indexing="ij")
-    spread = indices.dim() - 1 - batch_dims
-    found = [axis.reshape(axis.shape + (1,) * spread) for axis in batch]
+    rank = indices.dim() - 1
+    batch = (
+        torch.arange(data.shape[axis], device=data.device).reshape([-1] + [1] * (rank - axis - 1))
+        for axis in range(batch_dims)
+    )
     sizes = data.shape[batch_dims:]
-    return *found, *(_counted(at, sizes[axis], data.device) for axis, at in enumerate(indices.unbind(-1)))
+    return *batch, *(_counted(at, sizes[axis], data.device) for axis, at in enumerate(indices.unbind(-1)))
 
 
 def scatter_elements(

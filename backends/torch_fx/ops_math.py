@@ -64,7 +64,9 @@ def abs_(x: Tensor) -> Tensor:
 
 
 def sign(x: Tensor) -> Tensor:
-    """Signs: -1, 0 or 1."""
+    """Signs: -1, 0 or 1; of what is no number, itself."""
+    if x.is_floating_point():
+        return torch.where(torch.isnan(x), x, torch.sign(x))
     if x.dtype.is_signed:
         return torch.sign(x)
     return narrowed((widened(x) != 0).to(widened(x).dtype), x.dtype)
@@ -186,16 +188,25 @@ def min_(*inputs: Tensor) -> Tensor:
 
 
 def clip(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    """Elements kept within two bounds; the upper one holds where they cross."""
+    """Elements kept within two bounds, those of their type by default; the upper one holds where they cross."""
+    if not x.is_floating_point():
+        if low is None and high is None:
+            return x
+        bounds = [None if bound is None else ordered(bound).reshape(()) for bound in (low, high)]
+        return unordered(torch.clamp(ordered(x), bounds[0], bounds[1]), x.dtype)
+    limits = torch.finfo(x.dtype)
     if low is None and high is None:
-        return x
-    bounds = [None if bound is None else ordered(bound).reshape(()) for bound in (low, high)]
-    return unordered(torch.clamp(ordered(x), bounds[0], bounds[1]), x.dtype)
+        return torch.clamp(x, limits.min, limits.max)
+    least = torch.full((), limits.min, dtype=x.dtype, device=x.device) if low is None else low.reshape(())
+    most = torch.full((), limits.max, dtype=x.dtype, device=x.device) if high is None else high.reshape(())
+    return torch.clamp(x, least, most)
 
 
 def clip_by_attributes(x: Tensor, *, min: float | None = None, max: float | None = None) -> Tensor:
     """Elements kept within two bounds, as they were given before version 11."""
-    return x if min is None and max is None else torch.clamp(x, min, max)
+    limits = torch.finfo(x.dtype)
+    low = limits.min if min is None or min < limits.min else min
+    return torch.clamp(x, low, limits.max if max is None or max > limits.max else max)
 
 
 def det(x: Tensor) -> Tensor:

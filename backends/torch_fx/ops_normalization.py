@@ -67,8 +67,10 @@ def batch_normalization_before_14(
 
 
 def _by_statistics(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
-    fixed = not (mean.requires_grad or variance.requires_grad)
-    if fixed and x.ndim > 1 and x.dtype == scale.dtype == bias.dtype == mean.dtype == variance.dtype:
+    fixed = not (mean.requires_grad or variance.requires_grad)  # torch's kernel has no gradients of statistics
+    alike = scale.dtype == bias.dtype == mean.dtype == variance.dtype
+    half = scale.dtype == torch.float32 and x.dtype.itemsize == 2
+    if fixed and alike and x.ndim > 1 and (half or scale.dtype == x.dtype):
         return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, epsilon)
     shape = (1, -1, *[1] * (x.ndim - 2)) if x.ndim > 1 else (1,)
     factor = scale.to(mean.dtype) * torch.rsqrt(variance + epsilon)
@@ -151,6 +153,8 @@ def lrn(x: Tensor, *, alpha: float = 1e-4, beta: float = 0.75, bias: float = 1.0
 
 def mean_variance_normalization(x: Tensor, *, axes: list[int] | None = None) -> Tensor:
     """Normalize along axes to mean 0 and variance 1."""
+    if x.numel() == 0:
+        return x
     along = axes or [0, 2, 3]
     variance, mean = torch.var_mean(x, along, correction=0, keepdim=True)
     return (x - mean) / (torch.sqrt(variance) + _MEAN_VARIANCE_EPSILON)

@@ -162,7 +162,11 @@ def max_unpool(
     pads: list[int] | None = None,
     strides: list[int] | None = None,
 ) -> Tensor:
-    """Elements put back to where MaxPool took them from, zeros elsewhere; a larger output has zeros at its ends."""
+    """Elements put back to where MaxPool took them from, zeros elsewhere.
+
+    Places count through the whole output, of the shape asked for if there is one, so that it undoes MaxPool. So it is
+    in ONNX Runtime; in ONNX's own case they count through what the windows cover, and zeros are put behind it.
+    """
     rank = len(kernel_shape)
     given = pads or [0] * (2 * rank)
     sizes = [
@@ -171,13 +175,9 @@ def max_unpool(
             x.shape[2:], strides or [1] * rank, kernel_shape, given[:rank], given[rank:], strict=True
         )
     ]
-    shape = [*x.shape[:2], *sizes]
+    shape = [*x.shape[:2], *sizes] if output_shape is None else output_shape.tolist()
     found = torch.zeros(math.prod(shape), dtype=x.dtype, device=x.device)
-    found = found.scatter(0, places.reshape(-1), x.reshape(-1)).reshape(shape)
-    if output_shape is None:
-        return found
-    missing = [wanted - size for wanted, size in zip(output_shape.tolist(), shape, strict=True)]
-    return F.pad(found, [one for more in reversed(missing) for one in (0, more)])
+    return found.scatter(0, places.reshape(-1), x.reshape(-1)).reshape(shape)
 
 
 OPERATORS: Table = {

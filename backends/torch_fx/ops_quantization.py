@@ -106,16 +106,18 @@ def mat_mul_integer(
     a: Tensor, b: Tensor, a_zero_point: Tensor | None = None, b_zero_point: Tensor | None = None
 ) -> Tensor:
     """The product of matrices of codes, less their zero points, which may differ from row to row, column to column."""
-    return _product(a, b, a_zero_point, b_zero_point).to(torch.int32)
+    return product_of_codes(a, b, a_zero_point, b_zero_point).to(torch.int32)
 
 
-def _product(a: Tensor, b: Tensor, a_zero_point: Tensor | None, b_zero_point: Tensor | None) -> Tensor:
-    return shifted(a, _by_row(a_zero_point, a), _EXACT) @ shifted(b, b_zero_point, _EXACT)
+def product_of_codes(a: Tensor, b: Tensor, a_zero_point: Tensor | None, b_zero_point: Tensor | None) -> Tensor:
+    """Return the product of matrices of codes less their zero points, exactly."""
+    by_row = None if a_zero_point is None else _by_row(a_zero_point, a)
+    return shifted(a, by_row, _EXACT) @ shifted(b, b_zero_point, _EXACT)
 
 
-def _by_row(parameter: Tensor | None, a: Tensor) -> Tensor | None:
+def _by_row(parameter: Tensor, a: Tensor) -> Tensor:
     """Return what is given of each row of a matrix so that it goes with its elements."""
-    if parameter is None or parameter.ndim != 1 or parameter.numel() == 1 or a.ndim < 2:
+    if parameter.ndim != 1 or parameter.numel() == 1 or a.ndim < 2:
         return parameter
     return parameter.unsqueeze(-1)
 
@@ -200,10 +202,9 @@ def q_linear_mat_mul(
     input_types: Sequence[int] = (),
 ) -> Tensor:
     """The product of matrices of codes, as codes."""
-    found = _product(a, b, a_zero_point, b_zero_point)
-    by_row, to_row = _by_row(a_scale, a), _by_row(y_scale, found)
-    assert by_row is not None and to_row is not None, "scales are given"
-    factor = by_row.to(torch.float32) * b_scale.to(torch.float32) / to_row.to(torch.float32)
+    found = product_of_codes(a, b, a_zero_point, b_zero_point)
+    by_row, to_row = (_by_row(one.to(torch.float32), found) for one in (a_scale, y_scale))
+    factor = by_row * b_scale.to(torch.float32) / to_row
     dtype = ir.DataType((input_types[7] if len(input_types) > 7 else 0) or ir.DataType.UINT8)
     return quantized(found.to(torch.float32) * factor, _by_row(y_zero_point, found), dtype)
 

@@ -91,13 +91,13 @@ def dropout(
 
 
 def dropout_before_12(x: Tensor, *, ratio: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Pass the elements on."""
-    return x, torch.ones_like(x, dtype=torch.bool)
+    """Pass the elements on; what the mask holds then is left open, in ONNX Runtime it is False."""
+    return x, torch.zeros_like(x, dtype=torch.bool)
 
 
 def dropout_before_10(x: Tensor, *, ratio: float = 0.5) -> tuple[Tensor, Tensor]:
     """Pass the elements on; the mask has their type."""
-    return x, torch.ones_like(x)
+    return x, torch.zeros_like(x)
 
 
 OPERATORS: Table = {

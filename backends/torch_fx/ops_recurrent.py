@@ -132,10 +132,11 @@ def lstm(
 ) -> tuple[Tensor, ...]:
     """Gates of input, output and forgetting around a cell, along a sequence; peepholes let gates see the cell."""
     chosen = _activations(activations, activation_alpha, activation_beta, clip)
+    unclipped = _activations(activations, activation_alpha, activation_beta, None)  # of the cell, as in ONNX Runtime
     biases = _biases(b, w, r)
 
     def step_of(at: int) -> Step:
-        f, g, h = chosen[3 * at : 3 * at + 3]
+        (f, g), h = chosen[3 * at : 3 * at + 2], unclipped[3 * at + 2]
         peep = (0.0, 0.0, 0.0) if p is None else p[at].chunk(3)
 
         def step(gates: Tensor, state: State) -> State:

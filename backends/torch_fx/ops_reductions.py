@@ -34,6 +34,8 @@ def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 
 def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
+    if x.numel() == 0:
+        return _sum(x, axes, keep)  # ONNX leaves it open, ONNX Runtime gives 0
     if x.is_floating_point():
         return torch.mean(x, axes, keepdim=keep)
     count = math.prod(x.shape[axis] for axis in axes)

@@ -95,10 +95,8 @@ def resize(
     else:
         assert scales is not None, "ONNX wants one of the two"
         factors = scales.tolist()
-        parts = [end - start for start, end in zip(region[: len(along)], region[len(along) :], strict=True)]
-        wanted = [
-            math.floor(x.shape[axis] * part * factor) for axis, part, factor in zip(along, parts, factors, strict=True)
-        ]
+        # The part looked at does not count here, whatever ONNX's text says: neither in ONNX Runtime nor in its own cases.
+        wanted = [math.floor(x.shape[axis] * factor) for axis, factor in zip(along, factors, strict=True)]
     sampling = _Sampling(
         mode,
         coordinate_transformation_mode,
@@ -215,7 +213,7 @@ def _extrapolated(found: Tensor, axes: Sequence[_Axis], value: float) -> Tensor:
     for axis in axes:
         positions = axis.positions("tf_crop_and_resize", found.device)
         outside = (positions < 0) | (positions > axis.size - 1)
-        filler = torch.tensor(value, dtype=found.dtype, device=found.device)
+        filler = torch.full((), value, dtype=found.dtype, device=found.device)
         found = torch.where(outside.reshape(-1, *[1] * (found.ndim - 1 - axis.at)), filler, found)
     return found
 

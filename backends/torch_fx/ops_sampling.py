@@ -95,6 +95,8 @@ def _aligned(image: Tensor, region: list[float], pooled: tuple[int, int], ratio:
         _samples(region[1 - axis] - shift, region[3 - axis] - shift, pooled[axis], ratio, half, image)
         for axis in (0, 1)
     )
+    if rows.numel() == 0 or columns.numel() == 0:
+        return image.new_zeros(image.shape[0], *pooled)  # a region of no size has no samples
     if mode == "avg":
         ys, xs = _hats(rows, image.shape[1]).mean(1), _hats(columns, image.shape[2]).mean(1)
         return torch.einsum("chw,ph,qw->cpq", image, ys, xs)
@@ -111,7 +113,7 @@ def _aligned(image: Tensor, region: list[float], pooled: tuple[int, int], ratio:
 def _samples(start: float, end: float, bins: int, ratio: int, half: bool, like: Tensor) -> Tensor:
     """Return where along an axis the samples of each bin lie: bins, samples of each."""
     width = (end - start if half else max(end - start, 1.0)) / bins
-    count = ratio if ratio > 0 else max(math.ceil(width), 1)
+    count = ratio if ratio > 0 else max(math.ceil(width), 0)
     at = torch.arange(bins, dtype=like.dtype, device=like.device)[:, None] * width
     return start + at + (torch.arange(count, dtype=like.dtype, device=like.device) + 0.5) * width / count
 

@@ -52,7 +52,7 @@ def _transformed(x: Tensor, length: int | None, axis: int, inverse: bool, onesid
     else:
         found = torch.fft.fft(signal, n=length, dim=at)
         found = found.narrow(at, 0, found.shape[at] // 2 + 1) if onesided else found
-    return torch.view_as_real(found).to(x.dtype)
+    return torch.view_as_real(found.resolve_conj()).to(x.dtype)
 
 
 def stft(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Mapping
@@ -104,11 +105,12 @@ class Store:
 def _free(holder: nn.Module, name: str, shared: Any) -> str:
     """Return the name, with underscores behind it until it is free or that of a module to share.
 
-    It is not free where any module, or one of torch.fx, has something else of the name, such as `forward` or `graph`.
+    It is not free where any module, or one of torch.fx, has something else of the name, such as `forward` or `graph`,
+    and where Python has, as of `if`: torch.fx writes names into source as they are.
     """
     while True:
         if shared is not None and type(holder._modules.get(name)) is shared:
             return name
-        if not hasattr(holder, name) and not hasattr(fx.GraphModule, name):
+        if not hasattr(holder, name) and not hasattr(fx.GraphModule, name) and not keyword.iskeyword(name):
             return name
         name += "_"

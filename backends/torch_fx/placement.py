@@ -22,7 +22,7 @@ _LONGEST = 1024
 _NUMBERS: frozenset[Any] = frozenset({shape, size})
 
 Constants: TypeAlias = Mapping[fx.Node, torch.Tensor]
-Bodies: TypeAlias = Callable[[str], fx.GraphModule]
+Bodies: TypeAlias = Callable[[str], Any]
 
 
 def numbers(values: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -46,12 +46,7 @@ def place(graph: fx.Graph, anchor: fx.Node, constants: Constants, bodies: Bodies
         constants: Nodes that give tensors that are known.
         bodies: Gives the module of a nested graph by its path.
     """
-    placing = _Placing(graph, anchor, constants, bodies)
-    placing.settle()
-    placing.fetch_arguments()
-    for node in reversed(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
+    _Placing(graph, anchor, constants, bodies).settle()
 
 
 class _Placing:
@@ -66,31 +61,25 @@ class _Placing:
         self._graph, self._anchor, self._bodies, self._hosted = graph, anchor, bodies, hosted
         self._constants = {node: one for node, one in constants.items() if _is_short(one)}
         self._host = self._on_host()
-        self._device: fx.Node | None = None
-        self._brought: dict[fx.Node, fx.Node] = {}
+        self._elsewhere: dict[fx.Node, fx.Node] = {}
+        arguments = [node for node in graph.nodes if node.op == "placeholder"]
+        with graph.inserting_after(anchor if anchor.op != "placeholder" else arguments[-1]):
+            self._device = graph.call_function(getattr, (anchor, "device"))
 
     def settle(self) -> None:
-        """Give every operator its inputs where it computes."""
+        """Give every operator its inputs where it computes, and drop what nobody reads any more."""
         for node in list(self._graph.nodes):
             if "operator" in node.meta:
                 self._settle(node)
-
-    def fetch_arguments(self) -> None:
-        """Bring arguments that are only read as numbers to the host: they come where the module is."""
-        arguments = [node for node in self._graph.nodes if node.op == "placeholder"]
-        for node in arguments:
-            if node in self._host and node not in self._hosted:
-                with self._graph.inserting_after(arguments[-1]):
-                    fetched = self._graph.call_function(brought, (node, torch.device("cpu")))
-                node.replace_all_uses_with(fetched, delete_user_cb=lambda user, own=fetched: user is not own)
-
-    def bring_outputs(self) -> None:
-        """Return everything on the module's device, as whoever runs a nested graph expects."""
-        (output,) = (node for node in self._graph.nodes if node.op == "output")
-        output.args = (tuple(self._as_tensor(one) for one in output.args[0]),)
+            elif node.op == "output" and self._anchor.op == "placeholder":
+                # Whoever runs a nested graph expects everything on the module's device.
+                node.args = (tuple(self._as_tensor(one) for one in node.args[0]),)
+        for node in reversed(self._graph.nodes):
+            if not node.users and (node is self._device or node.op == "get_attr"):
+                self._graph.erase_node(node)
 
     def _on_host(self) -> set[fx.Node]:
-        """Return what the host computes: what it can, of which only numbers are read, and of which it has all inputs."""
+        """Return what the host computes: what it can and has all inputs of, and of which only numbers are read."""
         able: set[fx.Node] = set(self._hosted) | set(self._constants)
         for node in self._graph.nodes:
             if self._is_able(node, able):
@@ -119,7 +108,7 @@ class _Placing:
         on_host = node in self._host
         keywords = dict(node.kwargs)
         if "device" in found.keywords:
-            keywords["device"] = torch.device("cpu") if on_host else self._device_node()
+            keywords["device"] = torch.device("cpu") if on_host else self._device
         if on_host:
             keywords = {name: self._as_numbers(node, one) for name, one in keywords.items()}
         node.args = tuple(
@@ -134,39 +123,36 @@ class _Placing:
 
     def _as_numbers(self, reader: fx.Node, given: Any) -> Any:
         """Return what a reader on the host reads: of a constant, its numbers."""
-        if not isinstance(given, fx.Node) or given not in self._constants:
+        if not isinstance(given, fx.Node):
             return given
-        known = self._constants[given]
-        with self._graph.inserting_before(reader):
-            return self._graph.call_function(numbers, (known.tolist(), known.dtype))
+        if given in self._constants:
+            known = self._constants[given]
+            with self._graph.inserting_before(reader):
+                return self._graph.call_function(numbers, (known.tolist(), known.dtype))
+        return self._brought(given, torch.device("cpu")) if self._is_argument(given) else given
 
     def _as_tensor(self, given: Any) -> Any:
         """Return what an operator on the module's device reads."""
-        if not isinstance(given, fx.Node) or given not in self._host:
+        if not isinstance(given, fx.Node) or given not in self._host or self._is_argument(given):
             return given
-        if given not in self._brought:
-            device = self._device_node()
-            last = [node for node in self._graph.nodes if node.op == "placeholder"][-1:]
-            with self._graph.inserting_after(last[0] if given.op == "placeholder" else given):
-                self._brought[given] = self._graph.call_function(brought, (given, device))
-            if given.op == "placeholder":
-                self._brought[given].prepend(device)
-        return self._brought[given]
+        return self._brought(given, self._device)
+
+    def _is_argument(self, node: fx.Node) -> bool:
+        """Return whether the host computes with an argument of the whole module, which comes where the module is."""
+        return node.op == "placeholder" and node in self._host and node not in self._hosted
+
+    def _brought(self, given: fx.Node, where: Any) -> fx.Node:
+        """Return a value in the other place, brought there once, as soon as it is known."""
+        if given not in self._elsewhere:
+            with self._graph.inserting_after(self._device if given.op == "placeholder" else given):
+                self._elsewhere[given] = self._graph.call_function(brought, (given, where))
+        return self._elsewhere[given]
 
     def _bring_result(self, node: fx.Node) -> None:
         """Let the users of what is made of numbers alone find it on the module's device."""
-        device = self._device_node()
         with self._graph.inserting_after(node):
-            result = self._graph.call_function(brought, (node, device))
+            result = self._graph.call_function(brought, (node, self._device))
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-
-    def _device_node(self) -> fx.Node:
-        if self._device is None:
-            arguments = [node for node in self._graph.nodes if node.op == "placeholder"]
-            after = self._anchor if self._anchor.op != "placeholder" else arguments[-1]
-            with self._graph.inserting_after(after):
-                self._device = self._graph.call_function(getattr, (self._anchor, "device"))
-        return self._device
 
     def _place_nested(self, module: fx.Node, captured: tuple[fx.Node, ...]) -> None:
         body = self._bodies(str(module.meta["path"]))
@@ -174,9 +160,7 @@ class _Placing:
         pairs = list(zip(arguments[len(arguments) - len(captured) :], captured, strict=True))
         constants = {inner: self._constants[outer] for inner, outer in pairs if outer in self._constants}
         hosted = frozenset(inner for inner, outer in pairs if outer in self._host)
-        inside = _Placing(body.graph, pairs[0][0], constants, self._bodies, hosted)
-        inside.settle()
-        inside.bring_outputs()
+        _Placing(body.graph, pairs[0][0], constants, self._bodies, hosted).settle()
         body.recompile()
 
 
@@ -200,11 +184,12 @@ def _has_tensors(node: fx.Node) -> bool:
     return any(True for _ in _tensors(node)) or any(isinstance(one, fx.Node) for one in node.kwargs.values())
 
 
-def _nested(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+def _nested(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
     """Yield the graphs an operator runs: the node of the module, and what it captures."""
     for given in node.kwargs.values():
-        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], tuple):
-            yield given
+        if isinstance(given, tuple):
+            pair: Any = given
+            yield pair
 
 
 def _is_wanted(node: fx.Node, wanted: set[fx.Node]) -> bool:

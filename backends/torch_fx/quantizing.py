@@ -68,10 +68,13 @@ def spread(parameter: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
 def codes_of(scaled: Tensor, zero_point: Tensor | None, dtype: ir.DataType, saturate: int = 1) -> Tensor:
     """Return the codes of numbers already divided by their scale, as numbers: rounded to even, moved, cut."""
     if dtype.is_floating_point():
-        return _CastStraightThrough.apply(scaled, int(dtype), saturate)  # type: ignore[no-any-return, no-untyped-call]
+        nearest: Tensor = _CastStraightThrough.apply(scaled, int(dtype), saturate)  # type: ignore[no-untyped-call]
+        return nearest
     rounded = _RoundStraightThrough.apply(scaled)  # type: ignore[no-untyped-call]
     moved = rounded if zero_point is None else rounded + zero_point.to(scaled.dtype)
-    return moved.clamp(*code_limits(dtype))
+    least, largest = code_limits(dtype)
+    codes: Tensor = moved.clamp(least, largest)
+    return codes
 
 
 def quantized(scaled: Tensor, zero_point: Tensor | None, dtype: ir.DataType, saturate: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -86,7 +87,13 @@ class TorchSession:
 
     def _compute(self, tensors: Sequence[Any]) -> Any:
         assert self._module is not None, "the session is open"
-        return self._module(*tensors)
+        try:
+            return self._module.forward(*tensors)  # a call would print where it fails before it raises
+        except Exception as error:
+            where = failing_node(self._module, error)
+            if where is None or isinstance(error, BackendError):
+                raise
+            raise BackendError(f"torch fails at node `{where}`: {one_line(error)}") from error
 
     def _tensors(self, feeds: Feeds) -> list[Any]:
         for name in feeds:
@@ -124,7 +131,7 @@ class TorchSession:
         try:
             with torch.inference_mode():
                 yield
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:
             raise BackendError(f"torch fails on the model: {one_line(error)}") from error
         finally:
             torch.set_num_threads(before)
@@ -138,6 +145,16 @@ class TorchSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def failing_node(module: fx.GraphModule, error: BaseException) -> str | None:
+    """Return the name of the model's node during which a module raised an error, or None where it is none."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is module.forward.__func__.__code__:  # type: ignore[attr-defined]
+            source = module.code.splitlines()[line - 1]
+            name = source.split("=")[0].strip()
+            return next((node.meta.get("onnx") for node in module.graph.nodes if node.name == name), None)
+    return None
 
 
 def _each(given: Any, change: Callable[[Array], Any]) -> Any:

@@ -66,7 +66,7 @@ def to_torch(array: Array) -> Any:
     An array that may not be written, such as one of a mapped file, gives a tensor that must not be either.
     """
     if array.dtype.kind in "OSUT":
-        return array if array.dtype == object else array.astype(str).astype(object)
+        return array if array.dtype == object else _texts(array)
     dtype = ir.DataType.from_numpy(array.dtype)
     target = torch_dtype(dtype)
     if not array.dtype.isnative:
@@ -82,6 +82,11 @@ def to_torch(array: Array) -> Any:
             return torch.from_numpy(array)
         carrier, _ = _CARRIERS[array.dtype.itemsize]
         return torch.from_numpy(array.view(carrier)).view(target)
+
+
+def _texts(array: Array) -> Any:
+    """Return strings, or bytes of UTF-8, as objects."""
+    return (np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array.astype(str)).astype(object)
 
 
 def to_numpy(tensor: Any, dtype: ir.DataType | None = None) -> Any:

@@ -98,13 +98,16 @@ class Aim:
             raise UsageError("pass `recover`: mixup and cutmix exclude each other", hint="name one of them")
 
     def _check_reconstruction(self) -> None:
-        # Blocks have inputs, outputs and nothing else: no labels, no classes, no other values inside.
+        # A part has inputs and outputs: no labels, no classes, nothing inside; and channels go through several.
         extra = {
             "task": self.task not in ("auto", "none"),
             "distill": self.distill is not None,
             "features": self.features > 0,
             "attention": self.attention > 0,
             "augment": bool(self.augment),
+            "l1": self.l1 > 0,
+            "group_lasso": self.group_lasso > 0,
+            "batch_norm": self.batch_norm != "keep",
         }
         for option, is_set in extra.items():
             if is_set:

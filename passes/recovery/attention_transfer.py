@@ -41,11 +41,12 @@ class AttentionWeights(Term):
         weight: Its weight in the loss.
     """
 
+    measure = "KL of attention"
     reads_teacher = True
 
     def __init__(self, mine: str, theirs: str, items: Items, weight: float) -> None:
         self._mine, self._theirs = mine, theirs
-        self.name = f"attention {theirs}"
+        self.name, self.subject = f"attention {theirs}", theirs
         self.items, self.weight = items, weight
         self.student, self.teacher = (mine,), (theirs,)
 
@@ -57,10 +58,6 @@ class AttentionWeights(Term):
         smallest = torch.finfo(torch.float32).tiny
         gaps = torch.xlogy(theirs, theirs) - theirs * torch.log(mine.clamp_min(smallest))
         return self.items.total(gaps.sum(dim=-1).movedim(1, -1), batch)
-
-    def describe(self) -> str:
-        """Return what is compared."""
-        return f"KL of attention `{self._theirs}`"
 
 
 class AttentionMap(Term):
@@ -75,11 +72,12 @@ class AttentionMap(Term):
         weight: Its weight in the loss.
     """
 
+    measure = "attention map"
     reads_teacher = True
 
     def __init__(self, mine: str, theirs: str, weight: float) -> None:
         self._mine, self._theirs = mine, theirs
-        self.name = f"attention {theirs}"
+        self.name, self.subject = f"attention {theirs}", theirs
         self.weight = weight
         self.student, self.teacher = (mine,), (theirs,)
 
@@ -87,10 +85,6 @@ class AttentionMap(Term):
         """Return the sum over rows, each from 0 to 2."""
         mine, theirs = (_attention_map(side) for side in (student[self._mine], teacher[self._theirs]))
         return self.items.total((mine - theirs).square().sum(dim=1), batch)
-
-    def describe(self) -> str:
-        """Return what is compared."""
-        return f"attention map of `{self._theirs}`"
 
 
 def _attention_map(values: Tensor) -> Tensor:
@@ -154,7 +148,8 @@ def _queries(model: ir.Model, value: ir.Value) -> Items:
 
 
 def _is_image(value: ir.Value) -> bool:
-    return len(dims_of(value) or ()) == _RANK
+    dims = dims_of(value)
+    return dims is not None and len(dims) == _RANK and dims[2:] != (1, 1)
 
 
 def _same_pixels(theirs: ir.Value, mine: ir.Value) -> bool:

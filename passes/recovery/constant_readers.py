@@ -39,7 +39,8 @@ class Reader:
         node: The node.
         index: Which of its inputs the constant is.
         nodes: The node and all those between the constant and it.
-        dequantize: The DequantizeLinear that makes floats of codes on the way, or None.
+        dequantize: The DequantizeLinear that makes floats of codes on the way, or the Mul that does behind a Cast, as
+            models older than opset 13 have it; or None.
     """
 
     node: ir.Node
@@ -64,7 +65,7 @@ def _readers(value: ir.Value, path: tuple[ir.Node, ...], dequantize: ir.Node | N
             yield Reader(node, index, (*through, *readers), whole)
             continue
         if len(path) < _DEEPEST and _shows(node, index, value):
-            seen = node if node.op_type == "DequantizeLinear" else dequantize
+            seen = node if dequantize is None and _decodes(node, value) else dequantize
             for output in node.outputs:
                 yield from _readers(output, through, seen)
             continue
@@ -85,6 +86,17 @@ def _shows(node: ir.Node, index: int, value: ir.Value) -> bool:
         return index == 0 and _holds_codes(value) and made_of_constants(node.inputs[1])
     # A weight that another one is made of: the same but for factors.
     return node.op_type == "Mul" and made_of_constants(node.outputs[0]) and _is_larger(node, index)
+
+
+def _decodes(node: ir.Node, value: ir.Value) -> bool:
+    """Return whether a node makes what codes stand for of them."""
+    if node.op_type != "Mul":
+        return node.op_type == "DequantizeLinear"
+    while (producer := value.producer()) is not None:
+        if producer.op_type == "Constant" or not producer.inputs or producer.inputs[0] is None:
+            break
+        value = producer.inputs[0]
+    return _holds_codes(value)
 
 
 def _looks_codes_up(node: ir.Node, index: int, value: ir.Value) -> bool:

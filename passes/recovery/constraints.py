@@ -94,7 +94,7 @@ class Constrained:
         """Yield the name and the content of each constant that is not what it was, in its own dtype and shape."""
         for one in self.kept:
             array = one.stored()
-            before = np.ascontiguousarray(one.before.numpy())
+            before = np.asarray(one.before.numpy())
             if array.dtype != before.dtype or array.tobytes() != before.tobytes():
                 yield one.name, array
 

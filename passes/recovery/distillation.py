@@ -43,9 +43,15 @@ class SoftLabels(Term):
 
     def __init__(self, student: Scores, teacher: Scores, items: Items, temperature: float, weight: float) -> None:
         self._mine, self._theirs, self._temperature = student, teacher, temperature
-        self.name = f"kl {student.output}"
+        self.name, self.subject = f"kl {student.output}", student.output
+        self.measure = f"KL at temperature {temperature:g}"
+        self.needs_preparation = not (student.is_known and teacher.is_known)
         self.items, self.weight = items, weight
         self.student, self.teacher = student.observed, teacher.observed
+
+    def look(self, student: Values, teacher: Values, batch: TrainingBatch) -> None:
+        """Find out whether scores are probabilities."""
+        self._mine, self._theirs = self._mine.settled(student, batch), self._theirs.settled(teacher, batch)
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
         """Return the sum over items, in nats."""
@@ -54,10 +60,6 @@ class SoftLabels(Term):
         # A probability of zero, as of a logit of minus infinity, adds nothing.
         gaps = torch.where(theirs == -torch.inf, torch.zeros_like(mine), theirs - mine)
         return self.items.total((theirs.exp() * gaps).sum(dim=-1), batch) * self._temperature**2
-
-    def describe(self) -> str:
-        """Return what is compared."""
-        return f"KL of `{self._mine.output}` at temperature {self._temperature:g}"
 
 
 class OutputError(Term):
@@ -69,12 +71,13 @@ class OutputError(Term):
         weight: Its share of the loss.
     """
 
+    measure = "squared error"
     reads_teacher = True
     needs_preparation = True
 
     def __init__(self, output: str, items: Items, weight: float) -> None:
         self._output, self._power = output, Power()
-        self.name = f"mse {output}"
+        self.name, self.subject = f"mse {output}", output
         self.items, self.weight = items, weight
 
     def look(self, student: Values, teacher: Values, batch: TrainingBatch) -> None:
@@ -85,10 +88,6 @@ class OutputError(Term):
         """Return the sum over items of each item's mean."""
         errors = (student[self._output].float() - teacher[self._output].float()).square()
         return self.items.total(errors, batch) / self._power.mean
-
-    def describe(self) -> str:
-        """Return what is compared."""
-        return f"squared error of `{self._output}`"
 
 
 class Power:
@@ -125,7 +124,7 @@ def distillation_terms(aim: Aim, student: ir.Model, teacher: ir.Model, specimen:
         PassError: The models have other outputs, or none that can be compared.
     """
     theirs = {value.name: value for value in teacher.graph.outputs}
-    chosen = _compared(student.graph.outputs)
+    chosen = compared_outputs(student.graph.outputs)
     for value in chosen:
         if value.name not in theirs:
             raise PassError(
@@ -141,7 +140,8 @@ def distillation_terms(aim: Aim, student: ir.Model, teacher: ir.Model, specimen:
     return [_term(aim, student, value, teacher, theirs[value.name], specimen, share) for value in chosen]
 
 
-def _compared(outputs: Sequence[ir.Value]) -> list[ir.Value]:
+def compared_outputs(outputs: Sequence[ir.Value]) -> list[ir.Value]:
+    """Return the outputs that are compared with a teacher's: floats, if possible none that a decoder only passes on."""
     floats = [one for one in outputs if one.dtype is not None and one.dtype.is_floating_point()]
     return [one for one in floats if not (one.name or "").startswith(_PASSED_ON)] or floats
 

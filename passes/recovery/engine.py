@@ -138,7 +138,7 @@ class _Run:
             held_out=held,
             trained=sum(tensor.numel() for group in groups for tensor in group.tensors),
             processes=accelerator.num_processes,
-            device=device if accelerator.device.type == "cpu" else str(accelerator.device),
+            device="cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
             precision=settings.precision,
         )
         name = None

@@ -39,12 +39,13 @@ class Features(Term):
         weight: Its weight in the loss.
     """
 
+    measure = "squared error"
     reads_teacher = True
     needs_preparation = True
 
     def __init__(self, mine: str, theirs: str, items: Items, weight: float) -> None:
         self._mine, self._theirs, self._power = mine, theirs, Power()
-        self.name = f"features {theirs}"
+        self.name, self.subject = f"features {theirs}", theirs
         self.items, self.weight = items, weight
         self.student, self.teacher = (mine,), (theirs,)
         self._map: _LinearMap | None = None
@@ -73,10 +74,6 @@ class Features(Term):
         if self._map is not None:
             mine = self._map(mine)
         return self.items.total((mine - theirs).square(), batch) / self._power.mean
-
-    def describe(self) -> str:
-        """Return what is compared."""
-        return f"squared error of `{self._theirs}`"
 
     def _axis(self, mine: Tensor, theirs: Tensor) -> int:
         pairs = zip(mine.shape, theirs.shape, strict=False)

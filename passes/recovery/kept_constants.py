@@ -60,9 +60,16 @@ class Kept:
         return tensor
 
     def stored(self) -> Array:
-        """Return what the model is to hold, in the constant's own dtype."""
-        with torch.no_grad():
-            return as_array(self.now(), self.before.dtype)
+        """Return what the model is to hold, in the constant's own dtype.
+
+        Raises:
+            PassError: That holds no such numbers.
+        """
+        try:
+            with torch.no_grad():
+                return as_array(self.now(), self.before.dtype)
+        except OverflowError as error:
+            raise self._broken(f"has {error}") from error
 
     def check(self, stored: Array) -> None:
         """Check what is to be stored against what the model held.

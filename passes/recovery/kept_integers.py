@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from graphopt import walk
+from graphopt.backend import Array
 
 from .bias_scales import bias_scales
-from .constant_readers import readers_of
+from .constant_readers import Reader, readers_of
 from .held import Held
 from .kept_constants import Kept
 from .kept_floats import adapter_for
@@ -34,17 +35,23 @@ _DTYPES: Mapping[ir.DataType, torch.dtype] = {
 }
 _BYTE_HIGHEST = 255.0  # what a QuantizeLinear without a zero point makes at the most
 _UNREAD = "they are not stored under a name of their own"
+_MOVED = "they are codes that are moved before they meet their scales"
 _CONVERTERS = ("QuantizeLinear", "DequantizeLinear")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Coding:
     """How codes are read: constants, and how these lie along the codes."""
 
     scale: ir.Value
     zero_point: ir.Value | None
-    axis: int
-    block: int
+    axis: int = 1
+    block: int = 0
+    layout: tuple[int, ...] | None = None
+
+    def grid(self, codes: Array, dtype: ir.DataType) -> CodeGrid:
+        """Return the grid of such codes."""
+        return replace(grid_of(codes, dtype, self.axis, self.block), layout=self.layout)
 
 
 def keep_scales(
@@ -177,28 +184,47 @@ def _moved_biases(model: ir.Model, scales: Mapping[ir.Value, Kept]) -> Iterator[
 
 def _coding_of(one: Trainable) -> _Coding | str:
     """Return how a constant's codes are read, or why that cannot train."""
-    found = None
-    for reader in one.readers:
-        node = reader.dequantize
-        if node is None or node.inputs[1] is None:
-            return "they are codes that something else than a DequantizeLinear reads"
-        zero_point = node.inputs[2] if len(node.inputs) > 2 else None
-        axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-        coding = _Coding(node.inputs[1], zero_point, axis, block)
-        if found is not None and (found.scale, found.zero_point, found.axis, found.block) != (
-            coding.scale,
-            coding.zero_point,
-            coding.axis,
-            coding.block,
-        ):
-            return "they are codes that are read by several scales"
-        scale = walk.constant_tensor(coding.scale)
-        if scale is None or (zero_point is not None and walk.constant_tensor(zero_point) is None):
-            return "they are codes whose scale varies"
-        if scale.size > 1 and node.inputs[0] is not one.value:
-            return "they are codes that are moved before they meet their scales"
-        found = coding
-    return found if found is not None else "nothing reads them"
+    found = {_read_by(one, reader) for reader in one.readers}
+    reason = next((answer for answer in found if isinstance(answer, str)), None)
+    if reason is not None or len(found) != 1:
+        return reason or "they are codes that are read by several scales"
+    return found.pop()
+
+
+def _read_by(one: Trainable, reader: Reader) -> _Coding | str:
+    node = reader.dequantize
+    if node is None:
+        return "they are codes that something else than a DequantizeLinear reads"
+    if node.op_type == "Mul":
+        return _multiplied(one, reader, node)
+    scale, zero_point = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    tensor = walk.constant_tensor(scale)
+    if scale is None or tensor is None or (zero_point is not None and walk.constant_tensor(zero_point) is None):
+        return "they are codes whose scale varies"
+    if tensor.size > 1 and node.inputs[0] is not one.value:
+        return _MOVED
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    return _Coding(scale, zero_point, axis, block)
+
+
+def _multiplied(one: Trainable, reader: Reader, node: ir.Node) -> _Coding | str:
+    """Return how codes are read that are cast, laid out in blocks if need be, and multiplied by their scales."""
+    path = reader.nodes[: reader.nodes.index(node)]
+    layout = walk.dims(one.tensor)
+    made = path[-1].outputs[0] if path else one.value
+    scale = next((value for value in node.inputs if value is not made), None)
+    tensor = walk.constant_tensor(scale)
+    for view in path:
+        if view.op_type == "Reshape":
+            sizes = walk.constant_tensor(view.inputs[1])
+            if sizes is None:
+                return _MOVED
+            layout = tuple(torch.empty(layout, device="meta").reshape(sizes.numpy().tolist()).shape)
+        elif view.op_type != "Cast":
+            return _MOVED
+    if scale is None or tensor is None or np.broadcast_shapes(layout, walk.dims(tensor)) != layout:
+        return "they are codes whose scale varies"
+    return _Coding(scale, None, layout=layout)
 
 
 def _keep_codes(
@@ -211,7 +237,7 @@ def _keep_codes(
     trains: bool,
 ) -> Kept:
     codes, dtype = np.asarray(one.tensor.numpy()), one.tensor.dtype
-    grid = grid_of(codes, dtype, coding.axis, coding.block)
+    grid = coding.grid(codes, dtype)
     numbers = as_floats(one.tensor)
     zero = None if coding.zero_point is None else grid.spread(_floats_of(coding.zero_point), numbers)
     centred = numbers if zero is None else numbers - zero

@@ -36,6 +36,8 @@ class CodeGrid:
         axis: Axis of the codes along which scales run.
         block: Codes along that axis that share a scale; 0 where each place along it has its own.
         floats: The type of codes that are floats themselves; None for integers.
+        layout: The shape of the codes where they meet their scales, which broadcast to it; None where scales lie as
+            DequantizeLinear has them.
     """
 
     low: float
@@ -43,11 +45,14 @@ class CodeGrid:
     axis: int = 0
     block: int = 0
     floats: torch.dtype | None = None
+    layout: tuple[int, ...] | None = None
 
     def spread(self, per_scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return scales or zero points in a shape that broadcasts to the codes'."""
         if per_scale.numel() == 1:
             return per_scale.reshape(())
+        if self.layout is not None:
+            return per_scale.broadcast_to(self.layout).reshape(like.shape)
         axis = self.axis % like.dim()
         if self.block:
             return per_scale.repeat_interleave(self.block, dim=axis).narrow(axis, 0, like.shape[axis])
@@ -83,7 +88,8 @@ def grid_of(codes: Array, dtype: ir.DataType, axis: int, block: int) -> CodeGrid
     wide = codes.astype(np.int32)
     if not signed:
         return CodeGrid(0.0, float(2**bits - 1), axis, block)
-    if bits == _FULL_BITS and wide.size and np.abs(wide).max() < 2 ** (_REDUCED_BITS - 1):
+    reduced = 2 ** (_REDUCED_BITS - 1)
+    if bits == _FULL_BITS and wide.size and -reduced <= wide.min() <= wide.max() < reduced:
         bits = _REDUCED_BITS
     lowest = -(2 ** (bits - 1))
     is_narrow = not wide.size or int(wide.min()) > lowest

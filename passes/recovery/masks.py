@@ -12,6 +12,8 @@ from graphopt.backend import Array
 
 # Patterns that kernels know: at most so many of so many consecutive numbers are not zero.
 _PATTERNS = ((1, 4), (2, 4), (4, 8))
+# Weights were pruned to a pattern if they hold about as many numbers as it lets them; others keep to it by chance.
+_LEAST_OF_PATTERN = 0.75
 # Rounding a smooth distribution makes about as many codes 0 as 1 or -1: as many at wide ones, 3 times as many of a
 # Laplace distribution whose deviation is less than a step. Pruning leaves next to none beside the zeros.
 _MADE_BY_PRUNING = 4
@@ -42,7 +44,8 @@ def pattern_of(array: Array) -> Pattern | None:
     for kept, group in _PATTERNS:
         for axis, size in enumerate(array.shape):
             pattern = Pattern(kept, group, axis)
-            if size % group == 0 and size and pattern.holds(array):
+            is_filled = np.count_nonzero(array) >= _LEAST_OF_PATTERN * array.size * kept / group
+            if size and size % group == 0 and is_filled and pattern.holds(array):
                 return pattern
     return None
 

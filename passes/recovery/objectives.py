@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from .attention_transfer import attention_terms
 from .augmentation import augmentation_of
 from .distillation import distillation_terms
 from .feature_matching import feature_terms
+from .spans import spans_of
 from .task_losses import task_of, task_term
 from .terms import Losses, Term, Values
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .samples import TrainingBatch
+
+
+# Subjects of one measure that are named; a detector may have a dozen outputs.
+_SHOWN = 3
+_ROUNDING = 1e-9
 
 
 class Objective:
@@ -78,15 +84,25 @@ class Objective:
 
     def describe(self) -> str:
         """Return in one line what is minimised."""
-        return " + ".join(
-            term.describe() if term.weight == 1 else f"{term.weight:.3g} × {term.describe()}" for term in self.terms
-        )
+        alike: dict[tuple[str, float], list[str]] = {}
+        for term in self.terms:
+            alike.setdefault((term.measure, term.weight), []).append(term.subject)
+        return " + ".join(_part(measure, weight, subjects) for (measure, weight), subjects in alike.items())
+
+
+def _part(measure: str, weight: float, subjects: Sequence[str]) -> str:
+    """Return one part of a sum in words; terms that share a weight are named together."""
+    whole = weight * len(subjects)
+    shown = ", ".join(f"`{subject}`" for subject in subjects[:_SHOWN])
+    rest = f" and {len(subjects) - _SHOWN} more" if len(subjects) > _SHOWN else ""
+    return ("" if abs(whole - 1) < _ROUNDING else f"{whole:.3g} × ") + f"{measure} of {shown}{rest}"
 
 
 def choose(aim: Aim, model: ir.Model, teacher: ir.Model | None, data: Dataset) -> Objective:
     """Return what is to be minimised: what was asked for, or else what can be.
 
-    With a teacher that is the distance to its outputs; without one, the task that the labels are for.
+    With a teacher that is the distance to its outputs; without one, the task that the labels are for. Reconstruction
+    has objectives of its own, one for each part.
 
     Args:
         aim: What was asked for.
@@ -101,6 +117,9 @@ def choose(aim: Aim, model: ir.Model, teacher: ir.Model | None, data: Dataset) -
     """
     aim.check_aim()
     _check_teacher(aim, teacher)
+    if teacher is not None and aim.reconstruct != "no":
+        spans_of(model, teacher, aim.reconstruct)  # refuses models that have none
+        return Objective([])
     augmentation_of(aim.augment, model)
     task, share = _task(aim, model, teacher, data)
     _check_mixing(aim, task)

@@ -32,10 +32,7 @@ class Placement:
     def path(self, value: ir.Value) -> str | None:
         """Return where the module stores a constant; None where no graph of it reads the constant by its name."""
         name = value.name or ""
-        node = self._lowered.values.get(name)
-        path = self._lowered.parameters.get(name)
-        if path is None and node is not None and node.op == "get_attr":
-            path = str(node.target)
+        path: str | None = self._lowered.parameters.get(name) or self._lowered.buffers.get(name)
         return path if path in self._stored else None
 
     def has(self, *values: ir.Value | None) -> bool:
@@ -75,12 +72,11 @@ class Placement:
         """Return the node that gives a small constant, at the start of a run."""
         path = self.path(value)
         assert path is not None, "asked for constants that are read"
-        if path in self._now:
-            return self._now[path]
-        node = self._stored[path]
-        self._last.append(node)
-        self._last = self._now[path] = node
-        return node
+        if path not in self._now:
+            node = self._stored[path]
+            self._last.append(node)
+            self._last = self._now[path] = node
+        return self._now[path]
 
     def behind(self, value: ir.Value, module: nn.Module, *of: ir.Value | None) -> None:
         """Let all that reads a constant read what a module makes of it.

@@ -9,10 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from graphopt.errors import BackendError, UsageError
+from graphopt.processes import process_count
 
-from .settings import Training, process_count
+from .settings import Training
 
 # How Accelerate calls the precisions.
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -62,15 +64,22 @@ def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
         mixed_precision=_PRECISIONS[settings.precision],
         cpu=kind == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs()],
-        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if settings.sharding == "fsdp" else None,
+        fsdp_plugin=_sharding() if settings.sharding == "fsdp" else None,
     )
     try:
         yield accelerator
     finally:
-        accelerator.free_memory()
-        # Accelerate keeps device and precision for the whole process, and another training may want others. What joins
-        # processes stays, as it can only be made once.
-        AcceleratorState._reset_state(reset_partial_state=accelerator.num_processes == 1)
+        if accelerator.device.type == "cuda":
+            # What it wraps is freed by the collector of garbage only, which takes longer than a small training.
+            accelerator.free_memory()
+        # Accelerate keeps device, precision and sharding for the whole process, and another training may want others.
+        # What joins processes is torch's, and stays.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _sharding() -> FullyShardedDataParallelPlugin:
+    # Precision is autocast's affair, as without sharding: left to FSDP, even the sums of a loss would be halves.
+    return FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy())
 
 
 def tell_of_unused(accelerator: Accelerator, may_miss_some: bool) -> None:

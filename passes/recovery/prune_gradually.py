@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt import options
-from graphopt.authoring import Context, Given, Guarantee, Need
+from graphopt.authoring import Context, Given, Guarantee, Need, Note
 from graphopt.options import opt
 
 from ..lossy.order import BEFORE_SPARSE_FILES
@@ -68,11 +68,14 @@ class PruneGradually(Prune, Recover):
             before = ctx.rewriter.edits
             amount = f"pattern={cut.pattern}" if cut.pattern is not None else f"sparsity={cut.sparsity:.3g}"
             ctx.note(f"round {number} of {len(steps)}: `{amount}`")
-            cut.run(model, context)
+            notes: list[Note] = []
+            cut.run(model, replace(context, notes=notes))
             if ctx.rewriter.edits == before:
                 ctx.note("nothing more was pruned, so nothing is trained")
-                continue
-            training.run(model, context)
+            else:
+                training.run(model, replace(context, notes=notes))
+            # What is said of a round is said again of the next one, but for the figures of the model as a whole.
+            ctx.notes.extend(note for note in notes if number == len(steps) or (note.facts and note.node is None))
 
     def cuts(self) -> Iterator[Prune]:
         """Yield what is pruned in each round; rounds that come to the same are one."""

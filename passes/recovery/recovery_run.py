@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
+from torch import fx
 
 from graphopt import registry, walk
 from graphopt.authoring import Context
@@ -15,13 +16,14 @@ from graphopt.errors import BackendError
 from graphopt.metrics import show_number
 from graphopt.report import show_count
 from graphopt.reporting.rows import counted
-from graphopt.reporting.trainings import LOSS_CURVE
 
 from . import objectives
+from .augmentation import Augmentation, augmentation_of
 from .constraints import Constrained, constrain
 from .curve import Curve
 from .engine import train
-from .parts import Objective
+from .parts import Objective, Proximal
+from .processes import refuse_device
 from .samples import Samples
 from .stored_weights import stored_tensor
 from .trainable import refuse
@@ -32,16 +34,6 @@ if TYPE_CHECKING:
 RULE = "recover"
 BACKEND = "torch"
 _MINUTE, _HOUR = 60, 3600
-
-
-def check_device(text: str) -> None:
-    """Raise an error unless a device is there to train on.
-
-    Raises:
-        UsageError: The text names no device.
-        BackendError: It is not here.
-    """
-    open_backend(device_of(text))
 
 
 def device_of(text: str) -> str:
@@ -68,6 +60,9 @@ def check_subject(options: Recover, model: ir.Model, teacher: ir.Model | None, d
     Raises:
         GraphoptError: Samples, labels or a teacher are missing, or gradients.
     """
+    device = device_of(options.device)
+    refuse_device(options, device)
+    open_backend(device)
     options.check_data(data)
     refuse(model, options)
     objectives.choose(options, model, teacher, data)
@@ -86,10 +81,10 @@ def recover(model: ir.Model, ctx: Context, options: Recover) -> None:
         if options.reconstruct != "no":
             from .reconstruction import reconstruct
 
-            curve = reconstruct(model, ctx, options)
+            curves = reconstruct(model, ctx, options)
         else:
-            curve = _train_whole(model, ctx, options)
-    for remark in curve.remarks:
+            curves = [_train_whole(model, ctx, options)]
+    for remark in dict.fromkeys(remark for curve in curves for remark in curve.remarks):
         ctx.note(remark)
 
 
@@ -104,7 +99,17 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
         assert ctx.reference is not None, "the objective was chosen with a teacher"
         teacher = backend.lower(ctx.reference, observe=objective.teacher_values, differentiable=False)
     constrained = constrain(student, model, options)
-    curve = fit(student, objective, ctx.data, options, ctx, constrained, teacher=teacher, device=device)
+    curve = fit(
+        student,
+        objective,
+        ctx.data,
+        options,
+        ctx,
+        constrained,
+        teacher=teacher,
+        augmentation=augmentation_of(options.augment, model),
+        device=device,
+    )
     written = write_back(model, ctx, constrained)
     ctx.note(f"minimised: {objective.describe()}")
     note_outcome(ctx, curve, written)
@@ -114,15 +119,17 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
 
 
 def fit(
-    student: torch.nn.Module,
+    student: fx.GraphModule,
     objective: Objective,
     samples: Dataset | Samples,
     options: Recover,
     ctx: Context,
     constrained: Constrained,
     *,
-    teacher: torch.nn.Module | None,
-    device: str,
+    teacher: fx.GraphModule | None = None,
+    proximal: Proximal | None = None,
+    augmentation: Augmentation | None = None,
+    device: str = "cpu",
 ) -> Curve:
     """Train a lowered model, or a lowered part of one, as the options say."""
     return train(
@@ -132,6 +139,8 @@ def fit(
         options,
         constrained=constrained,
         teacher=teacher,
+        proximal=proximal,
+        augmentation=augmentation,
         seed=ctx.seed,
         threads=ctx.threads,
         device=device,
@@ -151,7 +160,8 @@ def note_outcome(ctx: Context, curve: Curve, written: int) -> None:
         text += f"; the weights of step {curve.kept} were the best, and kept"
     if curve.stopped:
         text += f"; stopped early: {curve.stopped}"
-    ctx.note(text, constants=written, **{LOSS_CURVE: curve.as_dict()})
+    # As `graphopt.reporting.trainings` expects it, for charts.
+    ctx.note(text, constants=written, loss_curve=curve.as_dict())
     if not written:
         ctx.left("training changed nothing: every weight is stored as it was")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,12 +13,12 @@ import torch
 from graphopt.backend import Array
 from graphopt.data import Chunk, Dataset
 
+from .sample_store import SampleStore, resolved, stored
+
 Outputs = Mapping[str, torch.Tensor]
 
 # Samples stay in memory up to so many bytes; what is more lies in a temporary file, which is mapped.
 BYTES_IN_MEMORY = 1 << 30
-# Arrays of a mapped file begin at multiples of this, as processors like them.
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,17 @@ class StoredSamples:
     ) -> None:
         self._augmentation, self._seed = augmentation, seed
         self._fixed = next((spec.fixed_batch for spec in data.specs if spec.fixed_batch), None)
-        store = _Store(bytes_in_memory)
+        store = SampleStore(bytes_in_memory)
         self._chunks: list[Chunk] = []
         self._starts: list[int] = []
         self._total = 0
         for chunk, rows in data.chunks():
             if len(rows):
-                self._chunks.append(_stored(chunk, rows, store))
+                self._chunks.append(stored(chunk, rows, store))
                 self._starts.append(self._total)
                 self._total += len(rows)
         mapped = store.mapped()
-        self._chunks = [_resolved(chunk, mapped) for chunk in self._chunks]
+        self._chunks = [resolved(chunk, mapped) for chunk in self._chunks]
 
     def __len__(self) -> int:
         return self._total
@@ -247,66 +246,3 @@ def _tensor(array: Array) -> Any:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-
-class _Store:
-    """Arrays kept in memory until they are too many, then in a temporary file that is gone with the process.
-
-    Args:
-        bytes_in_memory: How many bytes stay in memory.
-    """
-
-    def __init__(self, bytes_in_memory: int) -> None:
-        self._left = bytes_in_memory
-        self._file: Any = None
-
-    def keep(self, array: Array) -> Array | _Place:
-        """Return the array, or where it is in the file by now."""
-        if array.dtype.hasobject or array.nbytes <= self._left:
-            self._left -= array.nbytes
-            return array
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="graphopt-samples-")  # noqa: SIM115 (open as long as it is mapped)
-        self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
-        place = _Place(self._file.tell(), array.dtype, array.shape)
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        return place
-
-    def mapped(self) -> Array:
-        """Return the file's bytes; nothing where there is none."""
-        if self._file is None:
-            return np.zeros(0, np.uint8)
-        self._file.flush()
-        return np.memmap(self._file, np.uint8, mode="r")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where an array is in the temporary file."""
-
-    offset: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    def read(self, mapped: Array) -> Array:
-        """Return the array, as a view of the file."""
-        count = int(np.prod(self.shape)) * self.dtype.itemsize
-        view: Array = mapped[self.offset : self.offset + count].view(self.dtype).reshape(self.shape)
-        return view
-
-
-def _stored(chunk: Chunk, rows: Array, store: _Store) -> Chunk:
-    """Return the chosen rows of a chunk, put into a store."""
-    if not chunk.divisible:
-        picked = chunk.arrays
-    else:
-        whole = len(rows) == chunk.size
-        picked = {n: a if whole or not a.ndim else a[rows] for n, a in chunk.arrays.items()}
-    labels = chunk.labels if chunk.labels is None or not chunk.divisible else chunk.labels[rows]
-    arrays: dict[str, Any] = {name: store.keep(array) for name, array in picked.items()}
-    return replace(chunk, arrays=arrays, labels=labels, size=len(rows))
-
-
-def _resolved(chunk: Chunk, mapped: Array) -> Chunk:
-    arrays = {n: a.read(mapped) if isinstance(a, _Place) else a for n, a in chunk.arrays.items()}
-    return replace(chunk, arrays=arrays)

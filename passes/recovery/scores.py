@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
@@ -20,6 +21,9 @@ from ..analyses.linear_layers import LINEAR_OPS
 from ..analyses.padding import mask_of
 from .terms import Items, Values, class_scores
 
+if TYPE_CHECKING:
+    from .samples import TrainingBatch
+
 # Probabilities below this say no more than that they are small; the metric KL has the same floor.
 SMALLEST_SHARE = 1e-12
 # From this on Softmax is about one axis; before, it was about all axes from one on.
@@ -30,6 +34,10 @@ _VIEWS = ("Cast", "Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqu
 _SCORES = re.compile(r"(logits?|probs?|probabilit(y|ies)|scores?)\b|.*[._](logits?|probs?|probabilities)\b", re.I)
 # A sole output of a linear layer with as many values is taken for classes; fewer may be coordinates.
 _CLASSES_AT_LEAST = 10
+# Operators behind which scores are no probabilities, as long as nobody says so of a model.
+_LOGITS = ("Add", "GlobalAveragePool", "LogSoftmax", *LINEAR_OPS)
+# How far probabilities may be from a sum of 1; the metric KL allows as much.
+_SUM_TOLERANCE = 1e-3
 _IMAGE_RANK = 4
 _TOKEN_RANK = 3
 
@@ -42,16 +50,27 @@ class Scores:
         output: The output they belong to.
         value: The value that is read: the output, or the logits it is the Softmax of.
         are_shares: Whether these are probabilities.
+        is_known: Whether that is known of the model, without a look at what it gives.
     """
 
     output: str
     value: str
     are_shares: bool = False
+    is_known: bool = True
 
     @property
     def observed(self) -> tuple[str, ...]:
         """What must be observed besides outputs."""
         return (self.value,) if self.value != self.output else ()
+
+    def settled(self, values: Values, batch: TrainingBatch) -> Scores:
+        """Return the same, knowing of a batch whether it holds probabilities, as the metrics know it."""
+        if self.is_known:
+            return self
+        scores = class_scores(batch.real(values[self.value]))
+        sums = scores.sum(dim=-1)
+        shares = bool((scores >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=_SUM_TOLERANCE)
+        return replace(self, are_shares=shares)
 
     def logits(self, values: Values) -> Tensor:
         """Return logits, float32 [rows, ..., classes]; those of probabilities are their logarithms."""
@@ -64,7 +83,7 @@ def scores_of(model: ir.Model, output: ir.Value) -> Scores:
     name = output.name or ""
     node = _maker(output)
     if node is None or not walk.is_onnx_op(node, "Softmax"):
-        return Scores(name, name)
+        return Scores(name, name, is_known=node is not None and walk.is_onnx_op(node, *_LOGITS))
     rank = len(output.shape) if output.shape is not None else None
     axis = node.attributes.get_int("axis", -1)
     direct = node.outputs[0] is output and rank is not None and walk.opset(model) >= _SOFTMAX_OPSET
@@ -81,17 +100,22 @@ def holds_classes(model: ir.Model, output: ir.Value, specimen: Batch) -> bool:
     if dims is None or len(dims) < 2 or output.dtype is None or not output.dtype.is_floating_point():
         return False
     node = _maker(output)
-    if node is not None and walk.is_onnx_op(node, "Softmax", "LogSoftmax"):
-        return True
-    if node is None or not walk.is_onnx_op(node, "Add", *LINEAR_OPS):
-        return False  # an activation or a normalization: no logits
-    if output is model.graph.outputs[0] and KL in default_metrics(model, specimen):
+    if node is not None and (walk.is_onnx_op(node, "Softmax", "LogSoftmax") or _is_softmax_in_parts(node)):
         return True
     if _SCORES.match(output.name or ""):
+        return True
+    if node is None or not walk.is_onnx_op(node, *_LOGITS):
+        return False  # an activation or a normalization: no logits
+    if output is model.graph.outputs[0] and KL in default_metrics(model, specimen):
         return True
     classes = dims[1] if len(dims) >= _IMAGE_RANK else dims[-1]
     alone = sum(1 for one in model.graph.outputs if one.dtype is not None and one.dtype.is_floating_point()) == 1
     return alone and all(dim == 1 for dim in dims[2:]) and isinstance(classes, int) and classes >= _CLASSES_AT_LEAST
+
+
+def _is_softmax_in_parts(node: ir.Node) -> bool:
+    numerator = node.inputs[0].producer() if walk.is_onnx_op(node, "Div") and node.inputs[0] is not None else None
+    return numerator is not None and walk.is_onnx_op(numerator, "Exp")
 
 
 def _maker(output: ir.Value) -> ir.Node | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Literal
 
 from graphopt.data import Dataset
 from graphopt.errors import DataError, UsageError
 from graphopt.options import opt
+from graphopt.processes import process_count
 
 # No more samples than these are held out of training: a loss over so many is settled.
 HELD_OUT_LIMIT = 1024
@@ -114,16 +114,6 @@ class Training:
     def steps_between_looks(self, samples: int) -> int:
         """Return after how many steps what is held out is looked at, of a training on so many samples."""
         return self.evaluate_every or max(1, math.ceil(samples / self.batch))
-
-
-def process_count() -> int:
-    """Return how many processes train together, as torchrun and accelerate launch tell each of them."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def is_main_process() -> bool:
-    """Return whether this process is the one of those training together that writes files and talks."""
-    return int(os.environ.get("RANK") or 0) == 0
 
 
 def _misuse(message: str, *, hint: str) -> UsageError:

@@ -10,6 +10,9 @@ from graphopt import walk
 from graphopt.backend import Array
 from graphopt.sparse import SparselyStored
 
+# Codes are of 32 bits at the most.
+_LARGEST_CODE = 2.0**32
+
 
 def as_array(tensor: torch.Tensor, dtype: ir.DataType) -> Array:
     """Return a tensor as an array of an ONNX dtype.
@@ -17,14 +20,23 @@ def as_array(tensor: torch.Tensor, dtype: ir.DataType) -> Array:
     Args:
         tensor: Floats as a model computes with them, or codes as floats that hold integers.
         dtype: What the constant is stored in; integers of 4 bits and floats of 8 are ml_dtypes' own.
+
+    Raises:
+        OverflowError: A code is none that the dtype holds, or no number.
     """
     plain = tensor.detach().cpu()
     if dtype.is_integer():
-        return np.rint(plain.to(torch.float64).numpy()).astype(np.int64).astype(dtype.numpy())
+        wide = np.rint(plain.to(torch.float64).numpy())
+        if not (np.abs(wide) <= _LARGEST_CODE).all():
+            raise OverflowError("codes that are no numbers, or no codes")
+        codes: Array = wide.astype(np.int64).astype(dtype.numpy())
+        if (codes.astype(np.int64) != wide).any():
+            raise OverflowError(f"codes of {wide.min():g} to {wide.max():g} in {dtype.name.lower()}")
+        return codes
     if dtype == ir.DataType.DOUBLE:
-        return np.ascontiguousarray(plain.to(torch.float64).numpy())
+        return np.array(plain.to(torch.float64).numpy())
     # Every other float fits into float32 exactly; a number that was rounded already is not rounded again.
-    return np.ascontiguousarray(plain.to(torch.float32).numpy().astype(dtype.numpy()))
+    return np.array(plain.to(torch.float32).numpy().astype(dtype.numpy()))
 
 
 def as_floats(tensor: ir.TensorProtocol) -> torch.Tensor:

@@ -42,7 +42,11 @@ class CrossEntropy(Term):
 
     def __init__(self, name: str, scores: Scores, items: Items, weight: float) -> None:
         self.name, self._scores, self.items, self.weight = name, scores, items, weight
+        against = "the tokens" if items.shifted else "labels"
+        self.measure = f"{'next token' if name == 'next-token' else 'cross-entropy'} against {against}"
+        self.subject = scores.output
         self.student = scores.observed
+        self.needs_preparation = not scores.is_known
 
     def count(self, batch: TrainingBatch) -> float:
         """Return the number of targets."""
@@ -67,10 +71,9 @@ class CrossEntropy(Term):
         losses = functional.cross_entropy(flat, targets.reshape(-1), reduction="none", ignore_index=IGNORED_LABEL)
         return (losses.reshape(targets.shape) * self._counted(targets, batch)).sum()
 
-    def describe(self) -> str:
-        """Return what is compared."""
-        what = "next token" if self.name == "next-token" else "cross-entropy"
-        return f"{what} of `{self._scores.output}` against " + ("the tokens" if self.items.shifted else "labels")
+    def look(self, student: Values, teacher: Values, batch: TrainingBatch) -> None:
+        """Find out whether scores are probabilities."""
+        self._scores = self._scores.settled(student, batch)
 
     def _targets(self, batch: TrainingBatch) -> Tensor:
         if self.items.shifted:
@@ -98,9 +101,10 @@ class SquaredError(Term):
     """
 
     name = "mse"
+    measure = "squared error against labels"
 
     def __init__(self, output: str, weight: float) -> None:
-        self._output, self.weight = output, weight
+        self._output, self.subject, self.weight = output, output, weight
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
         """Return the sum over rows of each row's mean.
@@ -118,10 +122,6 @@ class SquaredError(Term):
         labels: Tensor = batch.labels.float()
         return (values - labels.reshape(values.shape)).square().mean() * batch.count
 
-    def describe(self) -> str:
-        """Return what is compared."""
-        return f"squared error of `{self._output}` against labels"
-
 
 class UserLoss(Term):
     """A function ``(outputs: dict[str, Tensor], labels: Tensor | None) -> Tensor`` of the user.
@@ -135,9 +135,11 @@ class UserLoss(Term):
     """
 
     name = "task"
+    measure = "task"
 
     def __init__(self, function: Callable[..., Any], text: str, weight: float) -> None:
         self._function, self._text, self.weight = function, text, weight
+        self.subject = text
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
         """Return the sum over rows.
@@ -160,10 +162,6 @@ class UserLoss(Term):
                 f"task `{self._text}` returns a loss without gradient", hint="compute it by torch, no numpy"
             )
         return losses.float().mean() * batch.count
-
-    def describe(self) -> str:
-        """Return what is called."""
-        return f"task `{self._text}`"
 
 
 def task_of(model: ir.Model, data: Dataset) -> str | None:
@@ -221,9 +219,7 @@ def _next_token(model: ir.Model, output: ir.Value, data: Dataset, weight: float)
             "pass `recover`: task `next-token` needs token ids in and [rows, tokens, vocabulary] out",
             hint="`task=cross-entropy`, or a function of your own",
         )
-    dims = dims_of(output)
-    if data.has_labels:
-        _check_classes(data, _classes(dims), "next-token")
+    _check_classes(data, _classes(dims_of(output)), "next-token", items.tokens if items.shifted else None)
     return CrossEntropy("next-token", scores_of(model, output), items, weight)
 
 
@@ -266,24 +262,33 @@ def _need_labels(data: Dataset, task: str) -> np.ndarray[Any, Any]:
     return labels
 
 
-def _check_classes(data: Dataset, classes: int | None, task: str) -> None:
-    """Refuse labels that are no classes of a model, before anything is trained."""
+def _check_classes(data: Dataset, classes: int | None, task: str, tokens: str | None = None) -> None:
+    """Refuse targets that are no classes of a model, before anything is trained.
+
+    Args:
+        data: The samples.
+        classes: How many classes there are, or None where that is not known.
+        task: What they are for.
+        tokens: Input of token ids that are the targets; labels where None.
+    """
+    what = "label" if tokens is None else "token"
     for batch in data.batches(_SCAN_BATCH):
-        labels = batch.labels
-        assert labels is not None, "samples have labels"
-        if labels.dtype.kind not in "iub":
+        targets = batch.labels if tokens is None else batch.feeds[tokens]
+        assert targets is not None, "samples were found to have labels"
+        if targets.dtype.kind not in "iub":
             raise DataError(
-                f"task `{task}` needs class numbers for labels, not {labels.dtype}", hint="`task=mse`, or other labels"
+                f"task `{task}` needs class numbers for {what}s, not {targets.dtype}",
+                hint="`task=mse`, or other labels",
             )
-        numbers = labels.astype(np.int64)
+        numbers = targets.astype(np.int64)
         outside = (numbers < 0) & (numbers != IGNORED_LABEL)
         if classes is not None:
             outside |= numbers >= classes
         if outside.any():
             of = f" for outputs of {classes} classes" if classes is not None else ""
             raise DataError(
-                f"task `{task}`: label {numbers[outside].flat[0]}{of}",
-                hint=f"labels are class numbers from 0 on; {IGNORED_LABEL} is left out",
+                f"task `{task}`: {what} {numbers[outside].flat[0]}{of}",
+                hint=f"class numbers count from 0; labels of {IGNORED_LABEL} are left out",
             )
 
 

@@ -91,6 +91,8 @@ class Term:
 
     Attributes:
         name: What reports call it.
+        measure: What is measured, in words.
+        subject: What it is measured on: the name of a value, or of a function.
         weight: How much of it goes into the loss.
         items: What is counted.
         student: Values of the student that must be observed, besides outputs.
@@ -100,6 +102,8 @@ class Term:
     """
 
     name: str
+    measure: str
+    subject: str
     weight: float
     items: Items = Items()
     student: tuple[str, ...] = ()
@@ -119,10 +123,6 @@ class Term:
             teacher: Those of the teacher; empty where there is none.
             batch: What both were run on.
         """
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """Return in a few words what is minimised."""
         raise NotImplementedError
 
     def look(self, student: Values, teacher: Values, batch: TrainingBatch) -> None:

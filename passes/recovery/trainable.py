@@ -181,15 +181,18 @@ def trainables(model: ir.Model, held: Held) -> list[Trainable]:
 
 
 def constants(model: ir.Model) -> Iterator[ir.Value]:
-    """Yield every constant that something reads, each name once; those inside of functions are nobody's own."""
-    names = set()
+    """Yield every constant that something reads by a name of its own; those inside of functions have none."""
+    found: dict[ir.Value, None] = {}
     for graph in walk.graphs_within(model.graph):
         for node in graph:
-            for value in node.inputs:
-                if value is None or not value.name or value.name in names or walk.constant_tensor(value) is None:
-                    continue
-                names.add(value.name)
-                yield value
+            found.update(dict.fromkeys(one for one in node.inputs if one is not None and _is_constant(one)))
+    names = Counter(value.name for value in found)
+    # Branches may give two constants one name: what is stored by name could be either.
+    yield from (value for value in found if value.name and names[value.name] == 1)
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return walk.constant_tensor(value) is not None
 
 
 def kind_of(value: ir.Value, readers: tuple[Reader, ...]) -> str | None:

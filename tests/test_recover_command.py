@@ -1,0 +1,169 @@
+"""The command `recover`: every option of the pass as one of its own, and one process of several that talks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from graphopt import options, registry
+from graphopt.commands.recover_command import option_groups, split_arguments
+from graphopt.errors import UsageError
+from graphopt.processes import is_main_process, process_count, process_number
+
+from .command_line import Outcome, contents, fill, run
+
+BRIEF = ("--steps", "5", "--rate", "0.01", "--threads", "1")
+OWN = ("--data", "--teacher", "--help")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a model, a pruned one and data."""
+    fill(tmp_path)
+    model = onnx.load(tmp_path / "net.onnx")
+    weight = next(one for one in model.graph.initializer if one.name == "w1")
+    array = onnx.numpy_helper.to_array(weight).copy()
+    array[np.abs(array) < 1] = 0
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, "w1"))
+    onnx.save(model, tmp_path / "student.onnx")
+    return tmp_path
+
+
+def recover(folder: Path, *args: Any) -> Outcome:
+    given = () if "--teacher" in args else ("--teacher", folder / "net.onnx")
+    return run("recover", folder / "student.onnx", *given, "--data", folder / "data.npz", *args)
+
+
+@pytest.fixture
+def trained() -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("accelerate")
+
+
+@pytest.mark.usefixtures("trained")
+def test_it_writes_the_student_beside_itself(folder: Path) -> None:
+    outcome = recover(folder, *BRIEF)
+    assert outcome.code == 0, outcome.err
+    assert f"wrote {folder / 'student.recovered.onnx'}" in outcome.out
+    assert "recover:rate=0.01:steps=5" in outcome.out.replace("steps=5:rate=0.01", "rate=0.01:steps=5")
+    assert "the teacher: 100.0 %" in outcome.out
+    assert "against the teacher" in outcome.out
+    onnx.checker.check_model(folder / "student.recovered.onnx")
+
+
+@pytest.mark.usefixtures("trained")
+def test_quiet_says_nothing(folder: Path) -> None:
+    outcome = recover(folder, *BRIEF, "-q", "-o", folder / "out.onnx")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    assert (folder / "out.onnx").exists()
+
+
+@pytest.mark.usefixtures("trained")
+def test_other_processes_write_and_say_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(folder)
+    monkeypatch.setattr("graphopt.passes.recovery.recovery_run.recover", lambda *_: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = recover(folder, *BRIEF, "--report", folder / "report.md")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("error", "said"), [("UsageError", False), ("PassError", True)])
+def test_other_processes_tell_only_of_what_the_main_one_cannot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: str, said: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        import graphopt.errors
+
+        raise getattr(graphopt.errors, error)("it went wrong", hint="do better")
+
+    monkeypatch.setattr("graphopt.driver.Run", fail)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    outcome = recover(folder)
+    assert outcome.code == 2
+    assert outcome.err == ("error: process 1 of 2: it went wrong\nhint: do better\n" if said else "")
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (("--epohs", "3"), "no such option: --epohs"),
+        (("--epochs",), "`--epochs` requires an argument"),
+        (("--epochs", "3", "--epochs=4"), "`--epochs` is given twice"),
+        (("--epochs", "many"), "option `epochs` cannot be `many`"),
+        (("--train", "all"), "option `train` cannot be `all`"),
+        (("--teacher", "nowhere.onnx"), "nowhere.onnx"),
+        (("--eval", "nowhere.npz"), "nowhere.npz"),
+        (("--report", "report.txt"), "unknown kind"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(folder: Path, args: tuple[Any, ...], what: str) -> None:
+    before = contents(folder)
+    outcome = recover(folder, *args)
+    assert outcome.code == 2
+    assert what in outcome.error
+    assert contents(folder) == before
+
+
+def test_close_options_are_proposed(folder: Path) -> None:
+    assert "`--epochs`" in recover(folder, "--epohs", "3").hint
+    assert "`--teacher`" in recover(folder, "--teecher", "x").hint
+
+
+def test_data_is_asked_for(folder: Path) -> None:
+    outcome = run("recover", folder / "student.onnx", "--teacher", folder / "net.onnx")
+    assert outcome.code == 2
+    assert "--data" in outcome.hint
+
+
+def test_neither_student_nor_teacher_is_overwritten(folder: Path) -> None:
+    for name in ("student.onnx", "net.onnx"):
+        assert "is the input" in recover(folder, "-o", folder / name).error
+    assert "it is the teacher" in recover(folder, "--report", folder / "net.onnx.md", "--teacher", _md(folder)).error
+
+
+def _md(folder: Path) -> Path:
+    """Return a teacher that is called like a report."""
+    return (folder / "net.onnx").rename(folder / "net.onnx.md")
+
+
+def test_arguments_are_told_apart() -> None:
+    args = ["--steps=3", "student.onnx", "--data", "d.npz", "--batch-norm", "update", "-o", "out.onnx"]
+    rest, given = split_arguments(args, OWN)
+    assert rest == ["student.onnx", "--data", "d.npz", "-o", "out.onnx"]
+    assert given == {"steps": "3", "batch_norm": "update"}
+    assert split_arguments(["--", "--steps"], OWN) == (["--", "--steps"], {})
+    with pytest.raises(UsageError):
+        split_arguments(["--no-steps"], OWN)
+
+
+def test_help_has_every_option_of_the_pass_by_groups() -> None:
+    groups = option_groups()
+    named = [word.split()[0] for _, rows in groups for word, _ in rows]
+    known = [f"--{name.replace('_', '-')}" for name in options.fields(registry.find("PASSES", "recover"))]
+    assert sorted(named) == sorted(known)
+    assert len(groups) == 4
+    shown = run("recover", "--help").out
+    assert all(title in shown for title, _ in groups)
+    assert all(name in shown for name in known)
+
+
+def test_command_is_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "graphopt", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("graphopt ")
+
+
+@pytest.mark.parametrize(("rank", "world", "expected"), [("", "", (0, 1)), ("1", "4", (1, 4)), ("x", "y", (0, 1))])
+def test_processes_are_counted(monkeypatch: pytest.MonkeyPatch, rank: str, world: str, expected: Any) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert (process_number(), process_count()) == expected
+    assert is_main_process() is (expected[0] == 0)

@@ -1,0 +1,444 @@
+"""The training engine: what a batch is divided into does not matter, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from graphopt.data import Chunk, Dataset, InputSpec
+from graphopt.errors import BackendError, DataError, GraphoptError, PassError, UsageError
+from graphopt.passes.recovery.settings import Training
+
+pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+import torch
+
+from graphopt.passes.recovery.curve import POINTS_SHOWN, Curve, Point
+from graphopt.passes.recovery.early_stopping import EarlyStopping
+from graphopt.passes.recovery.engine import train
+from graphopt.passes.recovery.samples import Order, StoredSamples, held_out_of
+from graphopt.passes.recovery.schedules import rate_factor
+
+from .small_trainings import BRIEF, FEATURES, SAMPLES, Distance, Everything, network, run, samples, weights_of
+
+# What sums in another order may differ by, in float32.
+ROUNDING = 1e-5
+
+
+def losses(curve: Curve) -> list[float]:
+    return [point.loss for point in curve.points] + [look.loss for look in curve.looks]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rate": 0.0}, "`rate` cannot be 0"),
+        ({"clip": 0.0}, "`clip` cannot be 0"),
+        ({"rate": float("nan")}, "must be finite"),
+        ({"epochs": 0.0}, "neither `steps` nor `epochs`"),
+        ({"held_out": 0.0, "patience": 2}, "`patience` needs samples"),
+        ({"checkpoint_every": 5}, "`checkpoint_every` without a folder"),
+        ({"batch": 8, "micro_batch": 9}, "`micro_batch=9` is more than `batch=8`"),
+        ({"sharding": "fsdp"}, "in a single process"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        Training(**settings).check_training()
+    assert error.value.hint
+
+
+def test_a_batch_has_a_sample_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="`batch=3` for 4 processes"):
+        Training(batch=3).check_training()
+
+
+def test_steps_are_counted_in_epochs_of_what_is_trained_on() -> None:
+    assert Training(epochs=3, batch=10).step_count(25) == 8
+    assert Training(steps=5, epochs=3).step_count(25) == 5
+    assert Training(epochs=0.001).step_count(25) == 1
+    assert [Training(held_out=0.1).held_out_count(count) for count in (2, 30, 10**6)] == [1, 3, 1024]
+    assert Training(held_out=0.0).held_out_count(30) == 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "step"])
+def test_rates_rise_and_fall(schedule: Any) -> None:
+    factor = rate_factor(Training(schedule=schedule, warmup=0.1), 100)
+    factors = [factor(step) for step in range(100)]
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    last = {"constant": 1.0, "linear": 1 / 90, "cosine": 0.0003, "step": 0.001}
+    assert factors[-1] == pytest.approx(last[schedule], rel=0.02)
+
+
+def test_every_sample_is_seen_as_often_as_any_other() -> None:
+    order = Order(np.arange(100, 110), 4, seed=1)
+    steps = [order.step(step) for step in range(5)]
+    seen = np.concatenate([rows for rows, _ in steps])
+    assert sorted(seen.tolist()) == sorted([*range(100, 110)] * 2)
+    assert [epoch for _, epoch in steps] == [0, 0, 0, 1, 1]
+    assert (order.step(3)[0] == steps[3][0]).all()
+    assert (Order(order.rows, 4, seed=2).step(0)[0] != steps[0][0]).any()
+    # A batch may be more than there is.
+    assert sorted(Order(np.arange(3), 6, seed=1).step(0)[0].tolist()) == [0, 0, 1, 1, 2, 2]
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    trained, held = held_out_of(50, 7, seed=3)
+    assert sorted([*trained, *held]) == list(range(50))
+    assert len(held) == 7
+
+
+def test_samples_are_the_same_from_memory_and_from_a_file() -> None:
+    data = samples((6, 4), count=10)
+    whole = [chunk for chunk, _ in data.chunks()]
+    for stored in (StoredSamples(data), StoredSamples(data, bytes_in_memory=0)):
+        parts = stored.divide(np.array([13, 2, 19, 5, 2]), 2)
+        assert [part.tolist() for part in parts] == [[13, 19], [2, 5], [2]]
+        batch = stored.batch(parts[0], None, parts[0])
+        assert (batch.feeds["x"].numpy() == whole[1].arrays["x"][[3, 9]]).all()
+        assert batch.labels.tolist() == [3, 9]
+        assert (batch.count, len(stored)) == (2, 20)
+
+
+def test_a_subset_of_a_data_set_has_its_own_indices() -> None:
+    data = samples(count=40)
+    some = data.sample(5, seed=1)
+    expected = np.concatenate([batch.feeds["x"] for batch in some.batches(1)])
+    stored = StoredSamples(some)
+    assert (stored.batch(np.arange(5), None, np.arange(5)).feeds["x"].numpy() == expected).all()
+
+
+def test_fixed_batches_are_padded_behind_what_is_real() -> None:
+    stored = StoredSamples(samples(count=10, fixed=4))
+    assert [len(part) for part in stored.divide(np.arange(10), 32)] == [4, 3, 3]
+    batch = stored.batch(np.array([7, 8, 9]), None, np.arange(10))
+    assert (batch.feeds["x"].shape, batch.count, batch.labels.tolist()) == ((4, FEATURES), 3, [7, 8, 9])
+
+
+def test_whole_feeds_stay_whole() -> None:
+    feeds = [np.full((count, 2), count, np.float32) for count in (3, 5)]
+    spec = InputSpec("x", np.dtype("float32"), (None, 2))
+    indivisible = Dataset(
+        lambda: (Chunk({"x": feed, "mask": np.ones(1)}, None, 1, divisible=False) for feed in feeds),
+        [spec],
+        "feeds",
+        2,
+        False,
+    )
+    stored = StoredSamples(indivisible)
+    assert [part.tolist() for part in stored.divide(np.array([1, 0]), 8)] == [[1], [0]]
+    assert stored.batch(np.array([1]), None, np.arange(2)).feeds["x"].shape == (5, 2)
+    stacks = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    stacked = Dataset(
+        lambda: iter([Chunk({"x": stacks}, None, 3, divisible=True, stacked=frozenset({"x"}))]), [spec], "s", 3, False
+    )
+    assert (StoredSamples(stacked).batch(np.array([2]), None, np.arange(3)).feeds["x"].numpy() == stacks[2]).all()
+
+
+def test_a_step_goes_down_the_gradient_of_the_whole_batch() -> None:
+    """Sums over positions that count and over rows, in three parts: each is divided by what the whole batch has."""
+    data = samples((6, 4), count=8)
+    settings = Training(
+        steps=1, batch=16, micro_batch=5, held_out=0.0, optimizer="sgd", momentum=0.0, rate=0.1, warmup=0.0, clip=None
+    )
+    module, by_hand, teacher = network(), network(), network(2)
+    curve = train(module, Distance(), data, settings, constrained=Everything(module), teacher=teacher, threads=1)
+    gaps, counting, absolute = [], [], 0.0
+    for chunk, _ in data.chunks():
+        x = torch.from_numpy(chunk.arrays["x"])
+        gap = by_hand(x)[0] - teacher(x)[0]
+        gaps.append((gap.square().sum(-1) * (x[..., 0] > 0)).sum())
+        counting.append((x[..., 0] > 0).sum())
+        absolute = absolute + gap.abs().sum()
+    loss = sum(gaps) / sum(counting) + 0.1 * absolute / 16
+    loss.backward()
+    assert curve.points[0].loss == pytest.approx(loss.item(), rel=ROUNDING)
+    for (name, tensor), other in zip(module.named_parameters(), by_hand.parameters(), strict=True):
+        expected = other.detach() - 0.1 * other.grad
+        torch.testing.assert_close(tensor.detach(), expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 32])
+def test_micro_batches_change_nothing(micro_batch: int) -> None:
+    whole, expected = run(Training(**BRIEF))
+    divided, weights = run(Training(**BRIEF, micro_batch=micro_batch))
+    assert losses(divided) == pytest.approx(losses(whole), rel=ROUNDING)
+    assert weights == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_seeds_decide() -> None:
+    first, again, other = (run(Training(**BRIEF), seed=seed) for seed in (1, 1, 2))
+    assert losses(first[0]) == losses(again[0])
+    assert first[1] == again[1] != other[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_optimizers_learn(optimizer: Any) -> None:
+    curve, _ = run(Training(steps=30, rate=0.02, held_out=0.2, optimizer=optimizer))
+    assert curve.looks[0].loss > 1.5 * curve.looks[-1].loss
+    assert (curve.kept, curve.steps, curve.planned, curve.trained) == (30, 30, 30, 208)
+    assert (curve.samples, curve.held_out) == (96, 24)
+
+
+def test_groups_have_their_own_rate_and_decay() -> None:
+    settings = Training(steps=1, rate=0.1, held_out=0.0, optimizer="sgd", momentum=0.0, decay=0.5, warmup=0.0)
+
+    def moved(**group: Any) -> Any:
+        module = network()
+        _, after = run(settings, module, constrained=Everything(module, **group))
+        return np.array(after) - np.array(weights_of(network()))
+
+    both, slow, kept = moved(), moved(rate=0.5), moved(decay=False)
+    assert slow == pytest.approx(0.5 * both, abs=ROUNDING)
+    assert both - kept == pytest.approx(-0.1 * 0.5 * np.array(weights_of(network())), abs=ROUNDING)
+
+
+def test_long_gradients_are_cut() -> None:
+    settings = {"steps": 1, "rate": 1.0, "held_out": 0.0, "optimizer": "sgd", "momentum": 0.0, "warmup": 0.0}
+    before = np.array(weights_of(network()))
+    _, cut = run(Training(**settings, clip=0.01))
+    _, free = run(Training(**settings, clip=None))
+    assert np.linalg.norm(np.array(cut) - before) == pytest.approx(0.01, rel=1e-3)
+    assert np.linalg.norm(np.array(free) - before) > 0.1
+
+
+def test_a_penalty_is_told_the_rate_of_each_step() -> None:
+    rates: list[float] = []
+
+    class Penalty:
+        def apply(self, rate: float) -> None:
+            rates.append(rate)
+
+    curve, _ = run(Training(**BRIEF), proximal=Penalty())
+    assert rates == [point.rate for point in curve.points]
+    assert max(rates) == BRIEF["rate"]
+
+
+@dataclass
+class Noted:
+    """An augmentation that takes note of what it is asked for, and mixes a sample with another one."""
+
+    mixes: bool = True
+    rows: set[int] = field(default_factory=set)
+    partners_of: set[int] = field(default_factory=set)
+    epochs: set[int] = field(default_factory=set)
+
+    def partners(self, rows: Any, epoch: int, seed: int, pool: Any) -> Any:
+        self.partners_of |= set(pool.tolist())
+        return pool[rows % len(pool)]
+
+    def apply(self, feeds: Any, rows: Any, epoch: int, seed: int, *, partners: Any = None) -> Any:
+        self.rows |= set(rows.tolist())
+        self.epochs.add(epoch)
+        return {name: (array + partners[name]) / 2 for name, array in feeds.items()}
+
+
+def test_only_what_is_trained_on_is_augmented() -> None:
+    noted = Noted()
+    curve, _ = run(Training(**BRIEF, evaluate_every=1), augmentation=noted)
+    trained, held = held_out_of(SAMPLES, curve.held_out, 3)
+    assert noted.rows == noted.partners_of == set(trained.tolist())
+    assert not noted.rows & set(held.tolist())
+    assert noted.epochs == {0, 1, 2, 3}
+    plain, _ = run(Training(**BRIEF, evaluate_every=1))
+    assert plain.looks[0] == curve.looks[0]
+    assert plain.points[0] != curve.points[0]
+
+
+def test_an_objective_sees_samples_before_the_first_step() -> None:
+    objective = Distance(needs_preparation=True)
+    curve, _ = run(Training(**BRIEF), objective=objective)
+    trained, _ = held_out_of(SAMPLES, curve.held_out, 3)
+    assert objective.prepared == trained.tolist()
+
+
+def test_training_that_does_harm_leaves_the_weights_as_they_were() -> None:
+    settings = Training(steps=20, rate=3.0, optimizer="sgd", clip=None, held_out=0.2, evaluate_every=1, patience=3)
+    curve, weights = run(settings, teacher=network())
+    assert curve.looks[0].loss == 0.0
+    assert curve.stopped == "no better loss in 3 looks"
+    assert (curve.kept, curve.steps, curve.best) == (0, 3, 0.0)
+    assert weights == weights_of(network())
+    assert "weights are as they were" in curve.remarks[0]
+
+
+def test_the_last_weights_are_kept_where_that_is_asked_for() -> None:
+    start = network(2)
+    kept, weights = run(Training(**BRIEF, keep="last"), network(2), teacher=network(2))
+    assert kept.kept == 12
+    # At its goal from the start, so nothing moves but by rounding.
+    assert weights == pytest.approx(weights_of(start), abs=1e-3)
+    best, _ = run(Training(steps=40, rate=0.05, held_out=0.2, evaluate_every=1, schedule="constant", batch=4))
+    assert best.best == min(look.loss for look in best.looks)
+
+
+def test_patience_counts_looks_without_a_better_one() -> None:
+    stopping = EarlyStopping(2)
+    assert [stopping.improves(step, loss) for step, loss in enumerate((3.0, 2.0, 2.5, 1.0, 1.0))] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert not stopping.is_over
+    assert not stopping.improves(5, float("inf"))
+    assert stopping.is_over
+    assert (stopping.loss, stopping.step) == (1.0, 3)
+
+
+def test_divergence_is_an_error() -> None:
+    with pytest.raises(PassError, match=r"training diverged: after [0-9] steps the loss is") as error:
+        run(Training(steps=9, rate=1e30, held_out=0.0, optimizer="sgd", clip=None))
+    assert "smaller `rate`" in (error.value.hint or "")
+
+
+def test_a_loss_of_nothing_that_is_trained_is_an_error() -> None:
+    module = network()
+    module.requires_grad_(False)
+    with pytest.raises(PassError, match="nothing to train"):
+        run(Training(**BRIEF), module)
+    module.register_parameter("idle", torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(PassError, match="does not depend on anything that is trained"):
+        run(Training(**BRIEF), module)
+
+
+def test_too_few_samples_are_an_error() -> None:
+    with pytest.raises(DataError, match="1 sample to train on"):
+        run(Training(**BRIEF), data=samples(count=1))
+    assert run(Training(**BRIEF), data=samples(count=2))[0].samples == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "kind", "message"),
+    [
+        ({"precision": "fp16"}, "cpu", UsageError, "`precision=fp16` needs a GPU"),
+        ({}, "cuda:99", BackendError, "torch finds"),
+        ({}, "tpu", UsageError, "cannot train on `tpu`"),
+    ],
+)
+def test_devices_that_will_not_do_are_refused(
+    settings: dict[str, Any], device: str, kind: type[GraphoptError], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as error:
+        run(Training(**BRIEF, **settings), device=device)
+    assert error.value.hint
+
+
+def test_precisions_may_change_between_trainings() -> None:
+    half, weights = run(Training(**BRIEF, precision="bf16"))
+    whole, expected = run(Training(**BRIEF))
+    assert losses(half) == pytest.approx(losses(whole), rel=0.02)
+    assert losses(half) != losses(whole)
+    assert weights == pytest.approx(expected, abs=0.02)
+    # Weights stay in full: rounded to bfloat16 they would be others.
+    assert weights != torch.tensor(weights).bfloat16().float().tolist()
+
+
+def test_time_that_is_up_ends_training_and_more_of_it_goes_on(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    short, _ = run(Training(**BRIEF, minutes=1e-9, checkpoints=folder))
+    assert (short.stopped, short.steps) == ("`minutes` are over", 1)
+    more, weights = run(Training(**BRIEF, minutes=60, checkpoints=folder))
+    assert (more.stopped, more.steps) == ("", 12)
+    assert more.remarks == ["went on from the checkpoint of step 1 of 12"]
+    assert weights == run(Training(**BRIEF))[1]
+
+
+def test_a_finished_training_is_not_done_twice(tmp_path: Path) -> None:
+    settings = Training(**BRIEF, checkpoints=str(tmp_path))
+    curve, weights = run(settings)
+    again, same = run(settings)
+    assert again.remarks == ["went on from the checkpoint of step 12 of 12"]
+    assert (again.points, again.looks, same) == (curve.points, curve.looks, weights)
+    # Other weights to begin with, or another rate, are another training: it has a folder of its own.
+    assert not run(settings, network(9))[0].remarks
+    assert not run(Training(**{**BRIEF, "rate": 0.03}, checkpoints=str(tmp_path)))[0].remarks
+    assert not run(settings, seed=8)[0].remarks
+    assert not run(settings, data=samples(count=SAMPLES + 1))[0].remarks
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    settings = Training(**BRIEF, checkpoints=str(tmp_path), checkpoint_every=4)
+    _, weights = run(settings)
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["step-12"]
+    # As it is left by a process that ends while it writes.
+    (folder / "step-12").rename(folder / "step-12.unfinished")
+    again, same = run(settings)
+    assert not again.remarks
+    assert same == weights
+    assert [path.name for path in folder.iterdir()] == ["step-12"]
+
+
+def test_a_broken_checkpoint_is_an_error(tmp_path: Path) -> None:
+    settings = Training(**BRIEF, checkpoints=str(tmp_path))
+    run(settings)
+    (state,) = tmp_path.glob("*/step-12/training.pt")
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(PassError, match="cannot go on from the checkpoint in") as error:
+        run(settings)
+    assert "delete" in (error.value.hint or "")
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_any_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    seen: list[Any] = []
+    with pytest.raises(PassError, match="cannot write checkpoints to"):
+        run(Training(**BRIEF, checkpoints=str(tmp_path / "file")), objective=Distance(on_call=seen.append))
+    assert not seen
+
+
+def test_nothing_is_left_behind() -> None:
+    threads, state = torch.get_num_threads(), torch.random.get_rng_state()
+    module = network()
+    run(Training(**BRIEF), module, threads=1)
+    assert torch.get_num_threads() == threads
+    assert (torch.random.get_rng_state() == state).all()
+    assert all(tensor.grad is None for tensor in module.parameters())
+
+
+def test_who_waits_sees_steps_and_loss() -> None:
+    shown: list[Any] = []
+
+    class Display:
+        def stage(self, name: str, total: int, noun: str) -> Any:
+            shown.append((name, total, noun))
+            return contextlib.nullcontext()
+
+        def advance(self, count: int, noun: str) -> None:
+            shown.append((count, noun))
+
+        def describe(self, name: str) -> None:
+            shown.append(name)
+
+    run(Training(**BRIEF), display=Display())
+    assert shown[:2] == [("training", 12, "steps"), (0, "steps")]
+    assert shown.count((1, "steps")) == 12
+    assert shown[-1].startswith("training, loss 0.")
+
+
+def test_a_curve_is_plain_figures_and_not_too_many() -> None:
+    curve, _ = run(Training(**BRIEF, evaluate_every=4))
+    written = json.loads(json.dumps(curve.as_dict()))
+    assert [point["step"] for point in written["points"]] == list(range(1, 13))
+    assert [look["step"] for look in written["looks"]] == [0, 4, 8, 12]
+    assert written["points"][0]["terms"].keys() == {"squared", "absolute"}
+    assert (written["best"], written["kept"]) == (curve.best, 12)
+    assert curve.step_seconds > 0
+    long = Curve(points=[Point(step, 0.0, 0.0, 0.0, {}) for step in range(5 * POINTS_SHOWN + 3)])
+    shown = long.as_dict()["points"]
+    assert len(shown) <= POINTS_SHOWN + 1
+    assert shown[-1]["step"] == 5 * POINTS_SHOWN + 2

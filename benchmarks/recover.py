@@ -63,15 +63,15 @@ class Trial:
 
 # What was tried on the samples held out of training, never on the scored ones, and kept.
 CHANNELS = (
-    Trial("resnet20", 1000, "prune-channels:macs=0.5", ("--epochs", "60", "--augment", "flip,crop")),
+    Trial("resnet20", 1000, "prune-channels:macs=0.5", ("--epochs", "60", "--augment", "flip+crop")),
     Trial("digits", 1297, "prune-channels:macs=0.5", ("--epochs", "60")),
 )
 ZEROS = (
-    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "40", "--augment", "flip,crop")),
+    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "40", "--augment", "flip+crop")),
     Trial("digits", 1297, "prune:sparsity=0.8", ("--epochs", "40")),
 )
 INTEGERS = (
-    Trial("resnet20", 1000, "quant:weights=int4", ("--epochs", "30", "--augment", "flip,crop")),
+    Trial("resnet20", 1000, "quant:weights=int4", ("--epochs", "30", "--augment", "flip+crop")),
     Trial("digits", 1297, "quant:weights=int4", ("--epochs", "30")),
 )
 LANGUAGE = (Trial("gutenberg_lm", 256, "prune:pattern=2of4", ("--epochs", "6", "--batch", "8")),)

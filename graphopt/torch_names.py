@@ -71,9 +71,7 @@ def name_by_modules(model: ir.Model) -> None:
     model.metadata_props.clear()
 
 
-def _biases(
-    nodes: Sequence[ir.Node], paths: Mapping[ir.Node, str], mains: Mapping[str, int]
-) -> dict[ir.Value, str]:
+def _biases(nodes: Sequence[ir.Node], paths: Mapping[ir.Node, str], mains: Mapping[str, int]) -> dict[ir.Value, str]:
     """Return names for biases that modules do not have and the exporter computes: they become weights once folded."""
     lone = [node for node in nodes if mains[paths[node]] == 1 and _computes_with_weight(node)]
     convolutions = [node for node in lone if node.op_type in _CONVOLUTIONS and len(node.inputs) > _BIAS]

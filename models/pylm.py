@@ -2,10 +2,10 @@
 
     python models/pylm.py [--out models]
 
-writes five files: ``pylm.onnx`` (the network), ``pylm_tokenizer.json`` (its tokens), ``pylm.npz`` (tokens of modules it
-never saw), ``pylm_train.npz`` (some of the tokens it was trained on, to calibrate with and to train further) and
-``pylm.md`` (its card). It needs the extras ``cpu`` and ``torch`` and the package ``tokenizers``, and about an hour of
-one core. Two runs of one Python on one machine write the same bytes.
+writes ``pylm.onnx`` (the network), ``pylm_tokenizer.json`` (its tokens), ``pylm.npz`` (tokens of modules it never saw),
+``pylm_train.npz`` (some of the tokens it was trained on, to calibrate with and to train further), ``pylm.md`` (its
+card) and ``pylm_LICENSE.txt`` (the licence of the text). It needs the extras ``cpu`` and ``torch`` and the package
+``tokenizers``, and about half an hour of one core. Two runs of one Python on one machine write the same bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from __future__ import annotations
 import argparse
 import math
 import platform
+import shutil
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import graphopt
 
 SEED = 0
 THREADS = 1  # sums depend on how they are split, so the same bytes need the same number of threads
@@ -38,7 +44,7 @@ ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
 LOWEST_SCORE = -1e9  # of tokens that come later: nothing is left of it behind a softmax
 
-STEPS = 4000
+STEPS = 5000
 BATCH = 8
 RATE = 3e-3
 WARM_UP = 200
@@ -69,7 +75,73 @@ HELD_OUT = (
     "zipfile",
 )
 HELD_OUT_ROWS = 400  # of `CONTEXT` tokens each, taken evenly over the held-out modules
-TRAIN_ROWS = 2400
+TRAIN_ROWS = 4800
+
+OPSET = 21  # the first with codes of 4 bits
+SCORED_AT_ONCE = 8  # rows
+PROMPT = "def read_lines(path):\n"
+SAMPLE_TOKENS = 60
+
+CARD = """\
+# pylm
+
+A small Llama-style language model of Python code: the network that graphopt's tests and documents use for all that
+concerns language models. It is exported by `graphopt.from_torch` and cleaned up by the preset `simplify`.
+
+| | |
+|---|---|
+| Model | `pylm.onnx`, opset {opset}, {model_kb:,.0f} kB, {weights:,} weights |
+| Nodes | {nodes}: {operators} |
+| Input | `ids`, int64 [batch, tokens], token numbers from 0 to {last_token} |
+| Output | `logits`, float32 [batch, tokens, {vocabulary}]: of the token behind each |
+| Tokens | `pylm_tokenizer.json`: byte-level BPE of {vocabulary}, for the package `tokenizers`; 0 stands before each module |
+| To score by | `pylm.npz`, {data_kb:,.0f} kB: `ids` uint16 [{rows}, {context}], of modules that took no part in training |
+| To train on | `pylm_train.npz`, {train_kb:,.0f} kB: `ids` uint16 [{train_rows}, {context}], of the others |
+| Perplexity | {perplexity:.2f} ({bits:.2f} bits per byte), ONNX Runtime on the CPU over all of `pylm.npz` |
+| In training | {train_perplexity:.2f}, over {rows} rows of `pylm_train.npz` |
+
+    graphopt optimize models/pylm.onnx --passes prune,quant --data models/pylm_train.npz --eval models/pylm.npz
+
+Labels need none to be given: the target of each token is the next.
+
+## Architecture
+
+    ids [tokens]
+    embedding            {vocabulary} x {width}, also the last matrix
+    {layers} times
+      attention          RMSNorm, {heads} heads of {channels}, {kv_heads} of keys and values, rotary positions, causal
+      feed-forward       RMSNorm, SwiGLU of {hidden}
+    head                 RMSNorm, the embedding's matrix
+    logits [tokens, {vocabulary}]
+
+No layer has a bias. Nodes bear the names of the modules they come from (`layers.3.mlp.up_proj`) and weights those of
+the parameters (`layers.3.mlp.up_proj.weight`), stored as a MatMul reads them, [in, out]. Attention is spelled out in
+products, a mask and a softmax; the two heads of queries that share one of keys and values are an axis of their own.
+
+## How it was made
+
+    python models/pylm.py
+
+in an environment made with `pip install -e ".[cpu,torch]" tokenizers`, in about half an hour of one core. It trains on
+{train_files} files of the standard library of Python {python} ({train_tokens:,} tokens) for {steps:,} steps of {batch} rows
+of {context} tokens (AdamW, rate {rate}, level after {warm_up} steps and down to nothing in the last {cool_down:.0%}, weight
+decay {decay}, gradients clipped at {clip}) from a fixed seed, and keeps the weights of the last step. The split is by
+module, so that no function is in both parts. Held out are {held_out} ({held_tokens:,} tokens, of which `pylm.npz` is
+an even choice); left out of both are {left_out}. The tokens were learnt on the training part alone.
+
+What it writes after a prompt of `{prompt}`, always the likeliest token:
+
+{sample}
+
+The weights are PyTorch {torch}'s; nothing but these files was looked at, and nothing was chosen by the held-out part.
+
+## Licences
+
+- Weights, tokens' numbers and card: Apache-2.0, like graphopt.
+- Text: `pylm.npz` and `pylm_train.npz` hold parts of Python's standard library as token numbers, and the tokens
+  themselves were learnt on it. Copyright © 2001 Python Software Foundation; All Rights Reserved; PSF License Agreement,
+  `pylm_LICENSE.txt`. The changes are the choice of parts and the numbering.
+"""
 
 
 def sources() -> dict[str, str]:
@@ -155,9 +227,7 @@ class Attention(nn.Module):
 def attend_at_once(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Return causal attention by the kernel that training is fastest with."""
     queries_of_all, keys_of_all, values_of_all = (heads.flatten(1, 2) for heads in (queries, keys, values))
-    mixed = F.scaled_dot_product_attention(
-        queries_of_all, keys_of_all, values_of_all, is_causal=True, enable_gqa=True
-    )
+    mixed = F.scaled_dot_product_attention(queries_of_all, keys_of_all, values_of_all, is_causal=True, enable_gqa=True)
     return mixed.unflatten(1, queries.shape[1:3])
 
 
@@ -228,12 +298,12 @@ def rate(step: int, steps: int) -> float:
 
 
 def batches(stream: Tensor) -> Iterator[Tensor]:
-    """Yield token ids, int64 [BATCH, CONTEXT + 1], from places drawn by the seed."""
+    """Yield token ids, int64 [BATCH, CONTEXT + 1], of a stream, from places drawn by the seed."""
     generator = torch.Generator().manual_seed(SEED)
     window = torch.arange(CONTEXT + 1)
     while True:
         starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
-        yield stream[starts + window].long()
+        yield stream[starts + window]
 
 
 def make_optimizer(model: PyLM) -> torch.optim.Optimizer:
@@ -269,3 +339,126 @@ def train(stream: Tensor) -> PyLM:
         if step % 100 == 0:
             print(f"step {step} of {STEPS}: {float(loss):.3f} nats, {time.monotonic() - begin:.0f} s", flush=True)
     return model.eval()
+
+
+def export(model: PyLM, path: Path) -> None:
+    """Write the network as graphopt imports and simplifies it."""
+    for layer in model.layers:
+        layer.self_attn.attend = attend_in_steps
+    imported = graphopt.from_torch(
+        model,
+        (torch.zeros(2, 16, dtype=torch.long),),
+        dynamic_shapes={"ids": {0: "batch", 1: "tokens"}},
+        output_names=["logits"],
+        opset=OPSET,
+    )
+    graphopt.optimize(imported, "simplify", output=path, timed=False)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def cross_entropy(session: onnxruntime.InferenceSession, ids: np.ndarray) -> float:
+    """Return the mean of −log p of each next token, in nats, in the rows [rows, tokens]."""
+    sums = []
+    for start in range(0, len(ids), SCORED_AT_ONCE):
+        batch = torch.from_numpy(ids[start : start + SCORED_AT_ONCE].astype(np.int64))
+        logits = torch.from_numpy(session.run(None, {"ids": batch.numpy()})[0])
+        sums.append(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")))
+    return math.fsum(sums) / (ids.shape[0] * (ids.shape[1] - 1))
+
+
+def continuation(session: onnxruntime.InferenceSession, tokenizer: Any) -> str:
+    """Return a prompt and what the network takes to follow, the likeliest token each time."""
+    ids = [tokenizer.token_to_id(SEPARATOR), *tokenizer.encode(PROMPT).ids]
+    for _ in range(SAMPLE_TOKENS):
+        (logits,) = session.run(None, {"ids": np.array([ids], np.int64)})
+        ids.append(int(logits[0, -1].argmax()))
+    return str(tokenizer.decode(ids[1:]))
+
+
+def card(out: Path, tokenizer: Any, texts: dict[str, str], train_tokens: int, held_tokens: int) -> str:
+    """Return the card of the files, its numbers measured on them."""
+    proto = onnx.load(out / "pylm.onnx")
+    operators = Counter(node.op_type for node in proto.graph.node)
+    held, train = (np.load(out / name)["ids"] for name in ("pylm.npz", "pylm_train.npz"))
+    session = onnxruntime.InferenceSession(out / "pylm.onnx", providers=["CPUExecutionProvider"])
+    nats = cross_entropy(session, held)
+    held_bytes = sum(len(text.encode()) for path, text in texts.items() if is_held_out(path))
+    return CARD.format(
+        opset=proto.opset_import[0].version,
+        model_kb=(out / "pylm.onnx").stat().st_size / 1000,
+        data_kb=(out / "pylm.npz").stat().st_size / 1000,
+        train_kb=(out / "pylm_train.npz").stat().st_size / 1000,
+        weights=sum(
+            math.prod(tensor.dims)
+            for tensor in proto.graph.initializer
+            if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims
+        ),
+        nodes=operators.total(),
+        operators=", ".join(f"{count} {name}" for name, count in sorted(operators.items())),
+        rows=len(held),
+        train_rows=len(train),
+        perplexity=math.exp(nats),
+        bits=nats / math.log(2) * held_tokens / held_bytes,
+        train_perplexity=math.exp(cross_entropy(session, rows(train.reshape(-1), len(held)))),
+        train_files=sum(not is_held_out(path) for path in texts),
+        train_tokens=train_tokens,
+        held_tokens=held_tokens,
+        held_out=", ".join(f"`{name}`" for name in HELD_OUT),
+        left_out=", ".join(f"`{name}`" for name in LEFT_OUT),
+        sample="\n".join(f"    {line}".rstrip() for line in continuation(session, tokenizer).splitlines()),
+        prompt=PROMPT.strip(),
+        last_token=VOCABULARY - 1,
+        vocabulary=VOCABULARY,
+        context=CONTEXT,
+        width=WIDTH,
+        layers=LAYERS,
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        channels=WIDTH // HEADS,
+        hidden=HIDDEN,
+        steps=STEPS,
+        batch=BATCH,
+        rate=RATE,
+        warm_up=WARM_UP,
+        cool_down=COOL_DOWN,
+        decay=WEIGHT_DECAY,
+        clip=CLIP,
+        python=platform.python_version(),
+        torch=torch.__version__.partition("+")[0],
+    )
+
+
+def write(
+    model: PyLM, tokenizer: Any, texts: dict[str, str], streams: tuple[np.ndarray, np.ndarray], out: Path
+) -> None:
+    """Write all files but the licence: of a trained network, its tokens, and the streams to train on and held out."""
+    train_stream, held_stream = streams
+    export(model, out / "pylm.onnx")
+    tokenizer.save(str(out / "pylm_tokenizer.json"))
+    np.savez_compressed(out / "pylm.npz", ids=rows(held_stream, HELD_OUT_ROWS))
+    np.savez_compressed(out / "pylm_train.npz", ids=rows(train_stream, TRAIN_ROWS))
+    text = card(out, tokenizer, texts, len(train_stream), len(held_stream))
+    (out / "pylm.md").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Learn tokens, train, export, measure and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt", out / "pylm_LICENSE.txt")
+
+    texts = sources()
+    held = [text for path, text in texts.items() if is_held_out(path)]
+    train_on = [text for path, text in texts.items() if not is_held_out(path)]
+    tokenizer = train_tokenizer(train_on)
+    streams = tokens(tokenizer, train_on), tokens(tokenizer, held)
+    model = train(torch.from_numpy(streams[0].astype(np.int64)))
+    write(model, tokenizer, texts, streams, out)
+    for name in ("onnx", "md", "npz"):
+        print(out / f"pylm.{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import graphopt
 from graphopt import registry, walk
 from graphopt.authoring import Context, Guarantee, Pass
 from graphopt.data import open_data
-from graphopt.errors import GraphoptError, UsageError
+from graphopt.errors import GraphoptError, PassError, UsageError
 from graphopt.evaluation import compare_outputs
 from graphopt.generated import generated_feeds
 from graphopt.manager import PassManager, Setting
@@ -30,7 +30,17 @@ from graphopt.shapes import forget_inferred, infer_shapes
 from graphopt.verify import Signature, problems_of, verify
 
 from .command_line import optimize, run
-from .pass_runs import BACKEND, TARGET, kinds, loaded, outputs_of, to_bytes, weigh_by_noise, with_what_it_repairs
+from .pass_runs import (
+    BACKEND,
+    BRIEFLY,
+    TARGET,
+    kinds,
+    loaded,
+    outputs_of,
+    to_bytes,
+    weigh_by_noise,
+    with_what_it_repairs,
+)
 
 # More than there is to lose.
 ANY_NOISE_DB = 1e4
@@ -138,7 +148,11 @@ def test_the_model_is_whole_after_every_edit(name: str) -> None:
     for model in _models():
         feeds = generated_feeds(model, 0)
         data = feeds if not exact else None
-        _, manager = prefix(model, spec, None, data)
+        try:
+            _, manager = prefix(model, spec, None, data)
+        except PassError:  # of a model without weights nothing is trained
+            assert name in BRIEFLY
+            continue
         seen += len(manager.journal.edits)
         signature, known = Signature.of(model), problems_of(model)
         expected = [outputs_of(model, feed) for feed in feeds]

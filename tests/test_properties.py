@@ -25,7 +25,17 @@ from graphopt.pipeline import Pipeline, weakest
 from graphopt.verify import Signature, verify
 
 from .graph_generator import Recipe, build, feeds, random_recipe, recipes
-from .pass_runs import BRIEFLY, PassRun, kinds, loaded, outputs_of, run_passes, tensor_names, to_bytes, with_what_it_repairs
+from .pass_runs import (
+    BRIEFLY,
+    PassRun,
+    kinds,
+    loaded,
+    outputs_of,
+    run_passes,
+    tensor_names,
+    to_bytes,
+    with_what_it_repairs,
+)
 
 PASSES = sorted(registry.table("PASSES"))
 # Options under which a pass does other work than by default.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from graphopt import ir
 from graphopt.errors import BackendError
+from graphopt.model_io import load
 
 torch = pytest.importorskip("torch")
 
@@ -22,6 +24,7 @@ from graphopt.backends.torch_fx.lowering import lower  # noqa: E402
 from graphopt.backends.torch_fx.ops_contrib_blocks import unpacked  # noqa: E402
 
 DOMAIN = "com.microsoft"
+MODEL = Path(__file__).resolve().parent.parent / "models" / "digits_cnn.onnx"
 # Sums of products of a few dozen numbers around 1 in float32.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 RNG_SEED = 7
@@ -296,6 +299,22 @@ def test_it_computes_what_onnx_runtime_does(case: Case) -> None:
         got = opened.run(case.feeds())
     for mine, theirs in zip(got.values(), expected, strict=True):
         np.testing.assert_allclose(mine, theirs, **CLOSE)
+
+
+def test_what_onnx_runtime_makes_of_a_model_is_the_same_in_torch(tmp_path: Path) -> None:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    options.log_severity_level = 4
+    session = ort.InferenceSession(MODEL, options, providers=["CPUExecutionProvider"])
+    fused = load(tmp_path / "fused.onnx")
+    assert any(node.domain == DOMAIN for node in fused.graph), "nothing was fused"
+    shape = [8, *session.get_inputs()[0].shape[1:]]
+    feeds = {session.get_inputs()[0].name: np.random.default_rng(RNG_SEED).random(shape, np.float32)}
+    [expected] = session.run(None, feeds)
+    with Torch().open(fused) as opened:
+        [got] = opened.run(feeds).values()
+    np.testing.assert_allclose(got, expected, **CLOSE)
 
 
 def test_heads_packed_together_are_those_apart() -> None:

@@ -266,7 +266,7 @@ def _signals() -> Iterator[Case]:
     yield Case("STFT", ((2, 40, 1), np.array(4), None, np.array(8)), {"onesided": 0}, 17, tolerance=WINDOWED)
     for op, periodic in itertools.product(("HannWindow", "HammingWindow", "BlackmanWindow"), (0, 1)):
         yield Case(op, (np.array(7),), {"periodic": periodic, "output_datatype": 11}, 17)
-    mel = (np.array(20), np.array(512), np.array(16000), np.float32(20).reshape(()), np.float32(7600).reshape(()))
+    mel = (np.array(20), np.array(512), np.array(16000), floats(20).reshape(()), floats(7600).reshape(()))
     yield Case("MelWeightMatrix", mel, {}, 17)
 
 
@@ -298,7 +298,7 @@ def _arithmetic() -> Iterator[Case]:
     yield Case("Pow", (np.arange(-4, 5, dtype=np.int32), floats(2)), {}, 13)
     yield Case("Pow", (floats(2).reshape(()), floats(1, 2)), {}, 13)
     yield Case("Clip", ((3, 4),), {"min": -0.5, "max": 0.5}, 6)
-    yield Case("Clip", ((3, 4), None, np.float32(0.3).reshape(())), {}, 11)
+    yield Case("Clip", ((3, 4), None, floats(0.3).reshape(())), {}, 11)
     for op in ("Sum", "Mean", "Max", "Min"):
         yield Case(op, ((3, 1), (4,), (1,)), {}, 8)
     yield Case("Det", ((2, 3, 3),), {}, 11)

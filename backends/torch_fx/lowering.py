@@ -171,8 +171,9 @@ class _Lowering:
 
     def _lower_constant(self, frame: _Frame, node: ir.Node) -> None:
         name = f"{frame.prefix}{node.outputs[0].name}"
-        attribute = self._resolved(frame, node).popitem()[1]
-        tensor = walk.constant_of(attribute)
+        kind, attribute = self._resolved(frame, node).popitem()
+        # What a function's caller gives goes by the caller's name for it.
+        tensor = walk.constant_of(ir.Attr(kind, attribute.type, attribute.value))
         assert tensor is not None, "dense"
         frame.nodes[node.outputs[0]] = frame.scope.read_stored(self._stored((frame.prefix, node), name, tensor))
 

@@ -265,7 +265,7 @@ OPERATORS: Table = {
     "Expand": Operator(expand, sizes=(1,)),
     "Flatten": Operator(flatten),
     "Identity": Operator(identity),
-    "Pad": (Operator(pad_2), Operator(pad, since=11, sizes=(1, 2, 3))),
+    "Pad": (Operator(pad_2, since=2), Operator(pad, since=11, sizes=(1, 2, 3))),
     "Reshape": Operator(reshape, since=5, sizes=(1,)),
     "ReverseSequence": Operator(reverse_sequence),
     "Slice": (Operator(slice_1), Operator(slice_, since=10, sizes=(1, 2, 3, 4))),

@@ -95,7 +95,7 @@ def resize(
     else:
         assert scales is not None, "ONNX wants one of the two"
         factors = scales.tolist()
-        # The part looked at does not count here, whatever ONNX's text says: neither in ONNX Runtime nor in its own cases.
+        # The part looked at does not count here, whatever ONNX's text says: nor does it in ONNX Runtime.
         wanted = [math.floor(x.shape[axis] * factor) for axis, factor in zip(along, factors, strict=True)]
     sampling = _Sampling(
         mode,

@@ -94,15 +94,15 @@ concerns language models. It is exported by `graphopt.from_torch` and cleaned up
 | Nodes | {nodes}: {operators} |
 | Input | `ids`, int64 [batch, tokens], token numbers from 0 to {last_token} |
 | Output | `logits`, float32 [batch, tokens, {vocabulary}]: of the token behind each |
-| Tokens | `pylm_tokenizer.json`: byte-level BPE of {vocabulary}, for the package `tokenizers`; 0 stands before each module |
-| To score by | `pylm.npz`, {data_kb:,.0f} kB: `ids` uint16 [{rows}, {context}], of modules that took no part in training |
+| Tokens | `pylm_tokenizer.json`: byte-level BPE of {vocabulary}, for `tokenizers`; 0 stands before each module |
+| To score by | `pylm.npz`, {data_kb:,.0f} kB: `ids` uint16 [{rows}, {context}], of modules not trained on |
 | To train on | `pylm_train.npz`, {train_kb:,.0f} kB: `ids` uint16 [{train_rows}, {context}], of the others |
 | Perplexity | {perplexity:.2f} ({bits:.2f} bits per byte), ONNX Runtime on the CPU over all of `pylm.npz` |
 | In training | {train_perplexity:.2f}, over {rows} rows of `pylm_train.npz` |
 
     graphopt optimize models/pylm.onnx --passes prune,quant --data models/pylm_train.npz --eval models/pylm.npz
 
-Labels need none to be given: the target of each token is the next.
+There are no labels: the target of each token is the next.
 
 ## Architecture
 
@@ -122,18 +122,20 @@ products, a mask and a softmax; the two heads of queries that share one of keys 
 
     python models/pylm.py
 
-in an environment made with `pip install -e ".[cpu,torch]" tokenizers`, in about half an hour of one core. It trains on
-{train_files} files of the standard library of Python {python} ({train_tokens:,} tokens) for {steps:,} steps of {batch} rows
-of {context} tokens (AdamW, rate {rate}, level after {warm_up} steps and down to nothing in the last {cool_down:.0%}, weight
-decay {decay}, gradients clipped at {clip}) from a fixed seed, and keeps the weights of the last step. The split is by
-module, so that no function is in both parts. Held out are {held_out} ({held_tokens:,} tokens, of which `pylm.npz` is
-an even choice); left out of both are {left_out}. The tokens were learnt on the training part alone.
+in an environment made with `pip install -e ".[cpu,torch]" tokenizers`, in about half an hour of one core. It trains
+on {train_files} files of the standard library of Python {python} ({train_tokens:,} tokens) for {steps:,} steps of
+{batch} rows of {context} tokens (AdamW, rate {rate}, level after {warm_up} steps and down to nothing in the last
+{cool_down:.0%}, weight decay {decay}, gradients clipped at {clip}) from a fixed seed, and keeps the weights of the last
+step. The split is by module, so that no function is in both parts. Held out are {held_out} ({held_tokens:,} tokens,
+of which `pylm.npz` is an even choice); left out of both are {left_out}. The tokens were learnt on the training part
+alone.
 
 What it writes after a prompt of `{prompt}`, always the likeliest token:
 
 {sample}
 
-The weights are PyTorch {torch}'s; nothing but these files was looked at, and nothing was chosen by the held-out part.
+It was trained with PyTorch {torch}. Sizes, rate and steps were set by the time at hand; nothing was chosen by the
+held-out part.
 
 ## Licences
 
@@ -428,9 +430,7 @@ def card(out: Path, tokenizer: Any, texts: dict[str, str], train_tokens: int, he
     )
 
 
-def write(
-    model: PyLM, tokenizer: Any, texts: dict[str, str], streams: tuple[np.ndarray, np.ndarray], out: Path
-) -> None:
+def write(model: PyLM, tokenizer: Any, texts: dict[str, str], streams: list[np.ndarray], out: Path) -> None:
     """Write all files but the licence: of a trained network, its tokens, and the streams to train on and held out."""
     train_stream, held_stream = streams
     export(model, out / "pylm.onnx")
@@ -453,7 +453,7 @@ def main() -> None:
     held = [text for path, text in texts.items() if is_held_out(path)]
     train_on = [text for path, text in texts.items() if not is_held_out(path)]
     tokenizer = train_tokenizer(train_on)
-    streams = tokens(tokenizer, train_on), tokens(tokenizer, held)
+    streams = [tokens(tokenizer, train_on), tokens(tokenizer, held)]
     model = train(torch.from_numpy(streams[0].astype(np.int64)))
     write(model, tokenizer, texts, streams, out)
     for name in ("onnx", "md", "npz"):

@@ -65,7 +65,7 @@ RELUCTANT = {
 RARE = {"prune-heads", "prune-hidden", "prune-layers", "sparsify"}
 # Lossy passes that few graphs show anything, for which more are run.
 SELDOM = {"prune-heads:ratio=0.5", "tie-layers"}
-# Passes that train, a hundred times as slow as others on such graphs, and of some of these graphs nothing can be trained.
+# Passes that train take a hundred times as long as others on such graphs, of some of which nothing can be trained.
 TRAINING_EXAMPLES = 6
 RECIPE_SIZE = 8
 CALIBRATION_SEEDS = range(1, 5)

@@ -175,14 +175,18 @@ def test_zeros_that_rounding_makes_are_free_and_those_of_pruning_are_held() -> N
     floats = rng.normal(0, 1, (64, 64))
     rounded = np.rint(floats / 0.45).clip(-7, 7).astype(np.int32)
     peaked = np.rint(rng.laplace(0, 0.7, (64, 64)) / 0.9).clip(-7, 7).astype(np.int32)
+    # Channels of which some are a tenth as large as others, on one grid.
+    uneven = np.rint(floats * np.where(np.arange(64) % 4, 0.1, 1.0)[:, None] / 0.45).clip(-7, 7).astype(np.int32)
+    wide = np.where(np.abs(floats) < np.quantile(np.abs(floats), 0.3), 0, np.rint(floats / 0.03)).astype(np.int32)
     removed = np.where(np.abs(floats) < np.quantile(np.abs(floats), 0.5), 0, rounded)
     order = np.argsort(np.abs(floats.reshape(-1, 4)), axis=1)
     in_pattern = rounded.reshape(-1, 4).copy()
     np.put_along_axis(in_pattern, order[:, :2], 0, axis=1)
     assert kept_of_codes(rounded, on_purpose=False) is None
     assert kept_of_codes(peaked, on_purpose=False) is None
+    assert kept_of_codes(uneven, on_purpose=False) is None
     assert kept_of_codes(rounded, on_purpose=True) is not None
-    for codes in (removed, in_pattern.reshape(64, 64)):
+    for codes in (removed, wide, in_pattern.reshape(64, 64)):
         kept = kept_of_codes(codes, on_purpose=False)
         assert kept is not None
         np.testing.assert_array_equal(kept, codes != 0)

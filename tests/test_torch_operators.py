@@ -24,7 +24,9 @@ from graphopt.backends.torch_fx.operators import Operator  # noqa: E402
 from graphopt.backends.torch_fx.tensors import to_torch  # noqa: E402
 
 UNSIGNED_AND_SIGNED = [np.dtype(f"{kind}int{bits}") for kind in ("", "u") for bits in (8, 16, 32, 64)]
-NEWEST = 28
+OLDEST, NEWEST = 7, 28
+# Constants are the lowering's own. Loop and Scan of old take their inputs in another way.
+UNKNOWN, UNKNOWN_BEFORE, LOOPS_SINCE = {"ImageDecoder"}, {"Loop", "Scan"}, 11
 SEED = 3
 
 
@@ -245,6 +247,20 @@ def test_what_torch_has_no_kernel_for_is_refused_by_name() -> None:
         session.run(feeds)
 
 
+@pytest.mark.parametrize("opset", range(OLDEST, NEWEST + 1))
+def test_every_operator_is_known(opset: int) -> None:
+    names = {schema.name for schema in schemas() if schema.domain == ""}
+    missing = set()
+    for name in names:
+        try:
+            schema = onnx.defs.get_schema(name, opset, "")
+        except onnx.defs.SchemaError:
+            continue
+        if not schema.deprecated and catalog.find("", name, opset) is None:
+            missing.add(name)
+    assert missing <= {"Constant", *(UNKNOWN if opset >= LOOPS_SINCE else UNKNOWN_BEFORE)}
+
+
 def schemas() -> list[onnx.defs.OpSchema]:
     known = onnx.defs.get_all_schemas_with_history()
     return [schema for schema in known if schema.domain in catalog.TABLES and not schema.deprecated]
@@ -271,3 +287,21 @@ def test_functions_take_what_the_schemas_say(domain: str) -> None:
         if several and not found.returns_tuple:
             wrong.append(f"{label}: one output")
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_computed_and_learns(dtype: Any) -> None:
+    """On a CPU, where torch lacks kernels: no case fails, and each gives what float32 gives, about."""
+    for case in GRADIENTS:
+        operator = function_of(case.op, case.opset)
+        told = {"outputs": case.outputs} if "outputs" in operator.keywords else {}
+        wide = [None if one is None else to_torch(one) for one in case.arrays()]
+        drawn = [isinstance(one, tuple) for one in case.inputs]
+        narrow = [one.to(dtype).requires_grad_() if mine else one for one, mine in zip(wide, drawn, strict=True)]
+        found, wanted = (operator.function(*inputs, **case.attributes, **told) for inputs in (narrow, wide))
+        found, wanted = (one[0] if isinstance(one, tuple) else one for one in (found, wanted))
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=0.1, atol=0.1, msg=str(case))
+        if any(drawn) and found.requires_grad:
+            found.float().sum().backward()
+            grads = [one.grad for one, mine in zip(narrow, drawn, strict=True) if mine]
+            assert any(one is not None for one in grads), case

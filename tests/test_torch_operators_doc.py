@@ -21,10 +21,12 @@ INTRODUCTION = """\
 # Operators that torch computes
 
 Each row is an operator of the backend `torch`, with the first version of its operator set that is computed; every newer
-one is, too. A model with any other operator is refused before it runs, and the error names operators and nodes. The last
-column is only a reminder: what ONNX, or for its own operators ONNX Runtime, defines holds to the letter. One thing is
-not imitated: integer kernels that ONNX Runtime may choose inside `MatMulNBits` (`accuracy_level`) round what they read,
-and torch computes in floats. `pytest tests/test_torch_operators_doc.py --graphopt-update` makes the page of the tables.
+one is, too. A model with any other operator is refused before it runs, and the error names operators and nodes. The
+last column is only a reminder: what ONNX, or for its own operators ONNX Runtime, defines holds to the letter. One thing
+is not imitated: integer kernels that ONNX Runtime may choose inside `MatMulNBits` (`accuracy_level`) round what they
+read, and torch computes in floats.
+
+`pytest tests/test_torch_operators_doc.py --graphopt-update` makes this page of the tables.
 """
 NAMES = {"": "ONNX"}
 # What ONNX has and torch does not compute; Constant is no computation, and has no row either.

@@ -209,9 +209,11 @@ def _resizing() -> Iterator[Case]:
             sizes = (image, None, None if opset > 11 else floats(), ints(1, 2, 9, 1))
             if opset > 11:
                 yield Case("Resize", sizes, attributes, opset, tolerance=WINDOWED)
+                yield Case("Resize", (image, None, None, ints(1, 2, 9, 4)), attributes, opset, tolerance=WINDOWED)
     for nearest in ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"):
         attributes = {"nearest_mode": nearest, "coordinate_transformation_mode": "asymmetric"}
         yield Case("Resize", ((1, 1, 6, 6), None, floats(1, 1, 2, 1 / 3)), attributes, 13)
+        yield Case("Resize", ((1, 1, 6, 6), None, floats(1, 1, 2, 0.5)), attributes, 13)
     for mode, outside in itertools.product(("linear", "cubic"), (0, 1)):
         attributes = {"mode": mode, "antialias": 1, "exclude_outside": outside if mode == "cubic" else 0}
         yield Case("Resize", ((1, 2, 9, 7), None, floats(1, 1, 0.4, 0.6)), attributes, 18, tolerance=WINDOWED)
@@ -389,6 +391,7 @@ def _looking() -> Iterator[Case]:
     for mode in ("nearest", "linear", "cubic"):
         attributes = {"mode": mode}
         yield Case("Resize", ((1, 1, 3, 4), None, floats(1, 1, 1.5, 0.6)), attributes, 13, learned=(0,))
+        yield Case("Resize", ((1, 1, 3, 4), None, floats(1, 1, 2, 0.5)), attributes, 13, learned=(0,))
     attributes = {"mode": "linear", "antialias": 1}
     yield Case("Resize", ((1, 1, 5, 6), None, floats(1, 1, 0.5, 0.6)), attributes, 18, learned=(0,))
     yield Case("GridSample", ((1, 2, 3, 3), (1, 2, 2, 2)), {"align_corners": 1, "padding_mode": "border"}, 20)

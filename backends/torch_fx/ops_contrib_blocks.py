@@ -60,7 +60,7 @@ def mat_mul_n_bits(
         return none if bias is None else none + bias
     blocks = -(-K // block_size)
     codes = unpacked(packed.reshape(N, -1), bits).reshape(N, blocks, block_size).to(a.dtype)
-    zeros = _zeros_of(zero_points, N, blocks, bits).to(a.dtype)
+    zeros = _zeros_of(zero_points, N, blocks, bits, a.device).to(a.dtype)
     if g_idx is None:
         weight = ((codes - zeros) * scales.reshape(N, blocks, 1)).flatten(1)[:, :K]
     else:  # each column says which group it is of
@@ -71,9 +71,9 @@ def mat_mul_n_bits(
     return F.linear(a, weight, bias)
 
 
-def _zeros_of(zero_points: Tensor | None, rows: int, blocks: int, bits: int) -> Tensor:
+def _zeros_of(zero_points: Tensor | None, rows: int, blocks: int, bits: int, device: torch.device) -> Tensor:
     if zero_points is None:
-        return torch.full((1, 1, 1), 1 << (bits - 1))
+        return torch.full((1, 1, 1), 1 << (bits - 1), device=device)
     if zero_points.dtype is not torch.uint8:
         return zero_points.reshape(rows, blocks, 1)
     return unpacked(zero_points.reshape(rows, -1), bits)[:, :blocks].unsqueeze(-1)

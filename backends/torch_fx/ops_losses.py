@@ -19,6 +19,7 @@ def negative_log_likelihood_loss(
 ) -> Tensor:
     """Negative logarithms of the likelihood of labels (batch, classes, further axes)."""
     ignored = _NOTHING_IGNORED if ignore_index is None else ignore_index
+    weight = None if weight is None else weight.to(x.dtype)
     return F.nll_loss(x, target.to(torch.int64), weight, ignore_index=ignored, reduction=reduction)
 
 

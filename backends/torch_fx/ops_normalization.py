@@ -52,9 +52,12 @@ def batch_normalization_before_14(
     *,
     epsilon: float = 1e-5,
     momentum: float = 0.9,
+    spatial: int = 1,
     outputs: int = 1,
 ) -> tuple[Tensor, ...]:
     """Normalize by given statistics of each channel, or where more than the result is asked for, by the input's."""
+    if not spatial:
+        raise NotImplementedError("BatchNormalization: with statistics of each place of a channel")
     training = int(outputs > 1)
     found = batch_normalization(
         x, scale, bias, mean, variance, epsilon=epsilon, momentum=momentum, training_mode=training
@@ -167,7 +170,7 @@ def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
 
 
 OPERATORS: Table = {
-    "BatchNormalization": (Operator(batch_normalization_before_14, since=9), Operator(batch_normalization, since=14)),
+    "BatchNormalization": (Operator(batch_normalization_before_14, since=7), Operator(batch_normalization, since=14)),
     "GroupNormalization": (
         Operator(group_normalization_before_21, since=18),
         Operator(group_normalization, since=21),

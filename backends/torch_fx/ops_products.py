@@ -147,6 +147,9 @@ def deform_conv(
         raise NotImplementedError("DeformConv: of other than two spatial axes")
     windows = Windows.of(x.shape[2:], weight.shape[2:], strides=strides, dilations=dilations, pads=pads)
     batch, channels = x.shape[:2]
+    dtype = x.dtype
+    # In 16 bits there is no telling places of a large image apart.
+    x, offset = (one.to(torch.promote_types(dtype, torch.float32)) for one in (x, offset))
     high, wide = windows.counts
     taps = weight.shape[2] * weight.shape[3]
     shifts = offset.reshape(batch, offset_group, taps, 2, high, wide)
@@ -159,7 +162,7 @@ def deform_conv(
     ).reshape(batch, offset_group, channels // offset_group, taps, high * wide)
     if mask is not None:
         sampled = sampled * mask.reshape(batch, offset_group, 1, taps, high * wide)
-    columns = sampled.reshape(batch, group, channels // group * taps, high * wide)
+    columns = sampled.to(dtype).reshape(batch, group, channels // group * taps, high * wide)
     kernels = weight.reshape(group, weight.shape[0] // group, -1)
     product = torch.matmul(kernels, columns).reshape(batch, weight.shape[0], high, wide)
     return product if bias is None else product + bias.reshape(-1, 1, 1)

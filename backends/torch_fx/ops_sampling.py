@@ -98,11 +98,12 @@ def _aligned(image: Tensor, region: list[float], pooled: tuple[int, int], ratio:
     if rows.numel() == 0 or columns.numel() == 0:
         return image.new_zeros(image.shape[0], *pooled)  # a region of no size has no samples
     if mode == "avg":
-        ys, xs = _hats(rows, image.shape[1]).mean(1), _hats(columns, image.shape[2]).mean(1)
+        ys = _hats(rows, image.shape[1]).mean(1).to(image.dtype)
+        xs = _hats(columns, image.shape[2]).mean(1).to(image.dtype)
         return torch.einsum("chw,ph,qw->cpq", image, ys, xs)
     # The largest of the weighted neighbours, not of their sums: so do ONNX Runtime and ONNX's own cases.
     products = [
-        image.index_select(1, row).index_select(2, column) * (down[:, None] * right)
+        image.index_select(1, row).index_select(2, column) * (down[:, None] * right).to(image.dtype)
         for row, down in _neighbours(rows, image.shape[1])
         for column, right in _neighbours(columns, image.shape[2])
     ]
@@ -112,10 +113,11 @@ def _aligned(image: Tensor, region: list[float], pooled: tuple[int, int], ratio:
 
 def _samples(start: float, end: float, bins: int, ratio: int, half: bool, like: Tensor) -> Tensor:
     """Return where along an axis the samples of each bin lie: bins, samples of each."""
+    dtype = torch.promote_types(like.dtype, torch.float32)  # 16 bits do not tell places of a large image apart
     width = (end - start if half else max(end - start, 1.0)) / bins
     count = ratio if ratio > 0 else max(math.ceil(width), 0)
-    at = torch.arange(bins, dtype=like.dtype, device=like.device)[:, None] * width
-    return start + at + (torch.arange(count, dtype=like.dtype, device=like.device) + 0.5) * width / count
+    at = torch.arange(bins, dtype=dtype, device=like.device)[:, None] * width
+    return start + at + (torch.arange(count, dtype=dtype, device=like.device) + 0.5) * width / count
 
 
 def _hats(places: Tensor, size: int) -> Tensor:

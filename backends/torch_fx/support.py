@@ -32,7 +32,7 @@ def refuse_unsupported(model: ir.Model) -> None:
         told = "; ".join(f"{lack} ({_some(nodes)})" for lack, nodes in sorted(found.items()))
         raise BackendError(
             f"backend `torch` cannot compute: {told}",
-            hint="`--backend onnxruntime` may run it; docs/torch.md lists the operators that are known",
+            hint="`--backend onnxruntime` may run it; docs/torch-operators.md lists what is known",
         )
 
 

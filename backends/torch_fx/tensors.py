@@ -67,10 +67,10 @@ def to_torch(array: Array) -> Any:
     """
     if array.dtype.kind in "OSUT":
         return array if array.dtype == object else _texts(array)
-    dtype = ir.DataType.from_numpy(array.dtype)
-    target = torch_dtype(dtype)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
+    dtype = ir.DataType.from_numpy(array.dtype)
+    target = torch_dtype(dtype)
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
     if dtype.bitwidth < 8:

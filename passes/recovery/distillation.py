@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphopt.data import Batch
 from graphopt.errors import PassError
+from graphopt.shapes import dims_of
 
 from .aim import Aim
 from .scores import Scores, holds_classes, items_of, scores_of
@@ -105,9 +106,8 @@ class Power:
 
     @property
     def mean(self) -> float:
-        """The mean square."""
-        assert self._count, "the objective was not prepared"
-        return max(self._total / self._count, _SMALLEST_POWER)
+        """The mean square; 1 of a value without elements, of which nothing can be wrong."""
+        return max(self._total / self._count, _SMALLEST_POWER) if self._count else 1.0
 
 
 def distillation_terms(aim: Aim, student: ir.Model, teacher: ir.Model, specimen: Batch, weight: float) -> list[Term]:
@@ -141,8 +141,15 @@ def distillation_terms(aim: Aim, student: ir.Model, teacher: ir.Model, specimen:
 
 
 def compared_outputs(outputs: Sequence[ir.Value]) -> list[ir.Value]:
-    """Return the outputs that are compared with a teacher's: floats, if possible none that a decoder only passes on."""
-    floats = [one for one in outputs if one.dtype is not None and one.dtype.is_floating_point()]
+    """Return the outputs that are compared with a teacher's: floats, if possible none that a decoder only passes on.
+
+    An output that has no elements is not among them.
+    """
+    floats = [
+        one
+        for one in outputs
+        if isinstance(one.type, ir.TensorType) and one.type.dtype.is_floating_point() and 0 not in (one.shape or ())
+    ]
     return [one for one in floats if not (one.name or "").startswith(_PASSED_ON)] or floats
 
 
@@ -155,9 +162,23 @@ def _term(
     specimen: Batch,
     share: float,
 ) -> Term:
+    _check_shapes(mine, theirs)
     items = items_of(student, mine)
     # The teacher decides: of the student, what comes before an output may have been changed.
     by_classes = aim.distance == "kl" or (aim.distance == "auto" and holds_classes(teacher, theirs, specimen))
     if by_classes:
         return SoftLabels(scores_of(student, mine), scores_of(teacher, theirs), items, aim.temperature, share)
     return OutputError(mine.name or "", items, share)
+
+
+def _check_shapes(mine: ir.Value, theirs: ir.Value) -> None:
+    first, second = dims_of(mine), dims_of(theirs)
+    if first is None or second is None:
+        return
+    sizes = [pair for pair in zip(first, second, strict=False) if all(isinstance(dim, int) for dim in pair)]
+    if len(first) != len(second) or any(x != y for x, y in sizes):
+        one, other = ("×".join(map(str, dims)) for dims in (first, second))
+        raise PassError(
+            f"pass `recover`: output `{mine.name}` is {one}, and the teacher's is {other}",
+            hint="give the model that the student was made of",
+        )

@@ -14,9 +14,11 @@ from graphopt.backend import Array
 _PATTERNS = ((1, 4), (2, 4), (4, 8))
 # Weights were pruned to a pattern if they hold about as many numbers as it lets them; others keep to it by chance.
 _LEAST_OF_PATTERN = 0.75
-# Rounding a smooth distribution makes about as many codes 0 as 1 or -1: as many at wide ones, 3 times as many of a
-# Laplace distribution whose deviation is less than a step. Pruning leaves next to none beside the zeros.
+# Rounding a smooth distribution to 8 bits makes about as many codes 0 as 1 or -1. Pruning leaves few beside the zeros.
 _MADE_BY_PRUNING = 4
+# With fewer codes than these, rounding alone makes that many zeros of weights of which a few are large. But what has one
+# peak, at zero, gives every code no more often than the one before it; what was pruned has a gap beside its zeros.
+_MANY_CODES = 64
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,21 @@ def kept_of_codes(codes: Array, *, on_purpose: bool) -> Array | None:
     """Return where codes, zero points taken off, are not zero; None where rounding alone may have made the zeros.
 
     Args:
-        codes: int16 or wider, codes less their zero points.
+        codes: int32, codes less their zero points.
         on_purpose: Whether all zeros were made on purpose, and need not stand out.
     """
     kept = codes != 0
     if kept.all():
         return None
-    zeros = codes.size - np.count_nonzero(kept)
-    beside = max(np.count_nonzero(codes == 1), np.count_nonzero(codes == -1))
-    stands_out = zeros > _MADE_BY_PRUNING * beside
-    return kept if on_purpose or stands_out or pattern_of(codes) is not None else None
+    return kept if on_purpose or _stand_out(codes) or pattern_of(codes) is not None else None
+
+
+def _stand_out(codes: Array) -> bool:
+    """Return whether there are more zeros among codes than rounding makes."""
+    counts = np.bincount(np.abs(codes).reshape(-1))
+    if 2 * counts[0] <= _MADE_BY_PRUNING * counts[1]:
+        return False
+    return len(counts) >= _MANY_CODES or counts[1] < counts[2:].max(initial=0)
 
 
 class Masked(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -19,12 +20,14 @@ from graphopt.reporting.rows import counted
 
 from . import objectives
 from .augmentation import Augmentation, augmentation_of
+from .batch_statistics import updated_batch_norms
 from .constraints import Constrained, constrain
 from .curve import Curve
 from .engine import train
 from .parts import Objective, Proximal
 from .processes import refuse_device
 from .samples import Samples
+from .sparsity_penalty import penalty_of
 from .stored_weights import stored_tensor
 from .trainable import refuse
 
@@ -99,6 +102,10 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
         assert ctx.reference is not None, "the objective was chosen with a teacher"
         teacher = backend.lower(ctx.reference, observe=objective.teacher_values, differentiable=False)
     constrained = constrain(student, model, options)
+    penalty = penalty_of(options, model, constrained)
+    if penalty is not None:
+        # A penalty is no part of the loss, by which the best weights would be those with the fewest zeros.
+        options = replace(options, keep="last")
     curve = fit(
         student,
         objective,
@@ -107,6 +114,7 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
         ctx,
         constrained,
         teacher=teacher,
+        proximal=penalty,
         augmentation=augmentation_of(options.augment, model),
         device=device,
     )
@@ -115,7 +123,23 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
     note_outcome(ctx, curve, written)
     for line in constrained.describe():
         ctx.note(line)
+    if penalty is not None:
+        ctx.note(f"penalized: {penalty.describe()}; the last weights were kept")
+    if options.batch_norm == "update":
+        _update_batch_norms(model, ctx, student, options.batch, device)
     return curve
+
+
+def _update_batch_norms(model: ir.Model, ctx: Context, student: fx.GraphModule, batch: int, device: str) -> None:
+    """Write the statistics of batch normalizations, as they are behind trained layers."""
+    assert ctx.data is not None, "the pass declares that it needs data"
+    values, new = constants_by_name(model), updated_batch_norms(student, ctx.data, batch, device)
+    for name, array in new.items():
+        ctx.rewriter.set_weight(values[name], ir.tensor(array))
+    if new:
+        ctx.note(f"statistics of batch normalizations taken anew: {len(new)} constants")
+    else:
+        ctx.left("no batch normalization is left to update: they are part of the layers before them")
 
 
 def fit(

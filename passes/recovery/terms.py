@@ -79,6 +79,8 @@ class Items:
             batch: The batch.
         """
         real = batch.real(losses.float())
+        if not real.numel():
+            return real.sum()
         if self.tokens is not None:
             weights = self.weights(batch)
             return (real.reshape(*weights.shape, -1).mean(dim=2) * weights).sum()

@@ -1,0 +1,246 @@
+"""Training piece by piece; and what is done beside a loss: other images, zeros by penalties, fresh statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+import graphopt  # noqa: E402
+from graphopt import registry  # noqa: E402
+from graphopt.authoring import Context  # noqa: E402
+from graphopt.data import open_data  # noqa: E402
+from graphopt.errors import PassError, UsageError  # noqa: E402
+from graphopt.passes.recovery.augmentation import Augmentation, augmentation_of  # noqa: E402
+from graphopt.passes.recovery.batch_statistics import updated_batch_norms  # noqa: E402
+from graphopt.passes.recovery.constraints import constrain  # noqa: E402
+from graphopt.passes.recovery.recover import Recover  # noqa: E402
+from graphopt.passes.recovery.samples import StoredSamples  # noqa: E402
+from graphopt.passes.recovery.spans import spans_of, stages_of  # noqa: E402
+from graphopt.passes.recovery.sparsity_penalty import Penalty, penalty_of  # noqa: E402
+from graphopt.rewriter import Journal, Rewriter  # noqa: E402
+
+from .pass_runs import BACKEND, TARGET  # noqa: E402
+from .test_objectives import classifier, floats, language_model, made  # noqa: E402
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+DIGITS = MODELS / "digits_cnn.onnx"
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, Any]:
+    with np.load(MODELS / "digits.npz") as archive:
+        return {"image": archive["image"][:160], "labels": archive["labels"][:160]}
+
+
+def lowered(model: ir.Model, **options: Any) -> Any:
+    backend: Any = registry.backend("torch")
+    return backend.lower(model, **options)
+
+
+def trained(student: ir.Model, teacher: ir.Model, options: Recover) -> Context:
+    """Train a student by a pass, as the manager would run it, and return what the pass worked with."""
+    images = np.random.default_rng(3).normal(0, 1, (40, 3, 6, 6)).astype(np.float32)
+    context = Context(
+        student,
+        Rewriter(student, Journal(), "recover"),
+        registry.find("TARGETS", TARGET),
+        registry.backend(BACKEND),
+        threads=1,
+        data=open_data({"x": images}, student),
+        reference=teacher,
+    )
+    options.run(student, context)
+    return context
+
+
+def difference(student: ir.Model, teacher: ir.Model) -> float:
+    images = torch.from_numpy(np.random.default_rng(5).normal(0, 1, (32, 3, 6, 6)).astype(np.float32))
+    with torch.no_grad():
+        return float((lowered(student)(images)[0] - lowered(teacher)(images)[0]).square().mean())
+
+
+@pytest.mark.parametrize(("by", "ends"), [("blocks", ["r0", "r1", "y"]), ("layers", ["r0", "r1", "f", "y"])])
+def test_pieces_put_together_are_the_model(by: str, ends: list[str]) -> None:
+    model = classifier()
+    module, images = lowered(model), torch.from_numpy(IMAGES[:, :, :6, :6].copy())
+    spans = spans_of(model, model, by)
+    assert [name for span in spans for name, _ in span.ends] == ends
+    values = {"x": images}
+    with torch.no_grad():
+        for stage in stages_of(spans, module, module):
+            given = [values[name] for name in stage.mine.inputs]
+            values |= dict(zip(stage.mine.outputs, stage.mine.module(*given), strict=True))
+        (whole,) = module(images)
+    assert torch.equal(values["y"], whole)
+
+
+def test_pieces_share_the_weights_of_the_model() -> None:
+    model = classifier()
+    module = lowered(model)
+    stages = stages_of(spans_of(model, model, "blocks"), module, module)
+    whole = {id(tensor) for tensor in module.parameters()}
+    parts = [{id(tensor) for tensor in stage.mine.module.parameters()} for stage in stages]
+    assert [len(part) for part in parts] == [1, 1, 3]  # the last two have a weight in common
+    assert set.union(*parts) == whole
+
+
+@pytest.mark.parametrize("by", ["blocks", "layers"])
+def test_reconstruction_lessens_the_error_of_each_part_and_of_the_whole(by: str) -> None:
+    student, teacher = classifier(noise=0.3), classifier()
+    before = difference(student, teacher)
+    context = trained(student, teacher, Recover(reconstruct=by, steps=25, batch=8, rate=0.01))  # type: ignore[arg-type]
+    curves = [note.facts["loss_curve"] for note in context.notes if "loss_curve" in note.facts]
+    assert len(curves) == 3  # of layers, one only has a weight that is trained already
+    assert all(curve["best"] < curve["first"] for curve in curves)
+    assert difference(student, teacher) < before / 2
+
+
+def test_parts_without_an_error_are_left_as_they_are() -> None:
+    student, teacher = classifier(), classifier()
+    halved, kept = (student.graph.initializers[name].const_value.numpy().copy() for name in ("w2", "w1"))
+    student.graph.initializers["w2"].const_value = ir.tensor(halved * 0.5, name="w2")
+    context = trained(student, teacher, Recover(reconstruct="blocks", steps=3, batch=8, rate=0.01))
+    assert any("nothing to train: 2" in note.text for note in context.notes)
+    now = {name: value.const_value.numpy() for name, value in student.graph.initializers.items()}
+    assert np.array_equal(now["w0"], floats(8, 3, 3, 3))
+    assert not np.array_equal(now["w2"], halved * 0.5)
+    assert now["w1"].shape == kept.shape
+
+
+def test_models_without_a_part_in_common_are_refused() -> None:
+    with pytest.raises(PassError, match="finds no value") as error:
+        spans_of(language_model(), classifier(), "blocks")
+    assert error.value.hint
+
+
+IMAGES = np.random.default_rng(0).normal(0, 1, (6, 3, 16, 12)).astype(np.float32)
+ROWS = np.array([7, 2, 31, 4, 0, 11])
+
+
+def augmenting(*names: str) -> Augmentation:
+    value = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N", 3, 16, 12]))
+    model = ir.Model(ir.Graph([value], [], nodes=[], opset_imports={"": 18}), ir_version=10)
+    made = augmentation_of(names, model)
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize("names", [("flip",), ("crop",), ("flip", "crop", "mixup"), ("cutmix",)])
+def test_augmentation_hangs_on_seed_epoch_and_sample_alone(names: tuple[str, ...]) -> None:
+    made = augmenting(*names)
+    partners = {"x": IMAGES[::-1].copy()}
+    whole = made.apply({"x": IMAGES}, ROWS, 3, 1, partners=partners)["x"]
+    assert whole.dtype == IMAGES.dtype
+    assert whole.shape == IMAGES.shape
+    assert not np.array_equal(whole, IMAGES)
+    order = np.array([4, 0, 5])
+    some = made.apply({"x": IMAGES[order]}, ROWS[order], 3, 1, partners={"x": partners["x"][order]})["x"]
+    assert np.array_equal(some, whole[order])
+    assert not np.array_equal(made.apply({"x": IMAGES}, ROWS, 4, 1, partners=partners)["x"], whole)
+    assert not np.array_equal(made.apply({"x": IMAGES}, ROWS, 3, 2, partners=partners)["x"], whole)
+
+
+def test_partners_are_drawn_from_the_pool() -> None:
+    pool = np.array([3, 5, 9])
+    drawn = augmenting("mixup").partners(np.arange(200), 0, 0, pool)
+    assert set(drawn) == set(pool)
+    assert np.array_equal(drawn[50:60], augmenting("cutmix").partners(np.arange(50, 60), 0, 0, pool))
+
+
+def test_images_are_what_their_names_say() -> None:
+    flipped = augmenting("flip").apply({"x": IMAGES}, ROWS, 0, 0)["x"]
+    for one, image in zip(flipped, IMAGES, strict=True):
+        assert any(np.array_equal(one, other) for other in (image, image[..., ::-1]))
+    mixed = augmenting("mixup").apply({"x": np.zeros_like(IMAGES)}, ROWS, 0, 0, partners={"x": np.ones_like(IMAGES)})
+    assert all(0 < image.min() == image.max() < 1 for image in mixed["x"])
+    patched = augmenting("cutmix").apply({"x": np.zeros_like(IMAGES)}, ROWS, 0, 0, partners={"x": np.ones_like(IMAGES)})
+    assert set(np.unique(patched["x"])) == {0.0, 1.0}
+    moved = augmenting("crop").apply({"x": IMAGES}, ROWS, 0, 0)["x"]
+    assert np.isin(moved, IMAGES).all()
+
+
+def test_a_penalty_shrinks_by_rate_times_lambda_to_exact_zeros() -> None:
+    weight = torch.nn.Parameter(torch.tensor([0.5, -0.3, 0.05, 0.0]))
+    Penalty(2.0, [weight], 0.0, []).apply(0.1)
+    assert torch.allclose(weight, torch.tensor([0.3, -0.1, 0.0, 0.0]))
+    assert weight[2] == 0
+
+
+def test_group_lasso_takes_whole_channels() -> None:
+    plain, options = without_ties(), Recover(group_lasso=1.0)
+    module = lowered(plain, differentiable=True)
+    constrained = constrain(module, plain, options)
+    penalty = penalty_of(options, plain, constrained)
+    assert penalty is not None
+    weight, reader = constrained.weights()["w0"], constrained.weights()["w2"]
+    with torch.no_grad():
+        weight[5] *= 1e-3
+    before, read = weight.detach().clone(), reader.detach().clone()
+    penalty.apply(0.01)
+    assert not weight[5].any()
+    assert weight[6].any()
+    assert torch.equal(reader, read)
+    # All of a channel is shortened alike, its direction stays.
+    ratio = weight[6] / before[6]
+    assert torch.allclose(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-4)
+    assert penalty.describe() == "1 of 8 channels are zero"
+
+
+def without_ties() -> ir.Model:
+    """Return Conv, Relu, pooling, Gemm: channels of one layer that one other reads."""
+    constants = {"w0": floats(8, 3, 3, 3), "w2": floats(8, 4, seed=3), "b2": floats(4, seed=4)}
+    nodes = [
+        ("Conv", ["x", "w0"], "c0", {"pads": [1, 1, 1, 1]}),
+        ("Relu", ["c0"], "r0", {}),
+        ("GlobalAveragePool", ["r0"], "p", {}),
+        ("Flatten", ["p"], "f", {}),
+        ("Gemm", ["f", "w2", "b2"], "y", {}),
+    ]
+    return made(nodes, {"x": ["N", 3, 6, 6]}, {"y": ["N", 4]}, constants)
+
+
+def test_penalties_without_anything_to_shrink_are_refused() -> None:
+    plain = without_ties()
+    for options in (Recover(l1=1.0, train=("biases",)), Recover(group_lasso=1.0, train=("biases",))):
+        constrained = constrain(lowered(plain, differentiable=True), plain, options)
+        with pytest.raises(UsageError) as error:
+            penalty_of(options, plain, constrained)
+        assert error.value.hint
+    assert penalty_of(Recover(), plain, constrained) is None
+
+
+def test_statistics_of_batch_norms_are_those_of_the_samples(digits: dict[str, Any]) -> None:
+    model = graphopt.load(DIGITS)
+    data = open_data(digits, model)
+    module = lowered(model, observe=("conv2d",))
+    new = updated_batch_norms(module, data, 32)
+    with torch.no_grad():
+        seen = module(torch.from_numpy(digits["image"]))[1].numpy()
+    assert len(new) == 10
+    assert np.allclose(new["stem.1.running_mean"], seen.mean((0, 2, 3)), atol=1e-4)
+    assert np.allclose(new["stem.1.running_var"], seen.var((0, 2, 3)), rtol=1e-3)
+    # The module itself is as it was.
+    again = lowered(model, observe=("conv2d",))
+    with torch.no_grad():
+        assert torch.equal(module(torch.from_numpy(digits["image"]))[0], again(torch.from_numpy(digits["image"]))[0])
+
+
+def test_without_batch_norms_there_are_no_statistics() -> None:
+    plain = without_ties()
+    assert updated_batch_norms(lowered(plain), open_data({"x": IMAGES[:, :, :6, :6]}, plain), 32) == {}
+
+
+def test_augmented_samples_are_read_with_their_partners(digits: dict[str, Any]) -> None:
+    model = graphopt.load(DIGITS)
+    samples = StoredSamples(open_data(digits, model), augmentation_of(("mixup",), model), 0)
+    rows, pool = np.array([3, 1]), np.arange(100)
+    looked_at, trained_on = samples.batch(rows, None, pool), samples.batch(rows, 0, pool)
+    assert np.array_equal(looked_at.feeds["image"].numpy(), digits["image"][rows])
+    assert not np.array_equal(trained_on.feeds["image"].numpy(), digits["image"][rows])

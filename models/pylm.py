@@ -15,6 +15,7 @@ import math
 import platform
 import shutil
 import sysconfig
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ OPSET = 21  # the first with codes of 4 bits
 SCORED_AT_ONCE = 8  # rows
 PROMPT = "def read_lines(path):\n"
 SAMPLE_TOKENS = 60
+CARD_COLUMNS = 120
 
 CARD = """\
 # pylm
@@ -385,7 +387,7 @@ def card(out: Path, tokenizer: Any, texts: dict[str, str], train_tokens: int, he
     session = onnxruntime.InferenceSession(out / "pylm.onnx", providers=["CPUExecutionProvider"])
     nats = cross_entropy(session, held)
     held_bytes = sum(len(text.encode()) for path, text in texts.items() if is_held_out(path))
-    return CARD.format(
+    text = CARD.format(
         opset=proto.opset_import[0].version,
         model_kb=(out / "pylm.onnx").stat().st_size / 1000,
         data_kb=(out / "pylm.npz").stat().st_size / 1000,
@@ -428,6 +430,14 @@ def card(out: Path, tokenizer: Any, texts: dict[str, str], train_tokens: int, he
         python=platform.python_version(),
         torch=torch.__version__.partition("+")[0],
     )
+    return "\n\n".join(map(filled, text.split("\n\n")))
+
+
+def filled(paragraph: str) -> str:
+    """Return a paragraph with its lines filled; one that is no prose as it is."""
+    if paragraph.startswith(("    ", "|", "#", "-")):
+        return paragraph
+    return textwrap.fill(paragraph, CARD_COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def write(model: PyLM, tokenizer: Any, texts: dict[str, str], streams: list[np.ndarray], out: Path) -> None:

@@ -6,6 +6,7 @@ leaves ``FOLDER/NAME.json``; ``kill`` as a name is a training that ends itself h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -23,6 +24,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.data import Chunk, Dataset, InputSpec
+from graphopt.errors import PassError
 from graphopt.passes.recovery.curve import Curve
 from graphopt.passes.recovery.engine import train
 from graphopt.passes.recovery.settings import Training
@@ -82,7 +84,7 @@ def network(seed: int = 1, *, dropout: float = 0.0) -> fx.GraphModule:
 
 
 def with_mapped_constant(module: fx.GraphModule) -> fx.GraphModule:
-    """Give a module a constant in memory that nobody may write: whoever does ends the process."""
+    """Give a module a constant in memory that nobody may write (whoever does ends the process), and a single number."""
     with tempfile.TemporaryFile() as file:
         file.write(np.zeros(OUTPUTS, np.float32).tobytes())
         file.flush()
@@ -90,6 +92,7 @@ def with_mapped_constant(module: fx.GraphModule) -> fx.GraphModule:
     with warnings.catch_warnings(action="ignore"):  # of just that
         constant = torch.from_numpy(np.frombuffer(memory, np.float32))
     module.register_parameter("offset", nn.Parameter(constant, requires_grad=False))
+    module.register_parameter("number", nn.Parameter(torch.tensor(1.0), requires_grad=False))
     output = next(node for node in module.graph.nodes if node.op == "output")
     with module.graph.inserting_before(output):
         (y,) = output.args[0]
@@ -137,7 +140,9 @@ def _counted(batch: Any) -> torch.Tensor:
     return (batch.feeds["x"][: batch.count, ..., 0] > 0).float()
 
 
-def samples(lengths: Sequence[int] = (0,), *, count: int = SAMPLES, fixed: int | None = None) -> Dataset:
+def samples(
+    lengths: Sequence[int] = (0,), *, count: int = SAMPLES, fixed: int | None = None, labels: int = 0
+) -> Dataset:
     """Return samples, one chunk for each length of sequences; of length 0, vectors."""
     generator = np.random.default_rng(5)
     shapes = [(count, *([length] if length else []), FEATURES) for length in lengths]
@@ -146,7 +151,7 @@ def samples(lengths: Sequence[int] = (0,), *, count: int = SAMPLES, fixed: int |
 
     def chunks() -> Iterator[Chunk]:
         for array in arrays:
-            yield Chunk({"x": array}, np.arange(count), count, divisible=True)
+            yield Chunk({"x": array}, labels + np.arange(count), count, divisible=True)
 
     return Dataset(chunks, [spec], "made-up samples", count * len(lengths), True)
 
@@ -230,11 +235,25 @@ def sharded() -> tuple[Curve, list[float]]:
         PartialState._prepare_backend, processes.refuse_device = prepare, refuse
 
 
+def at_odds() -> None:
+    """Begin with other weights on each process.
+
+    Raises:
+        PassError: That is refused.
+    """
+    run(Training(**BRIEF), network(int(os.environ["RANK"])))
+
+
 def main(folder: Path, names: Sequence[str]) -> None:
     """Run trainings by name, and write down what came of them."""
     for name in names:
         if name == "kill":
             checkpointed(str(folder), killed=True)
+        if name == "at_odds":
+            with contextlib.suppress(PassError):
+                at_odds()
+                raise AssertionError("different weights were not noticed")
+            continue
         special = {"sharded": sharded, "resumed": lambda: resumed(folder)}
         curve, weights = (special | SCENARIOS)[name]()
         if int(os.environ.get("RANK", "0")) == 0:

@@ -15,14 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 from graphopt import walk
 from graphopt.errors import PassError, UsageError
 from graphopt.passes.recovery.held import KINDS, Held
-from graphopt.passes.recovery.trainable import refuse, trainables
+from graphopt.passes.recovery.trainable import matrices_of_no_kind, refuse, trainables
 from graphopt.sparse import SparselyStored
 
 from .pass_runs import loaded, run_passes
 
 torch = pytest.importorskip("torch")
 
-from .trained_models import ALL_BUT_ADAPTERS, constrained, difference  # noqa: E402
+from .trained_models import ALL_BUT_ADAPTERS, constrained, difference, is_exact  # noqa: E402
 
 RNG = np.random.default_rng(0)
 # Sums of a few dozen products of numbers around 1 in float32; of half floats, rounded once more.
@@ -136,6 +136,7 @@ def test_a_transformer_block_trains_but_for_what_nobody_learnt() -> None:
         "wq": "weights",
         "scale": "norms",
     }
+    assert {value.name for value in matrices_of_no_kind(loaded(proto))} == {"mask", "soft", "cos"}
 
 
 def test_running_statistics_and_what_normalizes_the_input_are_held() -> None:
@@ -217,7 +218,7 @@ def test_zeros_stay_exactly_zero(make: Any, pattern: str | None, dtype: Any) -> 
     assert not np.signbit(now[zeros].astype(np.float32)).any()
     assert (now[~zeros] != w.astype(dtype)[~zeros]).mean() > 0.9
     text = " ".join(trained.constrained.describe())
-    assert "zeros held in 1 weights" in text
+    assert "zeros held in 1 weight," in text
     assert (pattern is None) == ("pattern" not in text)
 
 
@@ -258,6 +259,7 @@ def test_half_floats_train_in_float32_and_are_stored_as_they_were() -> None:
     trained.train(feed)
     assert trained.array("w").dtype == np.float16
     assert difference(trained, feed) < CLOSE_HALF
+    assert is_exact(trained, feed)
 
 
 def test_sparse_initializers_stay_sparse() -> None:
@@ -321,6 +323,7 @@ def test_codes_stay_codes_and_only_tables_that_were_found_train(name: str, table
         if not value.const_value.dtype.is_floating_point():
             np.testing.assert_array_equal(value.const_value.numpy(), after.const_value.numpy())
     assert difference(trained, feed) < 10 * CLOSE
+    assert is_exact(trained, feed)
 
 
 def test_adapters_are_merged_and_zeros_stay() -> None:

@@ -27,7 +27,7 @@ HALF_PRECISION_TOLERANCE = 1e-2
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes make of all trainings, started once: most of the time goes into imports."""
     folder = tmp_path_factory.mktemp("distributed")
-    names = [*SCENARIOS, "sharded", "resumed", "plain"]
+    names = ["at_odds", *SCENARIOS, "sharded", "resumed", "plain"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     done = subprocess.run(
         [*launch, small_trainings.__file__, str(folder), *names],
@@ -37,7 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names[1:]}
     return {**found, "stderr": done.stderr}
 
 

@@ -22,7 +22,7 @@ from graphopt.passes.recovery.batch_statistics import updated_batch_norms  # noq
 from graphopt.passes.recovery.constraints import constrain  # noqa: E402
 from graphopt.passes.recovery.recover import Recover  # noqa: E402
 from graphopt.passes.recovery.samples import StoredSamples  # noqa: E402
-from graphopt.passes.recovery.spans import spans_of, stages_of  # noqa: E402
+from graphopt.passes.recovery.spans import Side, spans_of, stages_of  # noqa: E402
 from graphopt.passes.recovery.sparsity_penalty import Penalty, penalty_of  # noqa: E402
 from graphopt.rewriter import Journal, Rewriter  # noqa: E402
 
@@ -74,7 +74,7 @@ def test_pieces_put_together_are_the_model(by: str, ends: list[str]) -> None:
     assert [name for span in spans for name, _ in span.ends] == ends
     values = {"x": images}
     with torch.no_grad():
-        for stage in stages_of(spans, module, module):
+        for stage in stages_of(spans, Side(model, module, 0), Side(model, module, 1)):
             given = [values[name] for name in stage.mine.inputs]
             values |= dict(zip(stage.mine.outputs, stage.mine.module(*given), strict=True))
         (whole,) = module(images)
@@ -84,7 +84,7 @@ def test_pieces_put_together_are_the_model(by: str, ends: list[str]) -> None:
 def test_pieces_share_the_weights_of_the_model() -> None:
     model = classifier()
     module = lowered(model)
-    stages = stages_of(spans_of(model, model, "blocks"), module, module)
+    stages = stages_of(spans_of(model, model, "blocks"), Side(model, module, 0), Side(model, module, 1))
     whole = {id(tensor) for tensor in module.parameters()}
     parts = [{id(tensor) for tensor in stage.mine.module.parameters()} for stage in stages]
     assert [len(part) for part in parts] == [1, 1, 3]  # the last two have a weight in common

@@ -20,6 +20,7 @@ from graphopt.backend import Array, Differentiable
 from graphopt.data import open_data
 from graphopt.errors import BackendError, UsageError
 from graphopt.generated import generated_feeds
+from tests.torch_models import assert_close, assert_same_as_onnxruntime, model_of, run_in
 
 torch = pytest.importorskip("torch")
 
@@ -27,8 +28,6 @@ from graphopt.backends.torch_fx import backend as torch_backend  # noqa: E402
 from graphopt.backends.torch_fx.lowering import lower  # noqa: E402
 from graphopt.backends.torch_fx.tensors import to_numpy, to_torch  # noqa: E402
 
-# What float32 sums in another order differ by, of the largest output.
-CLOSE = 1e-4
 ASSETS = (
     "squeezenet",
     "mobilenet",
@@ -44,33 +43,6 @@ ASSETS = (
 # Of noise these make nothing, or infinity.
 REAL_INPUTS = ("silero_vad", "magika", "yunet")
 DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn.onnx"
-
-
-def model_of(text: str, *, opset: int = 21) -> ir.Model:
-    """Return a model of ONNX's text form."""
-    import onnx
-
-    head = f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1, "own" : 1]>\n'
-    return ir.from_proto(onnx.parser.parse_model(head + text))
-
-
-def run_in(backend: str, model: ir.Model, feeds: Mapping[str, Any]) -> dict[str, Array]:
-    with registry.backend(backend).open(model, threads=1, optimize=False) as session:
-        found: dict[str, Array] = session.run(feeds)
-        return found
-
-
-def assert_close(found: Mapping[str, Array], wanted: Mapping[str, Array], close: float = CLOSE) -> None:
-    assert list(found) == list(wanted)
-    for name, array in wanted.items():
-        assert found[name].dtype == array.dtype, name
-        assert found[name].shape == array.shape, name
-        largest = np.abs(array).max() if array.size else 0
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=close * max(float(largest), 1e-6), err_msg=name)
-
-
-def assert_same_as_onnxruntime(model: ir.Model, feeds: Mapping[str, Any], close: float = CLOSE) -> None:
-    assert_close(run_in("torch", model, feeds), run_in("onnxruntime", model, feeds), close)
 
 
 def trained_step(model: ir.Model, feeds: Mapping[str, Any], rate: float = 1e-3) -> dict[str, torch.Tensor]:
@@ -270,55 +242,6 @@ def test_a_real_language_model_reads_nothing_from_its_device(scorer: ModuleType)
     assert logits.shape[:2] == (2, 9)
 
 
-def quantized_model(
-    code: str, low: int, axis: str = "", scale: str = "{0.1}", shape: str = "", zero: str = "0"
-) -> ir.Model:
-    return model_of(f"""g (float[4,6] x) => (float[4,6] y) <float{shape} s = {scale}, {code}{shape} z = {{{zero}}}> {{
-        q = QuantizeLinear{axis}(x, s, z) y = DequantizeLinear{axis}(q, s, z) }}""")
-
-
-QDQ = {
-    "int8": quantized_model("int8", -128),
-    "uint8": quantized_model("uint8", 0, zero="100"),
-    "int16": quantized_model("int16", -32768),
-    "rows": quantized_model("int8", -128, "<axis = 0>", "{0.1, 0.2, 0.01, 0.004}", "[4]", "0, 0, 1, -3"),
-    "blocks": quantized_model(
-        "uint8",
-        0,
-        "<axis = 1, block_size = 3>",
-        ", ".join(["{0.1"] + ["0.2"] * 6 + ["0.01}"]),
-        "[4,2]",
-        "7, 1, 2, 3, 4, 5, 6, 8",
-    ),
-    "int4": quantized_model("int4", -8, scale="{0.5}"),
-}
-
-
-@pytest.mark.parametrize("case", QDQ)
-def test_quantized_values_are_the_same_plain_and_while_they_are_trained(case: str) -> None:
-    pytest.importorskip("onnxruntime")
-    model = QDQ[case]
-    x = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32) * 8
-    assert_same_as_onnxruntime(model, {"x": x}, 0)
-    plain, training = lower(model), lower(model, differentiable=True)
-    given = torch.from_numpy(x)
-    assert torch.equal(plain(given)[0], training(given)[0])
-    assert training.meta["graphopt"].buffers.keys() == {"z"}
-
-
-def test_the_gradient_of_a_scale_is_that_of_lsq() -> None:
-    model = QDQ["int8"]
-    module = lower(model, differentiable=True)
-    module.s.requires_grad_(True)
-    x = torch.tensor([[3.21, -1.04, 40.0, -40.0, 0.049, 12.64]]).repeat(4, 1).requires_grad_(True)
-    module(x)[0].sum().backward()
-    v = (x / module.s).detach()
-    inside = (v > -128) & (v < 127)
-    wanted = torch.where(inside, v.round() - v, v.clamp(-128, 127)).sum()
-    torch.testing.assert_close(module.s.grad, wanted)
-    torch.testing.assert_close(x.grad, inside.float())
-
-
 def test_every_dtype_goes_there_and_back() -> None:
     for dtype in ir.DataType:
         if dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING) or "FLOAT6" in dtype.name:
@@ -404,6 +327,19 @@ def test_options_and_places_that_are_none(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(BackendError, match="PyTorch is not installed") as caught:
         registry.backend("torch").lower(graphopt.load(DIGITS))
     assert caught.value.hint == "`pip install 'graphopt[torch]'`"
+
+
+def test_what_comes_out_is_the_callers_own() -> None:
+    model = model_of(
+        "g (float[2] x) => (float[2] y, float[2] z) <float[2] w = {1, 2}> { y = Identity(x) z = Identity(w) }"
+    )
+    x = np.zeros(2, np.float32)
+    with registry.backend("torch").open(model) as session:
+        first = session.run({"x": x})
+        x[:] = 7
+        first["z"][:] = 7
+        assert first["y"].tolist() == [0, 0]
+        assert session.run({"x": x})["z"].tolist() == [1, 2]
 
 
 def test_threads_are_put_back() -> None:

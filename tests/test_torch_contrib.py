@@ -29,6 +29,8 @@ DOMAIN = "com.microsoft"
 MODELS = Path(__file__).resolve().parent.parent / "models"
 # Sums of products of a few dozen numbers around 1 in float32.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+# Of outputs up to 1, with inputs and states rounded to 8 bits.
+ROUNDED = 0.02
 RNG_SEED = 7
 # Token types of MiniLM: any model's vocabulary is larger.
 FEWEST_TOKENS = 2
@@ -348,6 +350,34 @@ def test_heads_packed_together_are_those_apart() -> None:
     torch.testing.assert_close(operator.function(packed, num_heads=2)[0], expected)
     pairs = torch.stack([one.unflatten(-1, (2, 4)) for one in apart[1:]], 3)
     torch.testing.assert_close(operator.function(apart[0], pairs, num_heads=2)[0], expected)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_recurrence_of_codes_differs_by_rounding_only(per_channel: bool) -> None:
+    rng = np.random.default_rng(RNG_SEED)
+    width, hidden, scales = 6, 4, (1, 16) if per_channel else (1,)
+    case = Case(
+        "DynamicQuantizeLSTM",
+        [
+            rng.standard_normal((5, 2, width)).astype(np.float32),
+            rng.integers(-60, 60, (1, width, 4 * hidden)).astype(np.int8),
+            rng.integers(-60, 60, (1, hidden, 4 * hidden)).astype(np.int8),
+            rng.standard_normal((1, 8 * hidden)).astype(np.float32),
+            *(None, None, None, None),
+            *(rng.uniform(0.005, 0.01, scales).astype(np.float32), np.zeros(scales, np.int8)) * 2,
+        ],
+        {"hidden_size": hidden},
+    )
+    proto = case.model()
+    for at, one in enumerate(case.inputs):
+        if at in (1, 2, 8, 9, 10, 11):  # ONNX Runtime wants these as constants
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(one, f"x{at}"))
+    expected = ort.InferenceSession(proto.SerializeToString()).run(None, {"x0": case.inputs[0], "x3": case.inputs[3]})
+    operator = catalog.find(DOMAIN, "DynamicQuantizeLSTM", 1)
+    assert operator is not None
+    given = [None if one is None else torch.from_numpy(one) for one in case.inputs]
+    got = operator.function(*given, **case.attributes)
+    np.testing.assert_allclose(got[0].numpy(), expected[0], atol=ROUNDED)
 
 
 @pytest.mark.parametrize("activation", [0, 1])

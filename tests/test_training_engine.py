@@ -314,6 +314,23 @@ def test_a_loss_of_nothing_that_is_trained_is_an_error() -> None:
         run(Training(**BRIEF), module)
 
 
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (torch.OutOfMemoryError("no room"), PassError, "out of memory: no room"),
+        (torch.distributed.DistBackendError("closed by peer"), BackendError, "lost each other: closed by peer"),
+        (NotImplementedError("Foo: no such mode"), PassError, "cannot train this model: Foo: no such mode"),
+    ],
+)
+def test_what_torch_raises_is_explained(raised: Exception, kind: type[GraphoptError], message: str) -> None:
+    def fail(batch: Any) -> None:
+        raise raised
+
+    with pytest.raises(kind, match=message) as error:
+        run(Training(**BRIEF), objective=Distance(on_call=fail))
+    assert error.value.hint
+
+
 def test_too_few_samples_are_an_error() -> None:
     with pytest.raises(DataError, match="1 sample to train on"):
         run(Training(**BRIEF), data=samples(count=1))
@@ -367,7 +384,8 @@ def test_a_finished_training_is_not_done_twice(tmp_path: Path) -> None:
     assert not run(Training(**{**BRIEF, "rate": 0.03}, checkpoints=str(tmp_path)))[0].remarks
     assert not run(settings, seed=8)[0].remarks
     assert not run(settings, data=samples(count=SAMPLES + 1))[0].remarks
-    assert len(list(tmp_path.iterdir())) == 5
+    assert not run(settings, data=samples(labels=7))[0].remarks
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

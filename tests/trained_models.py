@@ -12,12 +12,13 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphopt import walk
 from graphopt.backends.torch_fx.lowering import lower
 from graphopt.backends.torch_fx.tensors import to_torch
 from graphopt.passes.recovery.constraints import Constrained, constrain
 from graphopt.passes.recovery.held import Held
 from graphopt.passes.recovery.stored_weights import stored_tensor
+from graphopt.passes.recovery.trainable import constants
+from graphopt.rewriter import Journal, Rewriter
 
 from .pass_runs import loaded, outputs_of
 
@@ -61,9 +62,9 @@ class Trained:
     def written(self) -> ir.Model:
         """Return the model with what was trained in it; the model itself stays as it is."""
         copy = self.model.clone()
-        values = {value.name: value for graph in walk.every_graph(copy) for value in _constants(graph)}
+        rewriter, values = Rewriter(copy, Journal(), "recover"), {value.name: value for value in constants(copy)}
         for name, array in self.constrained.stored():
-            values[name].const_value = stored_tensor(values[name], array)
+            rewriter.set_weight(values[name], stored_tensor(values[name], array))
         return copy
 
     def array(self, name: str) -> np.ndarray:
@@ -71,15 +72,18 @@ class Trained:
         return dict(self.constrained.stored())[name]
 
 
-def _constants(graph: ir.Graph | ir.Function) -> list[ir.Value]:
-    return list(graph.initializers.values()) if isinstance(graph, ir.Graph) else []
-
-
 def constrained(model: onnx.ModelProto | ir.Model, **options: Any) -> Trained:
     """Return a model ready to be trained."""
     own = loaded(model) if isinstance(model, onnx.ModelProto) else model
     module = lower(own, differentiable=True)
     return Trained(own, module, constrain(module, own, Held(**options)))
+
+
+def is_exact(trained: Trained, feed: Feed) -> bool:
+    """Return whether what is written, lowered anew, gives the same bits as what was trained."""
+    again = Trained(trained.model, lower(trained.written(), differentiable=True), trained.constrained)
+    pairs = zip(trained.outputs(feed), again.outputs(feed), strict=True)
+    return all(np.array_equal(now, then) for now, then in pairs)
 
 
 def difference(trained: Trained, feed: Feed) -> float:

@@ -15,6 +15,7 @@ from torch import fx
 
 from graphopt import walk
 from graphopt.errors import BackendError, did_you_mean
+from graphopt.inference import Inference
 from graphopt.provenance import origins
 
 from . import catalog
@@ -116,6 +117,7 @@ class _Lowering:
         self._differentiable = differentiable
         self._store = Store()
         self._paths: dict[Any, str] = {}
+        self._inference: Inference | None = None
         self._anchor = self._store.put_buffer("graphopt_place", torch.zeros(1))
 
     def run(self, observe: Sequence[str]) -> fx.GraphModule:
@@ -222,8 +224,21 @@ class _Lowering:
         if "outputs" in found.keywords:
             told["outputs"] = wanted
         if "input_types" in found.keywords:
-            told["input_types"] = [_element_type(value) for value in node.inputs]
+            told["input_types"] = [self._element_type(value) for value in node.inputs]
         return told
+
+    def _element_type(self, value: ir.Value | None) -> int:
+        """Return ONNX's code of the element type of a value, or 0; what the model leaves out is inferred."""
+        if value is None:
+            return 0
+        tensor = value.const_value if value.const_value is not None else walk.constant_tensor(value)
+        known = tensor.dtype if tensor is not None else value.dtype
+        if known is None:
+            if self._inference is None:
+                self._inference = Inference(self._model.opset_imports, self._model.functions, as_stamped=True)
+                self._inference.run(self._model.graph)
+            known = self._inference.fact(value).dtype
+        return int(known or 0)
 
     def _read(self, frame: _Frame, value: ir.Value | None) -> Any:
         """Return the node that computes a value, in the frame's graph; None for one left out."""
@@ -306,12 +321,3 @@ def _holds_numbers(value: ir.Value) -> bool:
     """Return whether an input may be sizes: a few integers."""
     few = value.shape is not None and value.shape.rank() <= 1
     return few and value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
-
-
-def _element_type(value: ir.Value | None) -> int:
-    """Return ONNX's code of the element type of a value, or 0."""
-    if value is None:
-        return 0
-    if value.const_value is not None:
-        return int(value.const_value.dtype)
-    return int(value.dtype) if value.dtype is not None else 0

@@ -19,6 +19,7 @@ from .ops_indexing import gather_nd
 from .ops_layout import trilu
 from .ops_normalization import group_normalization, layer_normalization, rms_normalization
 from .ops_products import conv, gemm
+from .ops_recurrent import lstm
 
 # Activations that are fused behind convolutions, of their parameters in order.
 _FUSED: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
@@ -278,6 +279,48 @@ def skip_group_norm(
     return normal, total
 
 
+def dynamic_quantize_lstm(
+    data: Tensor,
+    w: Tensor,
+    r: Tensor,
+    b: Tensor | None,
+    sequence_lens: Tensor | None,
+    initial_h: Tensor | None,
+    initial_c: Tensor | None,
+    p: Tensor | None,
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    r_scale: Tensor,
+    r_zero_point: Tensor,
+    *,
+    activation_alpha: Sequence[float] = (),
+    activation_beta: Sequence[float] = (),
+    activations: Sequence[str] = ("Sigmoid", "Tanh", "Tanh") * 2,
+    clip: float | None = None,
+    direction: str = "forward",
+    hidden_size: int | None = None,
+    input_forget: int = 0,
+) -> tuple[Tensor, ...]:
+    """LSTM with weights of codes; what ONNX Runtime rounds to 8 bits on the way, inputs and states, stays in floats."""
+    weights = (_gates(w, w_scale, w_zero_point), _gates(r, r_scale, r_zero_point))
+    return lstm(
+        *(data, *weights, b, sequence_lens, initial_h, initial_c, p),
+        activation_alpha=activation_alpha,
+        activation_beta=activation_beta,
+        activations=activations,
+        clip=clip,
+        direction=direction,
+        input_forget=input_forget,
+    )
+
+
+def _gates(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return weights of gates as LSTM takes them, of codes that lie the other way round."""
+    ways = codes.shape[0]
+    shifted = codes.to(scale.dtype) - zero_point.reshape(ways, 1, -1).to(scale.dtype)
+    return (shifted * scale.reshape(ways, 1, -1)).transpose(1, 2)
+
+
 def inverse(x: Tensor) -> Tensor:
     """Inverses of matrices."""
     return torch.inverse(x)
@@ -302,6 +345,7 @@ CONTRIB: Table = {
     "BiasGelu": Operator(bias_gelu),
     "BiasSplitGelu": Operator(bias_split_gelu),
     "CDist": Operator(c_dist),
+    "DynamicQuantizeLSTM": Operator(dynamic_quantize_lstm),
     "EmbedLayerNormalization": Operator(embed_layer_normalization),
     "ExpandDims": Operator(expand_dims, sizes=(1,)),
     "FastGelu": Operator(fast_gelu),

@@ -103,7 +103,7 @@ def sequence_map(sequence: list[Any], *others: Any, body: Body) -> tuple[Any, ..
 
 OPERATORS: Table = {
     "If": Operator(if_, sizes=(0,)),
-    "Loop": Operator(loop, since=11, sizes=(0, 1)),
+    "Loop": Operator(loop, sizes=(0, 1)),
     "Scan": Operator(scan, since=9),
     "SequenceMap": Operator(sequence_map, since=17),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from .operators import Operator, Table
 from .ops_products import conv
 from .quantizing import codes_of, quantized, shifted, spread
-from .tensors import torch_dtype
+from .tensors import onnx_dtype, torch_dtype
 
 # Sums of products of codes stay whole in it for any length there is, and every device multiplies matrices of it.
 _EXACT = torch.float64
@@ -31,7 +31,7 @@ def quantize_linear(
     input_types: Sequence[int] = (),
 ) -> Tensor:
     """Codes of numbers: divided by the scale, rounded to even, moved by the zero point, cut to what the type holds."""
-    dtype = _code_dtype(output_dtype, input_types)
+    dtype = _code_dtype(output_dtype, input_types, zero_point)
     scaled = _scaled(x, scale, axis, block_size, precision)
     return quantized(scaled, _moved(zero_point, x, axis, block_size), dtype, saturate)
 
@@ -53,14 +53,19 @@ def fake_quantize_linear(
     With what DequantizeLinear adds, the gradient of the scale is that of LSQ (Esser et al. 2020, "Learned Step Size
     Quantization"), that of the zero point LSQ+'s (Bhalgat et al. 2020), their gradient scales aside.
     """
-    dtype = _code_dtype(output_dtype, input_types)
+    dtype = _code_dtype(output_dtype, input_types, zero_point)
     scaled = _scaled(x, scale, axis, block_size, precision)
     return codes_of(scaled, _moved(zero_point, x, axis, block_size), dtype, saturate)
 
 
-def _code_dtype(output_dtype: int, input_types: Sequence[int]) -> ir.DataType:
+def _code_dtype(output_dtype: int, input_types: Sequence[int], zero_point: Tensor | None) -> ir.DataType:
     known = input_types[2] if len(input_types) > 2 else 0
-    return ir.DataType(output_dtype or known or ir.DataType.UINT8)
+    return ir.DataType(output_dtype or known or _held_in(zero_point))
+
+
+def _held_in(zero_point: Tensor | None) -> ir.DataType:
+    """Return the type of codes whose zero point is of a type the model does not tell: what torch holds it in."""
+    return ir.DataType.UINT8 if zero_point is None else onnx_dtype(zero_point.dtype)
 
 
 def _scaled(x: Tensor, scale: Tensor, axis: int, block_size: int, precision: int) -> Tensor:
@@ -185,7 +190,7 @@ def q_linear_conv(
         strides=strides,
     )
     factor = spread(x_scale * w_scale / y_scale, found, 1, 0)
-    dtype = ir.DataType((input_types[7] if len(input_types) > 7 else 0) or ir.DataType.UINT8)
+    dtype = ir.DataType((input_types[7] if len(input_types) > 7 else 0) or _held_in(y_zero_point))
     return quantized(found.to(factor.dtype) * factor, y_zero_point, dtype)
 
 
@@ -205,7 +210,7 @@ def q_linear_mat_mul(
     found = product_of_codes(a, b, a_zero_point, b_zero_point)
     by_row, to_row = (_by_row(one.to(torch.float32), found) for one in (a_scale, y_scale))
     factor = by_row * b_scale.to(torch.float32) / to_row
-    dtype = ir.DataType((input_types[7] if len(input_types) > 7 else 0) or ir.DataType.UINT8)
+    dtype = ir.DataType((input_types[7] if len(input_types) > 7 else 0) or _held_in(y_zero_point))
     return quantized(found.to(torch.float32) * factor, _by_row(y_zero_point, found), dtype)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +13,15 @@ from torch import Tensor
 from .moved import moving
 from .operators import Operator, Table
 
-# Names of the modes before version 20, and in torch.
-_GRID_MODES = (("bicubic", "bicubic"), ("bilinear", "bilinear"), ("cubic", "bicubic"), ("linear", "bilinear"))
+# Torch's names of modes, which were ONNX's before version 20.
+_GRID_MODES: Mapping[str, str] = MappingProxyType({"cubic": "bicubic", "linear": "bilinear"})
 
 
 def grid_sample(
     x: Tensor, grid: Tensor, *, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros"
 ) -> Tensor:
     """Elements at places of a grid, given from -1 to 1, of an image or a volume."""
-    torch_mode = dict(_GRID_MODES).get(mode, mode)
+    torch_mode = _GRID_MODES.get(mode, mode)
     if x.ndim not in (4, 5) or (x.ndim == 5 and torch_mode == "bicubic"):
         raise NotImplementedError(f"GridSample: `{mode}` over {x.ndim - 2} spatial axes")
     wide = torch.promote_types(x.dtype, torch.float32)

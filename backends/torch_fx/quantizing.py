@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -68,12 +69,13 @@ def spread(parameter: Tensor, x: Tensor, axis: int, block_size: int) -> Tensor:
 def codes_of(scaled: Tensor, zero_point: Tensor | None, dtype: ir.DataType, saturate: int = 1) -> Tensor:
     """Return the codes of numbers already divided by their scale, as numbers: rounded to even, moved, cut."""
     if dtype.is_floating_point():
-        nearest: Tensor = _CastStraightThrough.apply(scaled, int(dtype), saturate)  # type: ignore[no-untyped-call]
+        largest = float(ml_dtypes.finfo(dtype.numpy()).max)
+        within = scaled.clamp(-largest, largest) if saturate else scaled
+        nearest: Tensor = _CastStraightThrough.apply(within, int(dtype), saturate)  # type: ignore[no-untyped-call]
         return nearest
     rounded = _RoundStraightThrough.apply(scaled)  # type: ignore[no-untyped-call]
     moved = rounded if zero_point is None else rounded + zero_point.to(scaled.dtype)
-    least, largest = code_limits(dtype)
-    codes: Tensor = moved.clamp(least, largest)
+    codes: Tensor = moved.clamp(*code_limits(dtype))
     return codes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,17 +60,17 @@ class TorchSession:
         self._module: fx.GraphModule | None = module
         self._inputs, self._outputs, self._fixed = inputs, outputs, fixed
         self._device, self._threads = device, threads
+        self._stored = {_storage(one) for one in (*module.parameters(), *module.buffers())}
         self.input_names: Sequence[str] = list(inputs)
         self.output_names: Sequence[str] = list(module.meta["graphopt"].outputs)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Run the model once; see `graphopt.backend.Session.run`."""
         with self._running():
-            values = self._compute(self._tensors(feeds))
-            return {
-                name: to_numpy(value, self._outputs[name])
-                for name, value in zip(self.output_names, values, strict=True)
-            }
+            tensors = self._tensors(feeds)
+            given = self._stored | {_storage(one) for one in tensors}
+            values = zip(self.output_names, self._compute(tensors), strict=True)
+            return {name: to_numpy(_own(value, given), self._outputs[name]) for name, value in values}
 
     def bind(self, feeds: Feeds) -> Callable[[], None]:
         """Return what runs the model on a feed in place; see `graphopt.backend.Bindable.bind`."""
@@ -155,6 +155,18 @@ def failing_node(module: fx.GraphModule, error: BaseException) -> str | None:
             name = source.split("=")[0].strip()
             return next((node.meta.get("onnx") for node in module.graph.nodes if node.name == name), None)
     return None
+
+
+def _storage(value: Any) -> int | None:
+    """Return where a tensor's memory begins."""
+    return value.untyped_storage().data_ptr() if isinstance(value, torch.Tensor) else None
+
+
+def _own(value: Any, given: Collection[int | None]) -> Any:
+    """Return what a model gives in memory of its own: operators hand on what they are fed, and weights of a file."""
+    if isinstance(value, list):
+        return [_own(one, given) for one in value]
+    return value.clone() if isinstance(value, torch.Tensor) and _storage(value) in given else value
 
 
 def _each(given: Any, change: Callable[[Array], Any]) -> Any:

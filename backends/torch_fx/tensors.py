@@ -45,6 +45,7 @@ _TORCH_DTYPES: Mapping[ir.DataType, torch.dtype] = {
 }
 # Types of as many bits that numpy itself has: through them numpy's and torch's arrays share memory.
 _CARRIERS: Mapping[int, tuple[Any, torch.dtype]] = {1: (np.uint8, torch.uint8), 2: (np.int16, torch.int16)}
+_BYTE = 8
 _NATIVE_KINDS = "?bBhHiIlLqQefdFD"
 
 
@@ -60,6 +61,11 @@ def torch_dtype(code: int) -> torch.dtype:
     return found
 
 
+def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
+    """Return the element type torch has one of its own for; those of less than a byte are held in others."""
+    return next(one for one, held in _TORCH_DTYPES.items() if held == dtype and one.bitwidth >= _BYTE)
+
+
 def to_torch(array: Array) -> Any:
     """Return a tensor on the memory of an array, without a copy where there can be none; strings stay as they are.
 
@@ -73,7 +79,7 @@ def to_torch(array: Array) -> Any:
     target = torch_dtype(dtype)
     if any(stride < 0 for stride in array.strides):
         array = np.ascontiguousarray(array)
-    if dtype.bitwidth < 8:
+    if dtype.bitwidth < _BYTE:
         held = np.float32 if target == torch.float32 else np.int8 if target == torch.int8 else np.uint8
         return torch.from_numpy(array.astype(held))
     with warnings.catch_warnings():
@@ -101,13 +107,12 @@ def to_numpy(tensor: Any, dtype: ir.DataType | None = None) -> Any:
     if isinstance(tensor, (list, tuple)):
         return [to_numpy(one, dtype) for one in tensor]
     tensor = tensor.detach().resolve_conj().resolve_neg().cpu()
-    if dtype is not None and dtype.bitwidth < 8:
+    if dtype is not None and dtype.bitwidth < _BYTE:
         return tensor.numpy().astype(dtype.numpy())
-    exact = next((one for one, held in _TORCH_DTYPES.items() if held == tensor.dtype), None)
-    if exact is None or tensor.dtype in _PLAIN:
+    if tensor.dtype in _PLAIN:
         return tensor.numpy()
     _, carrier = _CARRIERS[tensor.element_size()]
-    return tensor.contiguous().view(carrier).numpy().view(exact.numpy())
+    return tensor.contiguous().view(carrier).numpy().view(onnx_dtype(tensor.dtype).numpy())
 
 
 _PLAIN = frozenset(

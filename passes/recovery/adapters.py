@@ -35,4 +35,6 @@ class Adapter(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the weight with the product added, float32."""
-        return weight + (self.B @ self.A).reshape(weight.shape) * self._factor
+        # In full precision also where products are not: what is stored in the end is this very sum.
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + (self.B @ self.A).reshape(weight.shape) * self._factor

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,39 +16,10 @@ from accelerate import Accelerator
 from graphopt.errors import PassError, in_words
 
 from .processes import is_sharded
-from .settings import Training
 
 _STEP = re.compile(r"step-(\d+)")
 _UNFINISHED = ".unfinished"
 _STATE = "training.pt"
-# What does not change the result: whoever asks for other checkpoints goes on from those there are.
-_OF_NO_EFFECT = frozenset({"checkpoints", "checkpoint_every", "minutes"})
-# Characters of a fingerprint in the name of a folder.
-_FINGERPRINT_LENGTH = 16
-
-
-def fingerprint(settings: Training, parts: Mapping[str, Any], modules: Mapping[str, torch.nn.Module | None]) -> str:
-    """Return what tells a training from all others: a name for the folder of its checkpoints.
-
-    Args:
-        settings: How it goes.
-        parts: What else it depends on, as JSON values.
-        modules: Modules it depends on, with all their weights as they are before it.
-    """
-    state = hashlib.blake2b(digest_size=_FINGERPRINT_LENGTH // 2)
-    fields = dataclasses.fields(Training)
-    chosen = {f.name: getattr(settings, f.name) for f in fields if f.name not in _OF_NO_EFFECT}
-    state.update(json.dumps([chosen, dict(parts)], sort_keys=True, default=str).encode())
-    for name, module in modules.items():
-        for path, tensor in module.state_dict(keep_vars=True).items() if module is not None else ():
-            state.update(f"{name} {path} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            state.update(_bytes_of(tensor))
-    return state.hexdigest()
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
 
 
 class Checkpoints:

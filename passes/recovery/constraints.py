@@ -13,13 +13,14 @@ from torch import fx, nn
 
 from graphopt.backend import Array
 from graphopt.errors import PassError
+from graphopt.reporting.rows import counted
 
 from .held import ADAPTERS, Held
 from .kept_constants import Kept
 from .kept_floats import keep_floats
 from .kept_integers import keep_codes, keep_scales
 from .placement import Placement
-from .trainable import BIAS, NORM, SCALE, TABLE, WEIGHT, ZERO_POINT, trainables
+from .trainable import BIAS, NORM, SCALE, TABLE, WEIGHT, ZERO_POINT, matrices_of_no_kind, trainables
 
 # Decay pulls towards zero, which for all else is no neutral place.
 _DECAYING = (WEIGHT, ADAPTERS)
@@ -116,19 +117,20 @@ class Constrained:
 
     def describe(self) -> list[str]:
         """Return what trained and what was held, in sentences."""
-        counts = Counter(one.kind for one in self.kept if any(p.requires_grad for p in one.parameters().values()))
-        lines = ["trained: " + ", ".join(f"{counts[kind]} {kind}" for kind in _ORDER if counts[kind])]
+        # An adapter is two parameters.
+        counts = {one.name: len(one.names) // (1 + (one.name == ADAPTERS)) for one in self.parameters()}
+        lines = ["trained: " + (", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing")]
         zeros = [one for one in self.kept if one.zeros is not None]
         if zeros:
             share = sum(int(one.zeros.sum()) for one in zeros if one.zeros is not None)
             total = sum(one.before.size for one in zeros)
             patterns = sorted({str(one.pattern) for one in zeros if one.pattern is not None})
-            text = f"zeros held in {len(zeros)} weights, {share / total:.1%} of their numbers"
+            text = f"zeros held in {counted(len(zeros), 'weight')}, {share / total:.1%} of their numbers"
             lines.append(text + (f" (in patterns of {', '.join(patterns)})" if patterns else ""))
-        codes = [one for one in self.kept if one.grid is not None]
+        codes = [one for one in self.kept if one.grid is not None and one.kind != ZERO_POINT]
         if codes:
             lines.append(f"codes held on their grids: {len(codes)} weights and biases")
-        lines += [f"{count} constants left as they are: {reason}" for reason, count in sorted(self.left.items())]
+        lines += [f"{counted(count, 'constant')} left: {reason}" for reason, count in sorted(self.left.items())]
         return lines
 
     def facts(self) -> dict[str, Any]:
@@ -152,6 +154,11 @@ def constrain(module: fx.GraphModule, model: ir.Model, held: Held) -> Constraine
     """
     placement, left = Placement(module), Counter[str]()
     found = trainables(model, held)
+    unknown = matrices_of_no_kind(model)
+    if unknown:
+        left[
+            "matrices that are no weights of operators known to have some: masks, caches of positions and the like"
+        ] = len(unknown)
     scales = {one.value: one for one in keep_scales(placement, model, found, left)}
     codes = list(keep_codes(placement, model, found, held, scales, left))
     kept = [*keep_floats(placement, found, held, left), *codes, *scales.values()]

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 # Operators that multiply what they read by a weight.
 _PRODUCTS = (*LINEAR_OPS, "GRU", "LSTM", "RNN", "FusedConv", "FusedGemm", "FusedMatMul", "MatMulNBits")
+# Operators that tell sizes, which follow from those of the inputs.
+_SIZES = ("Shape", "Size")
 # Axes longer than one that a weight has at least: frequencies of a rotary embedding are a vector.
 _MATRIX_AXES = 2
 
@@ -78,6 +80,8 @@ def _constant_and_carried(nodes: Iterable[ir.Node], sources: Sequence[str]) -> t
         read = list(values_read(node))
         if all(value in constant or constant_content(value) is not None for value in read) and not walk.is_random(node):
             constant.update(node.outputs)
+        elif walk.is_onnx_op(node, *_SIZES):
+            continue
         elif any(value in carried for value in read) or _reads_weight(node, constant, sources):
             carried.update(node.outputs)
     return constant, carried

@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from torch import fx
 
 from graphopt.data import Dataset
-from graphopt.errors import PassError
+from graphopt.errors import BackendError, PassError, one_line
 from graphopt.progress import Display
 
-from .checkpoints import Checkpoints, fingerprint
+from .checkpoints import Checkpoints
 from .curve import Curve, Look, Point
 from .early_stopping import EarlyStopping
+from .fingerprints import fingerprint
 from .parts import Constraint, Objective, Proximal
-from .processes import accelerating
+from .processes import accelerating, refuse_differences
 from .samples import Augmenting, Order, Samples, StoredSamples, held_out_of
 from .settings import Training
 from .stepping import Stepper
@@ -68,20 +69,45 @@ def train(
 
     Raises:
         UsageError: The device cannot do what was asked for.
-        BackendError: There is no such device.
+        BackendError: There is no such device, or a process that trains beside this one is gone.
         DataError: The samples are too few.
-        PassError: The loss becomes NaN or infinite, does not depend on what is trained, or a checkpoint fails.
+        PassError: The loss becomes NaN or infinite, does not depend on what is trained, or a checkpoint fails; there is
+            no memory for a batch, or an operator cannot be computed.
     """
     settings.check_training()
     identity: dict[str, Any] = {"seed": seed, "augmentation": repr(augmentation)}
     if isinstance(samples, Dataset):
         settings.check_data(samples)
+        stored = StoredSamples(samples, augmentation, seed)
         if settings.checkpoints is not None:
-            identity["data"] = samples.fingerprint()
-        samples = StoredSamples(samples, augmentation, seed)
-    with _threads(threads), _seeded(seed, device), accelerating(settings, device) as accelerator:
+            identity |= {"data": samples.fingerprint(), "labels": stored.labels_digest()}
+        samples = stored
+    with _explained(), _threads(threads), _seeded(seed, device), accelerating(settings, device) as accelerator:
         run = _Run(module, teacher, objective, samples, settings, constrained, proximal, identity, seed, accelerator)
         return run.train(display if accelerator.is_main_process else None)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say in graphopt's words what torch raises where it is nobody's mistake."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PassError(
+            f"pass `recover`: out of memory: {one_line(error)}",
+            hint="a smaller `micro_batch`, `precision=bf16`, or `sharding=fsdp` on several GPUs",
+        ) from error
+    except torch.distributed.DistError as error:
+        raise BackendError(
+            f"processes that train together lost each other: {one_line(error)}",
+            hint="see what the others said before; with `checkpoints=FOLDER` the same command goes on from there",
+        ) from error
+    # What an operator raises where it has no function for what it is given.
+    except NotImplementedError as error:
+        raise PassError(
+            f"pass `recover`: torch cannot train this model: {one_line(error)}",
+            hint="`graphopt compare MODEL MODEL --backend torch` runs it there; docs/torch.md lists operators",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -141,6 +167,7 @@ class _Run:
             device="cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
             precision=settings.precision,
         )
+        refuse_differences(accelerator, module)
         name = None
         if settings.checkpoints is not None:
             paths = sorted(path for path, tensor in module.named_parameters() if tensor.requires_grad)

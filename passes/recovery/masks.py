@@ -16,8 +16,8 @@ _PATTERNS = ((1, 4), (2, 4), (4, 8))
 _LEAST_OF_PATTERN = 0.75
 # Rounding a smooth distribution to 8 bits makes about as many codes 0 as 1 or -1. Pruning leaves few beside the zeros.
 _MADE_BY_PRUNING = 4
-# With fewer codes than these, rounding alone makes that many zeros of weights of which a few are large. But what has one
-# peak, at zero, gives every code no more often than the one before it; what was pruned has a gap beside its zeros.
+# With fewer codes than these, rounding alone makes that many zeros of weights of which a few are large. But what has
+# one peak, at zero, gives each code no more often than the one before it; what was pruned has a gap beside its zeros.
 _MANY_CODES = 64
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+
+# Sizes that a value holds: numbers, or (input of the model, axis of it).
+Sizes: TypeAlias = Sequence[int | tuple[str, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +29,11 @@ class Piece:
 
 
 def piece_of(
-    whole: fx.GraphModule, start: str | None, ends: Sequence[str], other: Collection[str] = ()
+    whole: fx.GraphModule,
+    start: str | None,
+    ends: Sequence[str],
+    other: Collection[str] = (),
+    sizes: Mapping[str, Sizes] | None = None,
 ) -> Piece | None:
     """Return the part of a lowered model between one value and others.
 
@@ -36,25 +45,35 @@ def piece_of(
         start: Name of the value it begins at; None for the inputs alone.
         ends: Names of the values it computes.
         other: Names of values it must not need, such as where earlier pieces begin.
+        sizes: Names of values that hold nothing but sizes, which are read off the inputs.
 
     Returns:
         The piece; None where an end needs one of the other values.
     """
     lowered = whole.meta["graphopt"]
     begin = lowered.values[start] if start is not None else None
-    needed = _needed([lowered.values[name] for name in ends], begin)
+    placeholders = [node for node in whole.graph.nodes if node.op == "placeholder"]
+    given = dict(zip(lowered.inputs, placeholders, strict=True))
+    known = {lowered.values[name]: what for name, what in (sizes or {}).items()}
+    reads = {node: [given[one[0]] for one in what if isinstance(one, tuple)] for node, what in known.items()}
+    if begin is not None:
+        reads[begin] = []
+    needed = _needed([lowered.values[name] for name in ends], reads)
     if any(lowered.values[name] in needed for name in other if name != start):
         return None
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs: list[str] = []
-    names = dict(zip((node for node in whole.graph.nodes if node.op == "placeholder"), lowered.inputs, strict=True))
+    names = {node: name for name, node in given.items()}
     for node in whole.graph.nodes:
         if node not in needed:
             continue
         if node is begin or node in names:
             copies[node] = graph.placeholder(f"input_{len(inputs)}")
             inputs.append(start if node is begin and start is not None else names[node])
+        elif node in known:
+            entries = tuple((copies[given[one[0]]], one[1]) if isinstance(one, tuple) else one for one in known[node])
+            copies[node] = graph.call_function(sizes_of, (entries,))
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[lowered.values[name]] for name in ends))
@@ -72,15 +91,18 @@ def piece_of(
     return Piece(module, tuple(inputs), tuple(ends))
 
 
-def _needed(ends: Sequence[fx.Node], begin: fx.Node | None) -> set[fx.Node]:
-    """Return the nodes that some are computed by, up to where a piece begins, ends and beginning included."""
+def sizes_of(entries: Sequence[int | tuple[Tensor, int]]) -> Tensor:
+    """Return sizes, int64 on the CPU: numbers as they are, and the lengths of axes of tensors."""
+    return torch.tensor([one if isinstance(one, int) else one[0].shape[one[1]] for one in entries], dtype=torch.int64)
+
+
+def _needed(ends: Sequence[fx.Node], reads: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx.Node]:
+    """Return the nodes that some are computed by; of some it is said what else they read."""
     found: set[fx.Node] = set()
     stack = list(ends)
     while stack:
         node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        if node is not begin:
-            stack.extend(node.all_input_nodes)
+        if node not in found:
+            found.add(node)
+            stack.extend(reads.get(node, node.all_input_nodes))
     return found

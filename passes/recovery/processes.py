@@ -9,13 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from graphopt.errors import BackendError, UsageError
+from graphopt.errors import BackendError, PassError, UsageError
 from graphopt.processes import process_count
 
+from .fingerprints import digest
 from .settings import Training
 
+# Digests are compared as integers of 64 bits.
+_LARGEST_INTEGER = 2**63
 # How Accelerate calls the precisions.
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -89,6 +93,23 @@ def tell_of_unused(accelerator: Accelerator, may_miss_some: bool) -> None:
     """
     assert accelerator.ddp_handler is not None, "it is opened with one"
     accelerator.ddp_handler.find_unused_parameters = may_miss_some
+
+
+def refuse_differences(accelerator: Accelerator, module: nn.Module) -> None:
+    """Refuse to train together what is not the same on every process.
+
+    Raises:
+        PassError: Some process begins with other weights.
+    """
+    if accelerator.num_processes == 1:
+        return
+    own = int(digest(module), 16) % _LARGEST_INTEGER
+    found = accelerator.gather(torch.tensor([own], device=accelerator.device))
+    if len(set(found.tolist())) > 1:
+        raise PassError(
+            "pass `recover`: processes that train together begin with different weights",
+            hint="passes before it chose by the clock, or at random: write what they make to a file, and recover that",
+        )
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -23,8 +23,9 @@ from .distillation import Power
 from .module_pieces import Piece
 from .objectives import Objective
 from .samples import StoredSamples, TrainingBatch
-from .spans import Stage, spans_of, stages_of
-from .terms import Term, Values
+from .scores import items_of
+from .spans import Side, Stage, spans_of, stages_of
+from .terms import Items, Term, Values
 
 if TYPE_CHECKING:
     from .recover import Recover
@@ -39,14 +40,15 @@ class PieceError(Term):
     Args:
         output: Name of the student's value.
         target: Where the samples have the original's.
+        items: Rows, or tokens that are no padding.
         weight: Its share of the loss.
     """
 
     measure = "squared error"
     needs_preparation = True
 
-    def __init__(self, output: str, target: str, weight: float) -> None:
-        self.name, self.subject, self.weight = output, output, weight
+    def __init__(self, output: str, target: str, items: Items, weight: float) -> None:
+        self.name, self.subject, self.items, self.weight = output, output, items, weight
         self._target, self._power = target, Power()
 
     def look(self, student: Values, teacher: Values, batch: TrainingBatch) -> None:
@@ -54,7 +56,7 @@ class PieceError(Term):
         self._power.add(batch.real(batch.feeds[self._target]))
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
-        """Return the sum over rows of each row's mean."""
+        """Return the sum over items of each item's mean."""
         errors = (student[self.name].float() - batch.feeds[self._target].float()).square()
         return self.items.total(errors, batch) / self._power.mean
 
@@ -155,17 +157,19 @@ def reconstruct(model: ir.Model, ctx: Context, options: Recover) -> list[Curve]:
     spans = spans_of(model, ctx.reference, options.reconstruct)
     student, teacher = backend.lower(model, differentiable=True), backend.lower(ctx.reference, differentiable=False)
     constrained = constrain(student, model, options)
-    stages = stages_of(spans, student, teacher)
+    stages = stages_of(spans, Side(model, student, 0), Side(ctx.reference, teacher, 1))
     if options.minutes is not None:
         options = replace(options, minutes=options.minutes / len(stages))
     walk, settled, curves = _Walk(ctx.data, options.micro_batch or options.batch, device), set[int](), []
+    ends = {name for stage in stages for name, _ in stage.span.ends}
+    items = {value.name: items_of(model, value) for node in model.graph for value in node.outputs if value.name in ends}
     for index, stage in enumerate(stages):
         samples = walk.enter(stage)
         part = _part_of(constrained, stage.mine.module, settled)
         if not part.parameters() or _is_reached(stage.mine, samples, options.batch):
             continue
         share = 1 / len(stage.span.ends)
-        objective = Objective(PieceError(name, _TARGET + name, share) for name, _ in stage.span.ends)
+        objective = Objective(PieceError(name, _TARGET + name, items[name], share) for name, _ in stage.span.ends)
         curve = fit(stage.mine.module, objective, samples, options, ctx, part, device=device)
         settled |= {id(tensor) for one in part.kept for tensor in one.parameters().values()}
         curves.append(curve)

@@ -74,5 +74,6 @@ def stored(chunk: Chunk, rows: Array, store: SampleStore) -> Chunk:
 
 
 def resolved(chunk: Chunk, mapped: Array) -> Chunk:
+    """Return a chunk whose arrays are all there again, once the file is mapped."""
     arrays = {n: a.read(mapped) if isinstance(a, Place) else a for n, a in chunk.arrays.items()}
     return replace(chunk, arrays=arrays)

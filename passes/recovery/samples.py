@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -157,6 +158,15 @@ class StoredSamples:
 
     def __len__(self) -> int:
         return self._total
+
+    def labels_digest(self) -> str:
+        """Return what the same labels in the same order share."""
+        state = hashlib.blake2b(digest_size=8)
+        for chunk in self._chunks:
+            if chunk.labels is not None:
+                state.update(f"{chunk.labels.dtype} {chunk.labels.shape}".encode())
+                state.update(str(chunk.labels.tolist()).encode())
+        return state.hexdigest()
 
     def divide(self, rows: Array, at_most: int) -> list[Array]:
         """Divide samples into parts of equal shapes; see `Samples.divide`. A model's fixed batch size is one, too."""

@@ -69,13 +69,14 @@ class LearnedScale(nn.Module):
     def __init__(self, start: torch.Tensor, dtype: torch.dtype, factor: float) -> None:
         super().__init__()
         self.register_buffer("start", start, persistent=False)
-        self.logarithm = nn.Parameter(torch.zeros_like(start))
+        # FSDP takes no parameters without axes.
+        self.logarithm = nn.Parameter(torch.zeros_like(start.reshape(-1)))
         self._dtype, self._factor = dtype, factor
 
     def forward(self) -> torch.Tensor:
         """Return the scale as it is now."""
         moved: torch.Tensor = _Damped.apply(self.logarithm, self._factor)  # type: ignore[no-untyped-call]
-        return (self.start * torch.exp(moved)).to(self._dtype)
+        return (self.start * torch.exp(moved).reshape(self.start.shape)).to(self._dtype)
 
 
 class LearnedZeroPoint(nn.Module):
@@ -94,13 +95,14 @@ class LearnedZeroPoint(nn.Module):
         super().__init__()
         self.register_buffer("start", start, persistent=False)
         # In all codes there are, so that a learning rate means a share of them, as it does for scales.
-        self.shift = nn.Parameter(torch.zeros_like(start))
+        self.shift = nn.Parameter(torch.zeros_like(start.reshape(-1)))
         self._low, self._high, self._factor = low, high, factor
 
     def forward(self) -> torch.Tensor:
         """Return the zero point as it is now."""
         moved: torch.Tensor = _Damped.apply(self.shift, self._factor)  # type: ignore[no-untyped-call]
-        return rounded(torch.clamp(self.start + moved * (self._high - self._low), self._low, self._high))
+        wide = self.start + moved.reshape(self.start.shape) * (self._high - self._low)
+        return rounded(torch.clamp(wide, self._low, self._high))
 
 
 def product_of_scales(first: torch.Tensor, second: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import onnx_ir as ir
 from torch import fx
 
+from graphopt import walk
 from graphopt.errors import PassError
+from graphopt.shapes import contents, dims_of
 
 from .cut_values import cut_values, ends_of_blocks, ends_of_layers
 from .distillation import compared_outputs
-from .module_pieces import Piece, piece_of
+from .module_pieces import Piece, Sizes, piece_of
 from .value_pairs import paired
 
 # The same value's names in the student and in the original.
@@ -91,27 +93,56 @@ class Stage:
     theirs: Piece
 
 
-def stages_of(spans: Sequence[Span], student: fx.GraphModule, teacher: fx.GraphModule) -> list[Stage]:
-    """Return the pieces of two lowered models; outputs that hang on more than where the last begins are left out."""
-    found = []
-    for index, span in enumerate(spans):
-        passed = [one.starts for one in spans[:index] if one.starts is not None]
-        both = (_Side(student, 0), _Side(teacher, 1))
-        ends = tuple(end for end in span.ends if all(side.piece(span, [end], passed) is not None for side in both))
-        mine, theirs = (side.piece(span, ends, passed) for side in both)
-        if ends and mine is not None and theirs is not None:
-            found.append(Stage(replace(span, ends=ends), mine, theirs))
-    return found
-
-
 @dataclass(frozen=True, eq=False)
-class _Side:
-    """One of two lowered models, and which of each pair of names is its own."""
+class Side:
+    """One of two models, as it was lowered, and which of each pair of names is its own.
 
+    Attributes:
+        model: The model.
+        module: What it was lowered to.
+        index: 0 for the student, 1 for the original.
+    """
+
+    model: ir.Model
     module: fx.GraphModule
     index: int
 
-    def piece(self, span: Span, ends: Sequence[Names], passed: Sequence[Names]) -> Piece | None:
-        start = span.starts[self.index] if span.starts is not None else None
+    def piece(self, start: Names | None, ends: Sequence[Names], passed: Sequence[Names]) -> Piece | None:
+        """Return its piece between some values, if it needs none of those that earlier pieces begin with."""
         own = [names[self.index] for names in passed]
-        return piece_of(self.module, start, [names[self.index] for names in ends], own)
+        begin = start[self.index] if start is not None else None
+        return piece_of(self.module, begin, [names[self.index] for names in ends], own, known_sizes(self.model))
+
+
+def stages_of(spans: Sequence[Span], student: Side, teacher: Side) -> list[Stage]:
+    """Return the pieces of two lowered models.
+
+    Where one would need what comes before its start, it is joined with the one before; outputs that do are left out.
+    """
+    found: list[Stage] = []
+    start: Names | None = None
+    passed: list[Names] = []
+    for span in spans:
+        ends = tuple(end for end in span.ends if all(one.piece(start, [end], passed) for one in (student, teacher)))
+        mine, theirs = (one.piece(start, ends, passed) for one in (student, teacher))
+        if not ends or mine is None or theirs is None:
+            continue
+        found.append(Stage(Span(start, ends), mine, theirs))
+        passed += [start] if start is not None else []
+        start = ends[0]
+    return found
+
+
+def known_sizes(model: ir.Model) -> dict[str, Sizes]:
+    """Return the values of a model's main graph that hold a shape of which all is known by the inputs' shapes."""
+    axes: dict[object, tuple[str, int]] = {}
+    for value in model.graph.inputs:
+        for axis, dim in enumerate(dims_of(value) or ()):
+            axes.setdefault(dim, (value.name or "", axis))
+    found: dict[str, Sizes] = {}
+    for node in model.graph:
+        held = contents(node.outputs[0]) if walk.is_onnx_op(node, "Shape") else None
+        if held is not None and all(isinstance(size, int) or size in axes for size in held.entries):
+            sizes = [size if isinstance(size, int) else axes[size] for size in held.entries]
+            found[node.outputs[0].name or ""] = sizes
+    return found

@@ -160,7 +160,7 @@ class Stepper:
                 hint="leave out `sharding=fsdp`",
             )
         # Sharding puts other tensors in the place of parameters, which others hold on to: a copy is trained instead.
-        subject = copy.deepcopy(module) if self._sharded else module
+        subject = _without_scalars(copy.deepcopy(module)) if self._sharded else module
         subject.to(accelerator.device)
         if teacher is not None:
             teacher.requires_grad_(False).to(accelerator.device)
@@ -308,6 +308,26 @@ class Stepper:
             with torch.no_grad(), self._accelerator.autocast():
                 student = values_of(subject, batch)
             yield student, self._teacher_values(batch), batch
+
+
+def _without_scalars(module: fx.GraphModule) -> fx.GraphModule:
+    """Turn parameters of no dimension, which cannot be divided among processes, into buffers.
+
+    Raises:
+        PassError: One is trained.
+    """
+    for path, tensor in list(module.named_parameters()):
+        if tensor.ndim:
+            continue
+        if tensor.requires_grad:
+            raise PassError(
+                f"pass `recover`: `{path}` is a single number, which `sharding=fsdp` cannot divide",
+                hint="leave out `sharding`, or what makes it train (`train`)",
+            )
+        holder, _, name = path.rpartition(".")
+        delattr(module.get_submodule(holder), name)
+        module.get_submodule(holder).register_buffer(name, tensor.detach())
+    return module
 
 
 def _trained(module: fx.GraphModule, subject: fx.GraphModule, groups: Sequence[ParameterGroup]) -> list[Trained]:

@@ -42,8 +42,8 @@ class CrossEntropy(Term):
 
     def __init__(self, name: str, scores: Scores, items: Items, weight: float) -> None:
         self.name, self._scores, self.items, self.weight = name, scores, items, weight
-        against = "the tokens" if items.shifted else "labels"
-        self.measure = f"{'next token' if name == 'next-token' else 'cross-entropy'} against {against}"
+        what = "next-token cross-entropy" if name == "next-token" else name
+        self.measure = what if items.shifted else f"{what} against labels"
         self.subject = scores.output
         self.student = scores.observed
         self.needs_preparation = not scores.is_known

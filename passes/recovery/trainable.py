@@ -88,6 +88,8 @@ _MASKING = 1e4
 # The first places of these hold what varies; a constant beside it is added to, or multiplies it.
 _SUMS, _PRODUCTS = ("Add", "Sub"), ("Mul", "Div")
 _WAVES = ("Cos", "Sin")
+# What decodes a weight, or hands a table on, is shorter than this; a walk that goes on is of something else.
+_MANY_STEPS = 256
 _MOVES = frozenset(
     {
         "Cast",
@@ -178,6 +180,22 @@ def trainables(model: ir.Model, held: Held) -> list[Trainable]:
             continue
         found.append(Trainable(value, kind, readers))
     return found
+
+
+def matrices_of_no_kind(model: ir.Model) -> list[ir.Value]:
+    """Return constants in float of several axes that nothing is known to learn, those inside of functions included.
+
+    They are rotary caches and masks, as a rule; but an operator may have a weight that is not told as one here.
+    """
+    known = {value for value in constants(model) if kind_of(value, tuple(readers_of(value))) is not None}
+    read = {value for node in walk.every_node(model) for value in node.inputs if value is not None}
+    return [value for value in read - known if _is_matrix(walk.constant_tensor(value))]
+
+
+def _is_matrix(tensor: ir.TensorProtocol | None) -> bool:
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return False
+    return _long_axes(tensor) > 1
 
 
 def constants(model: ir.Model) -> Iterator[ir.Value]:
@@ -280,13 +298,20 @@ def _kind_of_operand(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
     return None if _is_mask(tensor) else WEIGHT
 
 
-def _hangs_on_bytes(value: ir.Value | None, depth: int = 12) -> bool:
+def _hangs_on_bytes(value: ir.Value | None) -> bool:
     """Return whether indices are made of stored bytes, and so are codes."""
-    tensor = walk.constant_tensor(value)
-    if tensor is not None:
-        return tensor.dtype == ir.DataType.UINT8
-    node = value.producer() if value is not None else None
-    return node is not None and depth > 0 and any(_hangs_on_bytes(one, depth - 1) for one in node.inputs)
+    seen: set[ir.Value] = set()
+    frontier = [value]
+    while frontier and len(seen) < _MANY_STEPS:
+        one = frontier.pop()
+        if one is None or one in seen:
+            continue
+        seen.add(one)
+        tensor, node = walk.constant_tensor(one), one.producer()
+        if tensor is not None and tensor.dtype == ir.DataType.UINT8:
+            return True
+        frontier.extend(node.inputs if node is not None else ())
+    return False
 
 
 def _is_of_input(value: ir.Value | None) -> bool:
@@ -307,12 +332,17 @@ def _makes_waves(node: ir.Node) -> bool:
     return bool(users) and all(user.op_type in _WAVES for user in users)
 
 
-def _past_moves(nodes: list[ir.Node], depth: int = 8) -> Iterator[ir.Node]:
+def _past_moves(nodes: list[ir.Node]) -> Iterator[ir.Node]:
     """Yield nodes, and in the place of those that only move values what reads these."""
-    for node in nodes:
-        if depth and node.op_type in _MOVES:
-            behind = [use.node for output in node.outputs for use in output.uses()]
-            yield from _past_moves(behind, depth - 1)
+    seen: set[ir.Node] = set()
+    frontier = list(nodes)
+    while frontier:
+        node = frontier.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op_type in _MOVES and len(seen) < _MANY_STEPS:
+            frontier.extend(use.node for output in node.outputs for use in output.uses())
         else:
             yield node
 

@@ -44,7 +44,7 @@ class Given:
         torch = import_torch()
         args, kwargs, call = self.args, self.kwargs, self.module
         if isinstance(self.module, torch.export.ExportedProgram):
-            args, kwargs, call = *self.module.example_inputs, self.module.module()
+            (args, kwargs), call = self.module.example_inputs, self.module.module()
         try:
             with torch.no_grad():
                 outputs = call(*args, **kwargs)

@@ -250,7 +250,7 @@ def _place(causes: Sequence[BaseException]) -> str:
     import onnxscript
     import torch
 
-    foreign = [Path(library.__file__).parent for library in (torch, onnxscript)] + [Path(__file__).parent]
+    foreign = [Path(file).parent for file in (torch.__file__, onnxscript.__file__, __file__) if file]
     for cause in reversed(causes):
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             file = Path(frame.filename)

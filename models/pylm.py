@@ -80,8 +80,8 @@ TRAIN_ROWS = 4800
 
 OPSET = 21  # the first with codes of 4 bits
 SCORED_AT_ONCE = 8  # rows
-PROMPT = "def read_lines(path):\n"
-SAMPLE_TOKENS = 60
+PROMPT = "def __init__(self, name, value):"
+SAMPLE_TOKENS = 48
 CARD_COLUMNS = 120
 
 CARD = """\
@@ -410,7 +410,7 @@ def card(out: Path, tokenizer: Any, texts: dict[str, str], train_tokens: int, he
         held_out=", ".join(f"`{name}`" for name in HELD_OUT),
         left_out=", ".join(f"`{name}`" for name in LEFT_OUT),
         sample="\n".join(f"    {line}".rstrip() for line in continuation(session, tokenizer).splitlines()),
-        prompt=PROMPT.strip(),
+        prompt=PROMPT,
         last_token=VOCABULARY - 1,
         vocabulary=VOCABULARY,
         context=CONTEXT,

@@ -222,17 +222,17 @@ def sharded() -> tuple[Curve, list[float]]:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    from graphopt.passes.recovery import processes
+    from graphopt.passes.recovery import acceleration
 
-    prepare, refuse = PartialState._prepare_backend, processes.refuse_device
+    prepare, refuse = PartialState._prepare_backend, acceleration.refuse_device
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    processes.refuse_device = lambda *_: None
+    acceleration.refuse_device = lambda *_: None
     try:
         return run(Training(**BRIEF, micro_batch=6, sharding="fsdp"), with_mapped_constant(network()), device="cuda")
     finally:
         del os.environ["ACCELERATE_TORCH_DEVICE"]
-        PartialState._prepare_backend, processes.refuse_device = prepare, refuse
+        PartialState._prepare_backend, acceleration.refuse_device = prepare, refuse
 
 
 def at_odds() -> None:

@@ -45,6 +45,7 @@ ADDED = {
         "advice",
         "stopped_after_edits",
         "specialised",
+        "teacher",
         "failure",
         "findings",
     },

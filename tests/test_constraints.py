@@ -139,6 +139,27 @@ def test_a_transformer_block_trains_but_for_what_nobody_learnt() -> None:
     assert {value.name for value in matrices_of_no_kind(loaded(proto))} == {"mask", "soft", "cos"}
 
 
+def test_places_and_strides_are_held_and_a_class_token_is_not() -> None:
+    constants = {
+        "token": normal(1, 1, 8),
+        "padding": np.zeros((1, 1, 8), np.float32),
+        "anchors": np.stack(np.meshgrid(np.arange(8), np.arange(8)))[:, :1].reshape(2, 8)[:, :8].astype(np.float32)
+        + 0.5,
+        "strides": np.repeat([8.0, 16.0], 4).astype(np.float32),
+        "w": normal(8, 8),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], "product"),
+        helper.make_node("Concat", ["token", "m", "padding"], ["c"], "beside", axis=1),
+        helper.make_node("Slice", ["c", "from", "to", "axis"], ["two"], "two"),
+        helper.make_node("Add", ["two", "anchors"], ["placed"], "place"),
+        helper.make_node("Mul", ["placed", "strides"], ["y"], "stretch"),
+    ]
+    constants |= {name: np.array([number]) for name, number in (("from", 0), ("to", 2), ("axis", 1))}
+    proto = model_of(nodes, {"x": ([1, 4, 8], TensorProto.FLOAT)}, {"y": TensorProto.FLOAT}, constants)
+    assert kinds_of(proto) == {"token": "weights", "w": "weights"}
+
+
 def test_running_statistics_and_what_normalizes_the_input_are_held() -> None:
     constants = {"mean": normal(1, 3, 1, 1), "std": normal(1, 3, 1, 1), "w": normal(4, 3, 1, 1)}
     constants |= {name: np.abs(normal(4)) for name in ("s", "t", "m", "v")}

@@ -27,7 +27,7 @@ from graphopt.passes.recovery.sparsity_penalty import Penalty, penalty_of  # noq
 from graphopt.rewriter import Journal, Rewriter  # noqa: E402
 
 from .pass_runs import BACKEND, TARGET  # noqa: E402
-from .test_objectives import classifier, floats, language_model, made  # noqa: E402
+from .test_objectives import TOKENS, classifier, floats, language_model, made  # noqa: E402
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 DIGITS = MODELS / "digits_cnn.onnx"
@@ -44,7 +44,7 @@ def lowered(model: ir.Model, **options: Any) -> Any:
     return backend.lower(model, **options)
 
 
-def trained(student: ir.Model, teacher: ir.Model, options: Recover) -> Context:
+def trained(student: ir.Model, teacher: ir.Model, options: Recover, feeds: Any = None) -> Context:
     """Train a student by a pass, as the manager would run it, and return what the pass worked with."""
     images = np.random.default_rng(3).normal(0, 1, (40, 3, 6, 6)).astype(np.float32)
     context = Context(
@@ -53,7 +53,7 @@ def trained(student: ir.Model, teacher: ir.Model, options: Recover) -> Context:
         registry.find("TARGETS", TARGET),
         registry.backend(BACKEND),
         threads=1,
-        data=open_data({"x": images}, student),
+        data=open_data(feeds or {"x": images}, student),
         reference=teacher,
     )
     options.run(student, context)
@@ -112,6 +112,38 @@ def test_parts_without_an_error_are_left_as_they_are() -> None:
     assert np.array_equal(now["w0"], floats(8, 3, 3, 3))
     assert not np.array_equal(now["w2"], halved * 0.5)
     assert now["w1"].shape == kept.shape
+
+
+def test_sizes_of_earlier_parts_are_read_off_the_inputs() -> None:
+    nodes = [
+        ("Conv", ["x", "w"], "c0", {"pads": [1, 1, 1, 1]}),
+        ("Shape", ["c0"], "sizes", {}),
+        ("Relu", ["c0"], "r0", {}),
+        ("Conv", ["r0", "w"], "c1", {"pads": [1, 1, 1, 1]}),
+        ("Add", ["c1", "r0"], "a1", {}),
+        ("Flatten", ["a1"], "f", {}),
+        ("Reshape", ["f", "sizes"], "y", {}),
+    ]
+    model = made(nodes, {"x": ["N", 3, "H", 6]}, {"y": ["N", 3, "H", 6]}, {"w": floats(3, 3, 3, 3)})
+    module, images = lowered(model), torch.from_numpy(IMAGES[:, :, :, :6].copy())
+    stages = stages_of(spans_of(model, model, "blocks"), Side(model, module, 0), Side(model, module, 1))
+    assert [stage.mine.inputs for stage in stages] == [("x",), ("x", "r0")]
+    with torch.no_grad():
+        (first,) = stages[0].mine.module(images)
+        assert torch.equal(stages[1].mine.module(images, first)[0], module(images)[0])
+
+
+def test_padding_has_no_part_in_what_a_part_learns() -> None:
+    student, teacher = language_model(noise=0.3), language_model()
+    options = Recover(reconstruct="blocks", steps=4, batch=2, held_out=0, rate=0.01)
+    context = trained(student, teacher, options, dict(TOKENS))
+    assert sum("loss_curve" in note.facts for note in context.notes) == 2
+    again = language_model(noise=0.3)
+    other = {**TOKENS, "input_ids": np.where(TOKENS["attention_mask"] == 0, 7, TOKENS["input_ids"])}
+    trained(again, teacher, options, other)
+    for name, value in student.graph.initializers.items():
+        mine, theirs = value.const_value.numpy(), again.graph.initializers[name].const_value.numpy()
+        assert np.allclose(mine, theirs, atol=1e-5), name
 
 
 def test_models_without_a_part_in_common_are_refused() -> None:

@@ -139,9 +139,8 @@ def test_other_sizes_than_the_example_give_what_the_module_gives(language: Any, 
 def test_names_are_those_of_the_modules(language: Any) -> None:
     _, model = language
     names = {node.name for node in model.graph}
-    assert {"embed", "head", "layers.0.up_proj", "layers.1.down_proj", "layers.1/Add", "layers.1/Mul"} - names == {
-        "layers.1/Add"  # the addition is the outermost module's
-    }
+    assert {"embed", "head", "layers.0.up_proj", "layers.1.down_proj", "layers.1/Mul"} <= names
+    assert "/Add" in names, "what no inner module does is the outermost one's"
     assert model.graph.name == "Language"
     stored = set(model.graph.initializers)
     assert {"layers.0.up_proj.weight", "layers.0.up_proj.bias", "layers.1.gate_proj.weight", "positions"} <= stored

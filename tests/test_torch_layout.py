@@ -325,6 +325,19 @@ def test_a_row_that_sees_no_key_gives_zeros_and_finite_gradients() -> None:
     assert all(bool(torch.isfinite(one.grad).all()) for one in (q, k, v) if one.grad is not None)
 
 
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_attention_without_scores_is_the_same(causal: int, dtype: Any) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    q, k, v = (torch.randn(2, heads, 5, 8, generator=generator).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    plain, *_ = function("Attention", 24)(q, k, v, is_causal=causal, outputs=1)
+    spelled, *_ = function("Attention", 24)(q, k, v, is_causal=causal, outputs=4)
+    torch.testing.assert_close(plain, spelled)
+    weights = torch.randn(plain.shape, generator=generator).to(dtype)
+    first, second = (torch.autograd.grad((one * weights).sum(), (q, k, v)) for one in (plain, spelled))
+    torch.testing.assert_close(first, second)
+
+
 def test_a_scalar_has_no_axis_to_be_zero_along() -> None:
     assert function("NonZero")(torch.tensor(3.0)).shape == (0, 1)  # ONNX Runtime follows NumPy's older ways
 

@@ -86,7 +86,7 @@ def test_every_sample_is_seen_as_often_as_any_other() -> None:
     steps = [order.step(step) for step in range(5)]
     seen = np.concatenate([rows for rows, _ in steps])
     assert sorted(seen.tolist()) == sorted([*range(100, 110)] * 2)
-    assert [epoch for _, epoch in steps] == [0, 0, 0, 1, 1]
+    assert [epochs.tolist() for _, epochs in steps] == [[0] * 4, [0] * 4, [0, 0, 1, 1], [1] * 4, [1] * 4]
     assert (order.step(3)[0] == steps[3][0]).all()
     assert (Order(order.rows, 4, seed=2).step(0)[0] != steps[0][0]).any()
     # A batch may be more than there is.
@@ -232,7 +232,7 @@ class Noted:
     mixes: bool = True
     rows: set[int] = field(default_factory=set)
     partners_of: set[int] = field(default_factory=set)
-    epochs: set[int] = field(default_factory=set)
+    seen: list[tuple[int, int]] = field(default_factory=list)
 
     def partners(self, rows: Any, epoch: int, seed: int, pool: Any) -> Any:
         self.partners_of |= set(pool.tolist())
@@ -240,18 +240,20 @@ class Noted:
 
     def apply(self, feeds: Any, rows: Any, epoch: int, seed: int, *, partners: Any = None) -> Any:
         self.rows |= set(rows.tolist())
-        self.epochs.add(epoch)
+        self.seen += [(epoch, row) for row in rows.tolist()]
         return {name: (array + partners[name]) / 2 for name, array in feeds.items()}
 
 
 def test_only_what_is_trained_on_is_augmented() -> None:
     noted = Noted()
-    curve, _ = run(Training(**BRIEF, evaluate_every=1), augmentation=noted)
+    settings = Training(**{**BRIEF, "steps": 6}, batch=64, evaluate_every=1)
+    curve, _ = run(settings, augmentation=noted)
     trained, held = held_out_of(SAMPLES, curve.held_out, 3)
     assert noted.rows == noted.partners_of == set(trained.tolist())
     assert not noted.rows & set(held.tolist())
-    assert noted.epochs == {0, 1, 2, 3}
-    plain, _ = run(Training(**BRIEF, evaluate_every=1))
+    # Each sample once in each epoch, also where a batch has some of two.
+    assert sorted(noted.seen) == [(epoch, row) for epoch in range(4) for row in trained.tolist()]
+    plain, _ = run(settings)
     assert plain.looks[0] == curve.looks[0]
     assert plain.points[0] != curve.points[0]
 
@@ -414,9 +416,21 @@ def test_a_broken_checkpoint_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_an_error_before_any_step(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     seen: list[Any] = []
-    with pytest.raises(PassError, match="cannot write checkpoints to"):
-        run(Training(**BRIEF, checkpoints=str(tmp_path / "file")), objective=Distance(on_call=seen.append))
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="file` is a file"):
+            run(Training(**BRIEF, checkpoints=str(folder)), objective=Distance(on_call=seen.append))
     assert not seen
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(PassError, match=r"cannot write a checkpoint to .*No space left") as error:
+        run(Training(**BRIEF, checkpoints=str(tmp_path)))
+    assert "has room" in (error.value.hint or "")
+    assert not list(tmp_path.glob("*/step-*[0-9]"))
 
 
 def test_nothing_is_left_behind() -> None:

@@ -1,7 +1,8 @@
 """Attention and what belongs to it: Attention, RotaryEmbedding, LinearAttention, FlexAttention.
 
-Each function is one operator: inputs by position, attributes by ONNX's names; see `operators.py`. Heads are written out
-as products and softmaxes, as ONNX defines them, so that scores can be read and rows without any key give zeros.
+Each function is one operator: inputs by position, attributes by ONNX's names; see `operators.py`. Heads are
+products and softmaxes as ONNX defines them, written out where scores are masked or read: rows without any key give
+zeros.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .tensors import torch_dtype
 Graph: TypeAlias = tuple[Any, tuple[Any, ...]]
 # What the fourth output of Attention holds.
 _RAW, _CAPPED, _BIASED, _PROBABILITIES = range(4)
+_RAW_AT = 3  # outputs before it
 _EINSUM_READ = "bhd,bhdm->bhm"  # a vector for each head, times that head's matrix
 
 
@@ -41,6 +43,7 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     softmax_precision: int | None = None,
+    outputs: int = 1,
 ) -> tuple[Tensor, ...]:
     """Scaled dot-product attention, of 4-D heads or of 3-D rows that are split into heads; keys and values cached."""
     packed = q.dim() == 3
@@ -54,9 +57,14 @@ def attention(
         k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
     elif nonpad_kv_seqlen is not None:
         offset = nonpad_kv_seqlen.to(q.device).reshape(-1, 1, 1, 1) - q.shape[2]
+    root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    square = not is_causal or (k.shape[2] == q.shape[2] and nonpad_kv_seqlen is None)
+    masked = attn_mask is not None or nonpad_kv_seqlen is not None or left_window_size >= 0 or right_window_size >= 0
+    if outputs <= _RAW_AT and square and not masked and not softcap and softmax_precision is None:
+        read = attend_plainly(q, k, v, root, causal=bool(is_causal))
+        return (join_heads(read) if packed else read), k, v
     bias = _seen(q, k, offset, bool(is_causal), left_window_size, right_window_size, nonpad_kv_seqlen)
     bias = _with_mask(bias, attn_mask, q, k)
-    root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     output, scores = attend(q, k, v, bias, root, softcap, softmax_precision, qk_matmul_output_mode)
     return (join_heads(output) if packed else output), k, v, scores
 
@@ -149,6 +157,20 @@ def attend(
     probabilities = probabilities.to(q.dtype)
     shown = {_RAW: raw, _CAPPED: capped, _BIASED: biased, _PROBABILITIES: probabilities}[mode]
     return probabilities @ v, shown.to(q.dtype)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, root: float, *, causal: bool = False) -> Tensor:
+    """Return what queries read where nobody asks for scores, in kernels that keep none where they are as exact.
+
+    Causal is from the first key on. In float16 these kernels round elsewhere than ONNX says, but for autocast's.
+    """
+    if q.dtype is torch.float16 and not torch.is_autocast_enabled(q.device.type):
+        steps = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        return attend(q, k, v, hidden(steps.tril(), q) if causal else None, root)[0]
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1:
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=root * root)
 
 
 def rotary_embedding(

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import Operator, Table
-from .ops_attention import attend, hidden, join_heads, rotate, split_heads
+from .ops_attention import attend, attend_plainly, hidden, join_heads, rotate, split_heads
 
 # What ONNX Runtime adds to the score of a key that a padding mask hides, unless the model says another number.
 _HIDDEN_SCORE = -10000.0
-# What GroupQueryAttention gives as its fourth output: scores, or probabilities.
-_SCORES, _PROBABILITIES = 1, 2
+# What MultiHeadAttention gives as its fourth output, in `attend`'s terms, and how many outputs come before it.
+_PROBABILITIES, _SCORES_AT = 3, 3
 
 
 def attention(
@@ -111,6 +111,7 @@ def multi_head_attention(
     num_heads: int,
     scale: float | None = None,
     unidirectional: int = 0,
+    outputs: int = 1,
 ) -> tuple[Tensor, ...]:
     """Attention of queries, keys and values that are rows of all heads, packed together, or split into heads."""
     if past_sequence_length is not None or cache_indirection is not None:
@@ -121,7 +122,9 @@ def multi_head_attention(
         before = past_key.shape[2]
         k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
     added = _added(q, k, before, key_padding_mask, attention_bias, bool(unidirectional), mask_filter_value)
-    output, probabilities = attend(q, k, v, added, _root(q, scale), mode=3)
+    if added is None and outputs <= _SCORES_AT:
+        return join_heads(attend_plainly(q, k, v, _root(q, scale))), k, v
+    output, probabilities = attend(q, k, v, added, _root(q, scale), mode=_PROBABILITIES)
     return join_heads(output), k, v, probabilities
 
 

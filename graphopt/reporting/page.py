@@ -55,11 +55,11 @@ _WORST_SHOWN = 10
 # Cards at the top of the page.
 _MOST_CARDS = 6
 # A section of those runs only that trained.
-_TRAINING = "training"
+TRAINING = "training"
 SECTIONS = (
     ("figures", "Figures"),
     ("steps", "Steps"),
-    (_TRAINING, "Training"),
+    (TRAINING, "Training"),
     ("layers", "Layers"),
     ("cost", "Cost"),
     ("coverage", "Integers"),
@@ -111,7 +111,7 @@ def page(name: str, report: Report, findings: Findings, before: ir.Model, after:
         script=Markup(_resource("page.js")),
         early=Markup(_resource("theme.js")),
         graph={"html": Markup(graph.html), "script": Markup(graph.script), "remark": graph.remark} if graph else None,
-        sections=[{"id": key, "short": short} for key, short in SECTIONS if key != _TRAINING or findings.trainings],
+        sections=[{"id": key, "short": short} for key, short in SECTIONS if key != TRAINING or findings.trainings],
         **_words(report, findings),
     )
     return rendered

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from graphopt.errors import PassError, in_words
 
-from .processes import is_sharded
+from .acceleration import is_sharded
 
 _STEP = re.compile(r"step-(\d+)")
 _UNFINISHED = ".unfinished"

@@ -15,12 +15,13 @@ from graphopt.backend import Array
 from graphopt.errors import PassError
 from graphopt.reporting.rows import counted
 
+from .constant_kinds import BIAS, NORM, SCALE, TABLE, WEIGHT, ZERO_POINT
 from .held import ADAPTERS, Held
 from .kept_constants import Kept
 from .kept_floats import keep_floats
 from .kept_integers import keep_codes, keep_scales
 from .placement import Placement
-from .trainable import BIAS, NORM, SCALE, TABLE, WEIGHT, ZERO_POINT, matrices_of_no_kind, trainables
+from .trainable import matrices_of_no_kind, trainables
 
 # Decay pulls towards zero, which for all else is no neutral place.
 _DECAYING = (WEIGHT, ADAPTERS)

@@ -102,7 +102,7 @@ def _is_matrix(value: ir.Value, constant: set[ir.Value]) -> bool:
 
 
 def _ends(value: ir.Value, constant: set[ir.Value]) -> Literal["block", "layer", "nothing"]:
-    readers = {use.node for use in value.uses()}
+    readers = {use.node for use in value.uses() if not walk.is_onnx_op(use.node, *_SIZES)}
     if len(readers) > 1:
         return "block"
     return "layer" if all(_reads_weight(node, constant) for node in readers) else "nothing"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import fx
@@ -15,18 +16,20 @@ from graphopt.data import Dataset
 from graphopt.errors import BackendError, PassError, one_line
 from graphopt.progress import Display
 
+from .acceleration import accelerating, refuse_differences
 from .checkpoints import Checkpoints
 from .curve import Curve, Look, Point
 from .early_stopping import EarlyStopping
 from .fingerprints import fingerprint
 from .parts import Constraint, Objective, Proximal
-from .processes import accelerating, refuse_differences
 from .samples import Augmenting, Order, Samples, StoredSamples, held_out_of
 from .settings import Training
 from .stepping import Stepper
 
 _OUT_OF_TIME = "`minutes` are over"
 _SECONDS_A_MINUTE = 60.0
+# Epochs from which on it pays to keep what a teacher gives.
+_WORTH_KEEPING = 2
 
 
 def train(
@@ -153,6 +156,9 @@ class _Run:
         self._steps = settings.step_count(len(pool))
         self._looks_every = settings.steps_between_looks(len(pool))
         self._stopping = EarlyStopping(settings.patience)
+        # Each process has to run the teacher on all samples then, and would on its own share of them otherwise.
+        often = self._steps * settings.batch >= _WORTH_KEEPING * accelerator.num_processes * len(pool)
+        self._repeats = often and isinstance(samples, StoredSamples) and samples.never_change
         groups = [group for group in constrained.parameters() if group.tensors]
         if not groups:
             raise PassError(
@@ -186,6 +192,8 @@ class _Run:
             done = self._resume()
             self._began = time.monotonic() - self._curve.seconds
             with contextlib.nullcontext() if display is None else display.stage("training", self._steps, "steps"):
+                if self._repeats and done < self._steps and not self._curve.stopped:
+                    self._stepper.run_teacher(np.concatenate([self._order.rows, self._held]))
                 _show(display, done, None)
                 self._go_on(done, display)
             self._keep()
@@ -211,8 +219,8 @@ class _Run:
 
     def _step(self, step: int) -> None:
         began = time.monotonic()
-        rows, epoch = self._order.step(step)
-        figures = self._stepper.step(step, rows, epoch, stop=self._main and self._is_out_of_time())
+        rows, epochs = self._order.step(step)
+        figures = self._stepper.step(step, rows, epochs, stop=self._main and self._is_out_of_time())
         seen = (step + 1) * self._settings.batch / len(self._order.rows)
         self._curve.points.append(Point(step + 1, seen, self._stepper.rate(step), figures.loss, figures.terms))
         self._curve.step_times.append(time.monotonic() - began)

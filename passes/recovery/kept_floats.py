@@ -13,12 +13,13 @@ from torch import nn
 from graphopt import walk
 
 from .adapters import Adapter
+from .constant_kinds import SCALE, TABLE, WEIGHT, ZERO_POINT
 from .held import ADAPTERS, Held
 from .kept_constants import Kept
 from .masks import Masked, kept_of_floats, pattern_of
 from .placement import Placement
 from .stored_weights import as_floats
-from .trainable import SCALE, TABLE, WEIGHT, ZERO_POINT, Trainable
+from .trainable import Trainable
 
 _NARROW: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT16: torch.float16,

@@ -16,6 +16,7 @@ from graphopt import walk
 from graphopt.backend import Array
 
 from .bias_scales import bias_scales
+from .constant_kinds import BIAS, SCALE, WEIGHT, ZERO_POINT
 from .constant_readers import Reader, readers_of
 from .held import Held
 from .kept_constants import Kept
@@ -25,7 +26,7 @@ from .masks import kept_of_codes, pattern_of
 from .placement import Placement
 from .scales import LearnedScale, LearnedZeroPoint, gradient_factor, product_of_scales
 from .stored_weights import as_floats
-from .trainable import BIAS, SCALE, WEIGHT, ZERO_POINT, Trainable
+from .trainable import Trainable
 
 _DTYPES: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,

@@ -182,6 +182,8 @@ def reconstruct(model: ir.Model, ctx: Context, options: Recover) -> list[Curve]:
     student.to("cpu")
     written = write_back(model, ctx, constrained)
     ctx.note(f"reconstructed {counted(len(curves), 'part')}, {options.reconstruct} of the original", constants=written)
+    for line in constrained.describe():
+        ctx.note(line)
     return curves
 
 

@@ -38,8 +38,8 @@ class Recover(Training, Aim, Held, Pass):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Samples to train on."""
-        return frozenset({Need.CALIBRATION})
+        """Samples to train on; and canonical form, in which channels are found."""
+        return frozenset({Need.CALIBRATION, *([Need.CANONICAL] if self.group_lasso else [])})
 
     def check_ahead(self, given: Given) -> None:
         """Refuse what could not be trained: packages, samples, labels, a teacher or gradients are missing.

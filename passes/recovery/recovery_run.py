@@ -19,13 +19,13 @@ from graphopt.report import show_count
 from graphopt.reporting.rows import counted
 
 from . import objectives
+from .acceleration import refuse_device
 from .augmentation import Augmentation, augmentation_of
 from .batch_statistics import updated_batch_norms
 from .constraints import Constrained, constrain
 from .curve import Curve
 from .engine import train
 from .parts import Objective, Proximal
-from .processes import refuse_device
 from .samples import Samples
 from .sparsity_penalty import penalty_of
 from .stored_weights import stored_tensor

@@ -106,13 +106,13 @@ class Order:
     batch: int
     seed: int
 
-    def step(self, step: int) -> tuple[Array, int]:
-        """Return the samples of a step, from 0 on, and how often all of them have been seen before it."""
+    def step(self, step: int) -> tuple[Array, Array]:
+        """Return the samples of a step, from 0 on, and for each how often all of them have been seen before."""
         start = step * self.batch
-        first, last = start // len(self.rows), (start + self.batch - 1) // len(self.rows)
-        stream = np.concatenate([self._permuted(epoch) for epoch in range(first, last + 1)])
-        begin = start - first * len(self.rows)
-        return stream[begin : begin + self.batch], first
+        epochs = np.arange(start, start + self.batch) // len(self.rows)
+        stream = np.concatenate([self._permuted(epoch) for epoch in range(epochs[0], epochs[-1] + 1)])
+        begin = start - epochs[0] * len(self.rows)
+        return stream[begin : begin + self.batch], epochs
 
     def _permuted(self, epoch: int) -> Array:
         permuted: Array = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
@@ -158,6 +158,11 @@ class StoredSamples:
 
     def __len__(self) -> int:
         return self._total
+
+    @property
+    def never_change(self) -> bool:
+        """Whether a sample is the same whenever it is trained on."""
+        return self._augmentation is None
 
     def labels_digest(self) -> str:
         """Return what the same labels in the same order share."""

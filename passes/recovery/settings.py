@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from graphopt.data import Dataset
@@ -88,16 +90,26 @@ class Training:
             )
 
     def check_data(self, data: Dataset) -> None:
-        """Refuse samples that are too few.
+        """Refuse samples that are too few, and a folder for checkpoints that cannot be one.
 
         Raises:
-            DataError: They are.
+            DataError: The samples are.
+            UsageError: The folder cannot.
         """
         if len(data) < FEWEST_SAMPLES:
             raise DataError(
                 f"`{data.name}` has {len(data)} sample to train on",
                 hint=f"at least {FEWEST_SAMPLES}; hundreds are better",
             )
+        if self.checkpoints is not None:
+            self._check_folder(Path(self.checkpoints))
+
+    def _check_folder(self, folder: Path) -> None:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise _misuse(f"cannot write checkpoints to `{folder}`: `{there}` is a file", hint="name a folder")
+        if not os.access(there, os.W_OK):
+            raise _misuse(f"cannot write checkpoints to `{folder}`: no permission", hint="name a folder of your own")
 
     def held_out_count(self, samples: int) -> int:
         """Return how many of so many samples are not trained on: none or at least one, never all."""

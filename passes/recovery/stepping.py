@@ -17,9 +17,10 @@ from torch import fx, nn
 from graphopt.backend import Array
 from graphopt.errors import PassError
 
+from .acceleration import is_sharded, summed, tell_of_unused, whole
+from .lowered_values import TeacherValues, values_of
 from .optimizers import Trained, make_optimizer
 from .parts import Objective, ParameterGroup, Proximal
-from .processes import is_sharded, summed, tell_of_unused, whole
 from .samples import Outputs, Samples, TrainingBatch
 from .schedules import rate_factor
 from .settings import Training
@@ -42,18 +43,6 @@ class _Loss(nn.Module):
         with torch.autocast(_device_of(batch).type, enabled=False):
             losses = self._objective(student, teacher, batch)
         return {"totals": dict(losses.totals), "weights": dict(losses.weights)}
-
-
-def values_of(module: fx.GraphModule, batch: TrainingBatch) -> dict[str, torch.Tensor]:
-    """Return outputs and observed values of a lowered model by name; floats of half precision as float32."""
-    lowered = module.meta["graphopt"]
-    values = module(*(batch.feeds[name] for name in lowered.inputs))
-    return dict(zip((*lowered.outputs, *lowered.observed), map(_widened, values), strict=True))
-
-
-def _widened(value: Any) -> Any:
-    halves = (torch.float16, torch.bfloat16)
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in halves else value
 
 
 def _device_of(batch: TrainingBatch) -> torch.device:
@@ -162,8 +151,10 @@ class Stepper:
         # Sharding puts other tensors in the place of parameters, which others hold on to: a copy is trained instead.
         subject = _without_scalars(copy.deepcopy(module)) if self._sharded else module
         subject.to(accelerator.device)
+        self._teaching = None
         if teacher is not None:
             teacher.requires_grad_(False).to(accelerator.device)
+            self._teaching = TeacherValues(teacher, samples, self._at_most, accelerator)
         if objective.needs_preparation:
             objective.prepare(self._first_values(subject))
         self._factor = rate_factor(settings, steps)
@@ -181,20 +172,25 @@ class Stepper:
         plain = self._accelerator.unwrap_model(self._model).module
         self._tensors = {path: tensor for path, tensor in plain.named_parameters() if tensor.requires_grad}
 
-    def step(self, step: int, rows: Array, epoch: int, *, stop: bool = False) -> Figures:
+    def run_teacher(self, rows: Array) -> None:
+        """Run the teacher over all samples of a training ahead of it, if that saves time and takes no memory."""
+        if self._teaching is not None:
+            self._teaching.keep(rows)
+
+    def step(self, step: int, rows: Array, epochs: Array, *, stop: bool = False) -> Figures:
         """Take a step of the optimizer, and return the loss before it.
 
         Args:
             step: Which one it is, from 0 on.
             rows: The samples of all processes.
-            epoch: How often all samples have been seen before.
+            epochs: For each, how often all samples have been seen before.
             stop: Whether this process, if it is the main one, asks for an end.
 
         Raises:
             PassError: The loss is NaN or infinite, or depends on nothing that is trained.
         """
         processes = self._accelerator.num_processes
-        shares, sums = self._shares_of_step(rows, epoch), _Sums()
+        shares, sums = self._shares_of_step(rows, epochs), _Sums()
         counts = self._counted(shares)
         self._set_rate(step)
         self._optimizer.zero_grad()
@@ -264,13 +260,23 @@ class Stepper:
         for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * self._factor(step)
 
-    def _shares_of_step(self, rows: Array, epoch: int) -> list[_Share]:
+    def _shares_of_step(self, rows: Array, epochs: Array) -> list[_Share]:
         """Return what this process has of a batch; as many shares on each process, as all of them go in step."""
         processes, own = self._accelerator.num_processes, self._accelerator.process_index
-        divided = [self._samples.divide(part, self._at_most) for part in np.array_split(rows, processes) if len(part)]
-        mine = divided[own] if own < len(divided) else []
-        filling = [divided[0][0]] * (max(map(len, divided)) - len(mine))
-        return [self._share(part, epoch, True) for part in mine] + [self._share(p, epoch, False) for p in filling]
+        shared = zip(np.array_split(rows, processes), np.array_split(epochs, processes), strict=True)
+        divided = [self._divided(*part) for part in shared]
+        mine = [self._share(part, epoch, True) for part, epoch in divided[own]]
+        missing = max(map(len, divided)) - len(mine)
+        part, epoch = divided[0][0]
+        return mine + [self._share(part, epoch, False) for _ in range(missing)]
+
+    def _divided(self, rows: Array, epochs: Array) -> list[tuple[Array, int]]:
+        """Return parts that fit into memory, each of one epoch."""
+        return [
+            (part, int(epoch))
+            for epoch in np.unique(epochs)
+            for part in self._samples.divide(rows[epochs == epoch], self._at_most)
+        ]
 
     def _share(self, rows: Array, epoch: int | None, is_real: bool) -> _Share:
         return _Share(self._samples.batch(rows, epoch, self._pool), is_real)
@@ -290,10 +296,7 @@ class Stepper:
         return summed(self._accelerator, counts)
 
     def _teacher_values(self, batch: TrainingBatch) -> dict[str, torch.Tensor] | None:
-        if self._teacher is None:
-            return None
-        with torch.no_grad(), self._accelerator.autocast():
-            return values_of(self._teacher, batch)
+        return None if self._teaching is None else self._teaching.of(batch)
 
     def _unreached(self, loss: _Loss) -> set[str]:
         """Return what is trained and has no gradient, as seen on one sample."""

@@ -245,8 +245,8 @@ class Differentiable(Protocol):
         It takes the inputs of `graphopt.data.input_specs` by position and returns a tuple: the model's outputs in their
         order, then what is observed. Its ``meta["graphopt"]`` says which parameter is which initializer
         (``parameters``: name to path), and which node computes which value (``values``: name to node); each node of the
-        graph has ``meta["onnx"]``, the name of the model's node, and ``meta["origins"]``. Weights of a mapped file are
-        memory that must not be written: what trains gets a copy of its own first.
+        graph has ``meta["onnx"]``, the name of the model's node, and ``meta["origins"]``. Weights are the model's own
+        memory, or their file's: what trains gets a copy of its own first.
 
         Args:
             model: The model.

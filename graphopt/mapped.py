@@ -58,6 +58,19 @@ class MappedFile:
             self._mapping = weakref.ref(mapping)
         return mapping
 
+    def writable(self) -> mmap.mmap | None:
+        """Return a mapping of its own whose pages are copied when they are written, so that the file never is.
+
+        None where there can be none: the path leads to another file by now, or the system does not promise the memory.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                if _identity(os.fstat(file.fileno())) != self._identity or not self.size:
+                    return None
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError:
+            return None
+
     def copy_to(self, file: BinaryIO, offset: int, length: int) -> None:
         """Append bytes of this file to another, inside the kernel where it can."""
         copied = self._copy_in_kernel(file, offset, length)
@@ -183,10 +196,13 @@ class MappedTensor(ir.TensorProtocol):
         """Return a read-only array on the mapped bytes; types below 8 bits are unpacked into a new array."""
         if self._dtype.bitwidth < _BYTE_BITS:
             return self._unpacked()
-        dtype = np.dtype(self._dtype.numpy()).newbyteorder("<")
         if self.length == 0:
-            return np.empty(self._shape.numpy(), dtype)
-        mapping = self.file.mapping()
+            return np.empty(self._shape.numpy(), np.dtype(self._dtype.numpy()))
+        return self.array_on(self.file.mapping())
+
+    def array_on(self, mapping: mmap.mmap) -> npt.NDArray[Any]:
+        """Return an array on the bytes in a mapping of its file, of a type of 8 bits and more."""
+        dtype = np.dtype(self._dtype.numpy()).newbyteorder("<")
         return np.frombuffer(mapping, dtype, count=self.size, offset=self.offset).reshape(self._shape.numpy())
 
     def _unpacked(self) -> npt.NDArray[Any]:

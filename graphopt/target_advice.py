@@ -79,8 +79,8 @@ def advise(backend: Backend, file: Path, size: int, feed: Feeds, threads: int) -
 def others(backend: Backend) -> list[Backend]:
     """Return the backends that run here and are timed, but for the one there is, whatever it runs on.
 
-    What one backend can run on otherwise is a choice of its user's, who has named one. One that is there to train models
-    is no place to run them.
+    What one backend can run on otherwise is a choice of its user's, who has named one. One that is there to train
+    models is no place to run them.
     """
     own = getattr(backend, "deployed", backend).name
     return backends_here(lambda one: is_timed(one) and one.name != own and not isinstance(one, Differentiable))

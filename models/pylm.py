@@ -3,8 +3,8 @@
     python models/pylm.py [--out models]
 
 writes ``pylm.onnx`` (the network), ``pylm_tokenizer.json`` (its tokens), ``pylm.npz`` (tokens of modules it never saw),
-``pylm_train.npz`` (some of the tokens it was trained on, to calibrate with and to train further), ``pylm.md`` (its
-card) and ``pylm_LICENSE.txt`` (the licence of the text). It needs the extras ``cpu`` and ``torch`` and the package
+``pylm_train.npz`` (some of the tokens it was trained on, to train it further), ``pylm_calibration.npz`` (a few of them,
+to calibrate with), ``pylm.md`` (its card) and ``pylm_LICENSE.txt`` (the licence of the text). It needs the extras ``cpu`` and ``torch`` and the package
 ``tokenizers``, and about half an hour of one core. Two runs of one Python on one machine write the same bytes.
 """
 
@@ -77,6 +77,7 @@ HELD_OUT = (
 )
 HELD_OUT_ROWS = 400  # of `CONTEXT` tokens each, taken evenly over the held-out modules
 TRAIN_ROWS = 4800
+CALIBRATION_ROWS = 256
 
 OPSET = 21  # the first with codes of 4 bits
 SCORED_AT_ONCE = 8  # rows
@@ -99,10 +100,11 @@ concerns language models. It is exported by `graphopt.from_torch` and cleaned up
 | Tokens | `pylm_tokenizer.json`: byte-level BPE of {vocabulary}, for `tokenizers`; 0 stands before each module |
 | To score by | `pylm.npz`, {data_kb:,.0f} kB: `ids` uint16 [{rows}, {context}], of modules not trained on |
 | To train on | `pylm_train.npz`, {train_kb:,.0f} kB: `ids` uint16 [{train_rows}, {context}], of the others |
+| To calibrate on | `pylm_calibration.npz`: `ids` uint16 [{calibration_rows}, {context}], of the others too |
 | Perplexity | {perplexity:.2f} ({bits:.2f} bits per byte), ONNX Runtime on the CPU over all of `pylm.npz` |
 | In training | {train_perplexity:.2f}, over {rows} rows of `pylm_train.npz` |
 
-    graphopt optimize models/pylm.onnx --passes prune,quant --data models/pylm_train.npz --eval models/pylm.npz
+    graphopt optimize models/pylm.onnx --passes prune,quant --data models/pylm_calibration.npz --eval models/pylm.npz
 
 There are no labels: the target of each token is the next.
 
@@ -142,8 +144,7 @@ held-out part.
 ## Licences
 
 - Weights, tokens' numbers and card: Apache-2.0, like graphopt.
-- Text: `pylm.npz` and `pylm_train.npz` hold parts of Python's standard library as token numbers, and the tokens
-  themselves were learnt on it. Copyright © 2001 Python Software Foundation; All Rights Reserved; PSF License Agreement,
+- Text: the `.npz` files hold parts of Python's standard library as token numbers, and the tokens were learnt on it. Copyright © 2001 Python Software Foundation; All Rights Reserved; PSF License Agreement,
   `pylm_LICENSE.txt`. The changes are the choice of parts and the numbering.
 """
 
@@ -401,6 +402,7 @@ def card(out: Path, tokenizer: Any, texts: dict[str, str], train_tokens: int, he
         operators=", ".join(f"{count} {name}" for name, count in sorted(operators.items())),
         rows=len(held),
         train_rows=len(train),
+        calibration_rows=CALIBRATION_ROWS,
         perplexity=math.exp(nats),
         bits=nats / math.log(2) * held_tokens / held_bytes,
         train_perplexity=math.exp(cross_entropy(session, rows(train.reshape(-1), len(held)))),
@@ -447,6 +449,7 @@ def write(model: PyLM, tokenizer: Any, texts: dict[str, str], streams: list[np.n
     tokenizer.save(str(out / "pylm_tokenizer.json"))
     np.savez_compressed(out / "pylm.npz", ids=rows(held_stream, HELD_OUT_ROWS))
     np.savez_compressed(out / "pylm_train.npz", ids=rows(train_stream, TRAIN_ROWS))
+    np.savez_compressed(out / "pylm_calibration.npz", ids=rows(train_stream, CALIBRATION_ROWS))
     text = card(out, tokenizer, texts, len(train_stream), len(held_stream))
     (out / "pylm.md").write_text(text, encoding="utf-8")
 

@@ -13,15 +13,17 @@ from onnx import TensorProto, helper, numpy_helper
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
+import graphopt  # noqa: E402
 from graphopt import registry  # noqa: E402
 from graphopt.data import Batch, Dataset, open_data  # noqa: E402
 from graphopt.errors import DataError, GraphoptError, PassError, UsageError  # noqa: E402
+from graphopt.generated import generated_feeds  # noqa: E402
 from graphopt.metrics import KL, Perplexity, cross_entropies  # noqa: E402
 from graphopt.passes.recovery.aim import Aim  # noqa: E402
 from graphopt.passes.recovery.cut_values import cut_values, ends_of_blocks  # noqa: E402
+from graphopt.passes.recovery.lowered_values import values_of  # noqa: E402
 from graphopt.passes.recovery.objectives import Objective, choose  # noqa: E402
 from graphopt.passes.recovery.samples import StoredSamples, TrainingBatch  # noqa: E402
-from graphopt.passes.recovery.stepping import values_of  # noqa: E402
 from graphopt.shapes import infer_shapes  # noqa: E402
 
 from .pass_runs import loaded  # noqa: E402
@@ -217,6 +219,22 @@ def test_probabilities_are_compared_as_the_logits_they_stand_for(end: str) -> No
     assert float(mixed.loss()) == pytest.approx(float(plain.loss()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("end", "name", "measure"),
+    [
+        ("Relu", "logits", "KL at temperature 4"),
+        ("Sigmoid", "scores", "squared error"),
+        ("Tanh", "y", "squared error"),
+        ("Softmax", "y", "KL at temperature 4"),
+    ],
+)
+def test_outputs_of_classes_are_told_from_others(end: str, name: str, measure: str) -> None:
+    nodes = [("MatMul", ["x", "w"], "m", {}), (end, ["m"], name, {})]
+    model = made(nodes, {"x": ["N", 4]}, {name: ["N", 12]}, {"w": floats(4, 12)})
+    objective = choose(Aim(), model, model, open_data({"x": floats(6, 4)}, model))
+    assert [term.measure for term in objective.terms] == [measure]
+
+
 def test_cross_entropy_is_that_of_the_metrics() -> None:
     for end in ("", "Softmax"):
         model = classifier(end=end)
@@ -400,6 +418,11 @@ def test_models_that_have_nothing_in_common_are_refused() -> None:
     wider = made([("Flatten", ["x"], "y", {})], {"x": ["N", 3, 6, 6]}, {"y": ["N", 108]}, {})
     with pytest.raises(PassError, match="the teacher's"):
         choose(Aim(), images, wider, data_for(images))
+    flat = made(
+        [("ReduceSum", ["x", "axes"], "y", {"keepdims": 0})], {"x": ["N", 4]}, {"y": ["N"]}, {"axes": np.array([1])}
+    )
+    with pytest.raises(PassError, match="one number a sample"):
+        choose(Aim(distance="kl"), flat, flat, open_data({"x": floats(6, 4)}, flat))
     with pytest.raises(UsageError, match="needs images"):
         choose(Aim(augment=("flip",)), tokens, language_model(), data_for(tokens))
     ids = np.full_like(IDS, VOCABULARY)
@@ -412,3 +435,32 @@ def test_models_that_have_nothing_in_common_are_refused() -> None:
     others = {"r0": torch.zeros(2, 4, 3, 6), "r1": torch.zeros(2, 8, 6, 6)}
     with pytest.raises(PassError, match="and the teacher's"):
         objective.prepare([(shapes, others, TrainingBatch({}, None, 2, np.arange(2)))])
+
+
+REAL = {
+    "digits_resnet.onnx": ("kl logits", "features relu_4", "attention relu_4"),
+    "stories260k.onnx": ("kl logits", "features add_1616", "attention softmax_4"),
+    "yunet_n_dynamic.onnx": ("mse cls_8", "features 241", "attention 241"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_are_drawn_to_what_they_were(shared: Path, name: str) -> None:
+    """Each measure finds its values, is zero for the model itself, and has gradients once a weight is off."""
+    teacher, student = (graphopt.load(shared / "assets" / "models" / name) for _ in range(2))
+    feeds = next(iter(generated_feeds(teacher, seed=1)))
+    data = open_data([feeds], teacher)
+    for aim, term in zip((Aim(), ONLY_FEATURES, ONLY_ATTENTION), REAL[name], strict=True):
+        bench = Bench(aim, student, teacher, data)
+        assert term in [one.name for one in bench.objective.terms]
+        assert float(bench.loss()) == pytest.approx(0, abs=1e-5)
+        weights = [weight for weight in bench.student.parameters() if weight.ndim > 1 and weight.numel() > 64]
+        for weight in weights:
+            weight.data = weight.data * 0.9  # in memory of its own: what the file holds is read-only
+            weight.requires_grad_(True)
+        loss = bench.loss()
+        loss.backward()
+        assert loss.item() > 1e-6
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        assert gradients
+        assert all(gradient.isfinite().all() for gradient in gradients)

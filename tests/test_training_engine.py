@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt.data import Chunk, Dataset, InputSpec
 from graphopt.errors import BackendError, DataError, GraphoptError, PassError, UsageError
 from graphopt.passes.recovery.settings import Training
 
@@ -20,13 +19,14 @@ pytest.importorskip("accelerate")
 
 import torch
 
+from graphopt.passes.recovery import lowered_values
 from graphopt.passes.recovery.curve import POINTS_SHOWN, Curve, Point
 from graphopt.passes.recovery.early_stopping import EarlyStopping
 from graphopt.passes.recovery.engine import train
-from graphopt.passes.recovery.samples import Order, StoredSamples, held_out_of
+from graphopt.passes.recovery.samples import held_out_of
 from graphopt.passes.recovery.schedules import rate_factor
 
-from .small_trainings import BRIEF, FEATURES, SAMPLES, Distance, Everything, network, run, samples, weights_of
+from .small_trainings import BRIEF, SAMPLES, Distance, Everything, network, run, samples, weights_of
 
 # What sums in another order may differ by, in float32.
 ROUNDING = 1e-5
@@ -79,71 +79,6 @@ def test_rates_rise_and_fall(schedule: Any) -> None:
     assert factors[10:] == sorted(factors[10:], reverse=True)
     last = {"constant": 1.0, "linear": 1 / 90, "cosine": 0.0003, "step": 0.001}
     assert factors[-1] == pytest.approx(last[schedule], rel=0.02)
-
-
-def test_every_sample_is_seen_as_often_as_any_other() -> None:
-    order = Order(np.arange(100, 110), 4, seed=1)
-    steps = [order.step(step) for step in range(5)]
-    seen = np.concatenate([rows for rows, _ in steps])
-    assert sorted(seen.tolist()) == sorted([*range(100, 110)] * 2)
-    assert [epochs.tolist() for _, epochs in steps] == [[0] * 4, [0] * 4, [0, 0, 1, 1], [1] * 4, [1] * 4]
-    assert (order.step(3)[0] == steps[3][0]).all()
-    assert (Order(order.rows, 4, seed=2).step(0)[0] != steps[0][0]).any()
-    # A batch may be more than there is.
-    assert sorted(Order(np.arange(3), 6, seed=1).step(0)[0].tolist()) == [0, 0, 1, 1, 2, 2]
-
-
-def test_what_is_held_out_is_not_trained_on() -> None:
-    trained, held = held_out_of(50, 7, seed=3)
-    assert sorted([*trained, *held]) == list(range(50))
-    assert len(held) == 7
-
-
-def test_samples_are_the_same_from_memory_and_from_a_file() -> None:
-    data = samples((6, 4), count=10)
-    whole = [chunk for chunk, _ in data.chunks()]
-    for stored in (StoredSamples(data), StoredSamples(data, bytes_in_memory=0)):
-        parts = stored.divide(np.array([13, 2, 19, 5, 2]), 2)
-        assert [part.tolist() for part in parts] == [[13, 19], [2, 5], [2]]
-        batch = stored.batch(parts[0], None, parts[0])
-        assert (batch.feeds["x"].numpy() == whole[1].arrays["x"][[3, 9]]).all()
-        assert batch.labels.tolist() == [3, 9]
-        assert (batch.count, len(stored)) == (2, 20)
-
-
-def test_a_subset_of_a_data_set_has_its_own_indices() -> None:
-    data = samples(count=40)
-    some = data.sample(5, seed=1)
-    expected = np.concatenate([batch.feeds["x"] for batch in some.batches(1)])
-    stored = StoredSamples(some)
-    assert (stored.batch(np.arange(5), None, np.arange(5)).feeds["x"].numpy() == expected).all()
-
-
-def test_fixed_batches_are_padded_behind_what_is_real() -> None:
-    stored = StoredSamples(samples(count=10, fixed=4))
-    assert [len(part) for part in stored.divide(np.arange(10), 32)] == [4, 3, 3]
-    batch = stored.batch(np.array([7, 8, 9]), None, np.arange(10))
-    assert (batch.feeds["x"].shape, batch.count, batch.labels.tolist()) == ((4, FEATURES), 3, [7, 8, 9])
-
-
-def test_whole_feeds_stay_whole() -> None:
-    feeds = [np.full((count, 2), count, np.float32) for count in (3, 5)]
-    spec = InputSpec("x", np.dtype("float32"), (None, 2))
-    indivisible = Dataset(
-        lambda: (Chunk({"x": feed, "mask": np.ones(1)}, None, 1, divisible=False) for feed in feeds),
-        [spec],
-        "feeds",
-        2,
-        False,
-    )
-    stored = StoredSamples(indivisible)
-    assert [part.tolist() for part in stored.divide(np.array([1, 0]), 8)] == [[1], [0]]
-    assert stored.batch(np.array([1]), None, np.arange(2)).feeds["x"].shape == (5, 2)
-    stacks = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
-    stacked = Dataset(
-        lambda: iter([Chunk({"x": stacks}, None, 3, divisible=True, stacked=frozenset({"x"}))]), [spec], "s", 3, False
-    )
-    assert (StoredSamples(stacked).batch(np.array([2]), None, np.arange(3)).feeds["x"].numpy() == stacks[2]).all()
 
 
 def test_a_step_goes_down_the_gradient_of_the_whole_batch() -> None:
@@ -241,6 +176,8 @@ class Noted:
     def apply(self, feeds: Any, rows: Any, epoch: int, seed: int, *, partners: Any = None) -> Any:
         self.rows |= set(rows.tolist())
         self.seen += [(epoch, row) for row in rows.tolist()]
+        if partners is None:
+            return feeds
         return {name: (array + partners[name]) / 2 for name, array in feeds.items()}
 
 
@@ -256,6 +193,59 @@ def test_only_what_is_trained_on_is_augmented() -> None:
     plain, _ = run(settings)
     assert plain.looks[0] == curve.looks[0]
     assert plain.points[0] != curve.points[0]
+
+
+def _calls_of_teacher(settings: Training, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[int, Curve]:
+    """Train, and return on how many rows the teacher was run."""
+    rows, forward = 0, lowered_values.values_of
+    teacher = options.pop("teacher", network(2))
+
+    def counted(module: Any, batch: Any) -> Any:
+        nonlocal rows
+        rows += len(batch.feeds["x"])
+        return forward(module, batch)
+
+    monkeypatch.setattr(lowered_values, "values_of", counted)
+    curve, _ = run(settings, teacher=teacher, **options)
+    return rows, curve
+
+
+def test_a_teacher_is_asked_once_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Training(epochs=4, rate=0.02, held_out=0.2)
+    once, curve = _calls_of_teacher(settings, monkeypatch)
+    # The first batch is run twice, and a sample of it by itself: whether they depend on each other.
+    assert SAMPLES < once < 1.5 * SAMPLES
+    monkeypatch.setattr(lowered_values, "BYTES_KEPT", 100)
+    often, expected = _calls_of_teacher(settings, monkeypatch)
+    assert often > 4 * SAMPLES
+    assert losses(curve) == pytest.approx(losses(expected), rel=ROUNDING)
+
+
+def test_a_teacher_is_asked_each_time_where_its_answers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Training(epochs=4, rate=0.02, held_out=0.2)
+    assert _calls_of_teacher(settings, monkeypatch, augmentation=Noted(mixes=False))[0] > 4 * SAMPLES
+    short = Training(steps=2, rate=0.02, held_out=0.2)
+    assert _calls_of_teacher(short, monkeypatch)[0] < SAMPLES
+    # One whose outputs for a sample depend on the others of the batch.
+    coupled = network(2)
+    output = next(node for node in coupled.graph.nodes if node.op == "output")
+    with coupled.graph.inserting_before(output):
+        (y,) = output.args[0]
+        mean = coupled.graph.call_method("mean", (y, 0, True))
+        centred = coupled.graph.call_function(torch.sub, (y, mean))
+    output.args = ((centred,),)
+    coupled.recompile()
+    assert _calls_of_teacher(settings, monkeypatch, teacher=coupled)[0] > 4 * SAMPLES
+
+
+@pytest.mark.parametrize("data", [{"fixed": 1}, {"fixed": 8}, {"lengths": (6, 4), "count": 60}])
+def test_what_a_teacher_gave_is_given_to_its_own_sample(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Training(epochs=3, rate=0.02, held_out=0.2, batch=20)
+    curve, weights = run(settings, data=samples(**data))
+    monkeypatch.setattr(lowered_values, "BYTES_KEPT", 0)
+    expected, others = run(settings, data=samples(**data))
+    assert losses(curve) == pytest.approx(losses(expected), rel=ROUNDING)
+    assert weights == pytest.approx(others, abs=ROUNDING)
 
 
 def test_an_objective_sees_samples_before_the_first_step() -> None:

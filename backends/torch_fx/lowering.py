@@ -33,8 +33,8 @@ def lower(model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool 
     """Return a module that computes what a model computes.
 
     Each node becomes one call of the function of its operator (`Operator`), so whoever looks at the graph sees the
-    model. Weights stay where they lie: a parameter of a mapped file is read-only memory, and whoever trains it replaces
-    its data by a copy first.
+    model. Weights stay where they lie: those of a mapped file in their file, of which a page is copied once something
+    writes to it; others in memory that the model shares, so whoever trains them replaces their data by a copy first.
 
     Args:
         model: The model.

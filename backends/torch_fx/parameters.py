@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import keyword
+import mmap
 import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx, nn
+
+from graphopt.backend import Array
+from graphopt.mapped import MappedFile, MappedTensor
 
 from .tensors import to_torch
 
 # What gradients are computed in. Floats of 8 bits and less are codes, of which there are none.
 TRAINABLE = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+_BYTE = 8
 # fx writes names into Python source between quotes.
 _UNWRITABLE = re.compile(r"""[\\"'\n\r\0]""")
 
@@ -57,12 +63,13 @@ class Store:
     root: nn.Module = field(default_factory=nn.Module)
     parameters: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, str] = field(default_factory=dict)
+    _mappings: dict[MappedFile, mmap.mmap | None] = field(default_factory=dict)
 
     def put(self, name: str, tensor: ir.TensorProtocol) -> str:
         """Store a tensor on the memory it lies in, and return its path: floats as parameters, the rest as buffers."""
         holder, path = self._place(name)
         field_name = path.rpartition(".")[2]
-        held = to_torch(tensor.numpy())
+        held = to_torch(self._array(tensor))
         if tensor.dtype in TRAINABLE:
             holder.register_parameter(field_name, nn.Parameter(held, requires_grad=False))
             self.parameters.setdefault(name, path)
@@ -72,6 +79,15 @@ class Store:
         else:  # strings
             setattr(holder, field_name, held)
         return path
+
+    def _array(self, tensor: ir.TensorProtocol) -> Array:
+        """Return what a tensor holds, of a mapped file in memory that may be written without the file's being."""
+        if not isinstance(tensor, MappedTensor) or tensor.dtype.bitwidth < _BYTE or not tensor.length:
+            return tensor.numpy()
+        if tensor.file not in self._mappings:
+            self._mappings[tensor.file] = tensor.file.writable()
+        mapping = self._mappings[tensor.file]
+        return np.array(tensor.numpy()) if mapping is None else tensor.array_on(mapping)
 
     def put_buffer(self, name: str, tensor: torch.Tensor) -> str:
         """Store a tensor of ours, which is no part of the model, and return its path."""

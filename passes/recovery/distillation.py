@@ -166,6 +166,11 @@ def _term(
     items = items_of(student, mine)
     # The teacher decides: of the student, what comes before an output may have been changed.
     by_classes = aim.distance == "kl" or (aim.distance == "auto" and holds_classes(teacher, theirs, specimen))
+    if by_classes and len(dims_of(mine) or (0, 0)) < 2:
+        raise PassError(
+            f"pass `recover`: `distance=kl` needs a score per class, and output `{mine.name}` has one number a sample",
+            hint="`distance=mse`, or `auto`",
+        )
     if by_classes:
         return SoftLabels(scores_of(student, mine), scores_of(teacher, theirs), items, aim.temperature, share)
     return OutputError(mine.name or "", items, share)

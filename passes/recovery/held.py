@@ -25,6 +25,10 @@ KINDS: Mapping[str, str] = {
 
 _USUAL = ("weights", "biases", "norms", "scales", "tables")
 _RANK, _ALPHA = 8, 16.0
+# Scales train as logarithms: a rate moves them by that share, and weights, being below 1, by a larger one. ResNet-20
+# in int4 and uint8, 70 steps of distillation, SQNR of what was held out: at a rate of 0.0002 14.8 dB with 1, 15.6 with
+# 10, 15.3 with 30; at 0.0005 15.3 with 1, 15.5 with 4, 15.3 with 10.
+_SCALE_RATE = 5.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,9 @@ class Held:
         help="whether weights that are zero stay zero; auto: those in float do, and codes where there are more zeros "
         "than rounding makes",
     )
-    scale_rate: float = opt(1.0, help="learning rate of scales, as a share of that of all else", low=0.0, high=1000.0)
+    scale_rate: float = opt(
+        _SCALE_RATE, help="learning rate of scales and zero points, as a multiple of the others'", low=0.0, high=1000.0
+    )
     adapter_rank: int = opt(_RANK, help="rank of adapters", low=1, high=4096)
     adapter_alpha: float = opt(_ALPHA, help="adapters are multiplied by this, divided by their rank", low=0.0)
 

@@ -66,8 +66,9 @@ class TeacherValues:
             return False
         found: dict[str, list[torch.Tensor]] = {name: [] for name in first}
         for part in parts:
-            for name, value in self._computed(self._batch(part)).items():
-                if value.shape[1:] != first[name].shape[1:]:
+            batch = self._batch(part)
+            for name, value in self._computed(batch).items():
+                if len(value) != _rows_fed(batch) or value.shape[1:] != first[name].shape[1:]:
                     return False
                 found[name].append(value[: len(part)])
         self._kept = {name: torch.cat(values) for name, values in found.items()}
@@ -76,16 +77,13 @@ class TeacherValues:
 
     def _is_separable(self, rows: Array, together: dict[str, torch.Tensor]) -> bool:
         """Return whether the first axis of each value is samples, which do not depend on each other."""
-        batch, alone = self._batch(rows), self._computed(self._batch(rows[:1]))
-        if batch.count != len(rows) or len(rows) < 2 or _rows_fed(batch) < len(rows):
+        fed = _rows_fed(self._batch(rows))
+        if not all(isinstance(value, torch.Tensor) and value.ndim and len(value) == fed for value in together.values()):
             return False
-        for name, value in together.items():
-            if not isinstance(value, torch.Tensor) or not value.ndim or len(value) != _rows_fed(batch):
-                return False
-            one, other = value[:1].double(), alone[name][:1].double()
-            if one.shape != other.shape or (one - other).abs().max() > _ROUNDING * one.abs().max():
-                return False
-        return bool(together)
+        if fed == len(rows) == 1:
+            return True
+        alone = self._computed(self._batch(rows[:1]))
+        return len(rows) > 1 and all(_is_near(alone[name], value) for name, value in together.items())
 
     def _batch(self, rows: Array) -> TrainingBatch:
         return self._samples.batch(rows, None, rows).to(self._accelerator.device)
@@ -93,6 +91,14 @@ class TeacherValues:
     def _computed(self, batch: TrainingBatch) -> dict[str, torch.Tensor]:
         with torch.no_grad(), self._accelerator.autocast():
             return values_of(self._teacher, batch)
+
+
+def _is_near(alone: torch.Tensor, together: torch.Tensor) -> bool:
+    """Return whether the first sample has the same value by itself as among others."""
+    one, other = alone[:1].double(), together[:1].double()
+    if one.shape != other.shape or not one.numel():
+        return False
+    return bool((one - other).abs().max() <= _ROUNDING * one.abs().max())
 
 
 def _rows_fed(batch: TrainingBatch) -> int:

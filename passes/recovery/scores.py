@@ -102,6 +102,8 @@ def holds_classes(model: ir.Model, output: ir.Value, specimen: Batch) -> bool:
     node = _maker(output)
     if node is not None and (walk.is_onnx_op(node, "Softmax", "LogSoftmax") or _is_softmax_in_parts(node)):
         return True
+    if node is not None and walk.is_onnx_op(node, "Sigmoid"):
+        return False  # each class by itself: several may be right, or none
     if _SCORES.match(output.name or ""):
         return True
     if node is None or not walk.is_onnx_op(node, *_LOGITS):

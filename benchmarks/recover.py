@@ -3,13 +3,13 @@
     python benchmarks/recover.py [channels] [zeros] [qat] [language] [distributed] [--model NAME] [--device cuda]
 
 Prints Markdown tables. Models, samples and scores come from the assets folder (``GRAPHOPT_SHARED``, by default
-``../shared`` beside the repository), and from ``models/``; samples trained on are never among the scored ones, and their
-labels are not read. Every row is a command in a process of its own: `graphopt optimize` makes the changed model,
+``../shared`` beside the repository), and from ``models/``; samples trained on are never among the scored ones, and
+their labels are not read. Every row is a command in a process of its own: `graphopt optimize` makes the changed model,
 `graphopt recover` trains it against the original. A share recovered is 1 - (what is still lost) / (what was lost).
 ``--device`` trains there, in ``--precision``.
 
-``distributed`` trains the digits network of ``models/`` by one process with accumulated gradients and by two on gloo, and
-compares the loss curves; then kills a training mid-way, goes on from its checkpoint, and compares the files bit by bit.
+``distributed`` trains the digits network of ``models/`` by one process with accumulated gradients and by two on gloo,
+and compares the loss curves; then kills a training mid-way, goes on from its checkpoint, and compares the files bit by bit.
 """
 
 from __future__ import annotations
@@ -81,7 +81,19 @@ PROCESSES = 2
 # How long a training runs before it is killed: long enough for a checkpoint, short of the end.
 KILLED_AFTER = 0.5
 TIME_LIMIT = 3600
-COLUMNS = ("model", "file", "score", "lost", "recovered", "multiplications", "zeros", "in 2:4", "MB", "seconds", "peak, MB")
+COLUMNS = (
+    "model",
+    "file",
+    "score",
+    "lost",
+    "recovered",
+    "multiplications",
+    "zeros",
+    "in 2:4",
+    "MB",
+    "seconds",
+    "peak, MB",
+)
 
 
 @dataclass(frozen=True)
@@ -186,15 +198,21 @@ def distributed(setting: Setting) -> Iterator[str]:
         together = _trained(work, changed, "together", launcher, ())
         curves = [_losses(one.with_suffix(".json")) for one in (alone, together)]
         largest = max(abs(a - b) for a, b in zip(*curves, strict=True))
-        yield f"* {len(curves[0])} steps: the losses of {PROCESSES} processes and of one that accumulates differ by at most {largest:.1e};"
-        yield f"  their weights by at most {_weights_apart(alone, together):.1e}."
+        yield f"* {len(curves[0])} steps: the losses of {PROCESSES} processes and of one that accumulates differ by"
+        yield f"  {largest:.1e} at most, their weights by {_weights_apart(alone, together):.1e}."
         yield from _killed(work, changed, setting)
 
 
 def _killed(work: Path, changed: Path, setting: Setting) -> Iterator[str]:
     """Yield whether a training that is killed and gone on with ends in the file it would have ended in."""
     start = time.perf_counter()
-    whole = _trained(work, changed, "whole", _graphopt(), (*setting.training, "--checkpoints", str(work / "one"), "--checkpoint-every", "5"))
+    whole = _trained(
+        work,
+        changed,
+        "whole",
+        _graphopt(),
+        (*setting.training, "--checkpoints", str(work / "one"), "--checkpoint-every", "5"),
+    )
     seconds = time.perf_counter() - start
     options = (*setting.training, "--checkpoints", str(work / "two"), "--checkpoint-every", "5")
     process = subprocess.Popen(
@@ -210,8 +228,8 @@ def _killed(work: Path, changed: Path, setting: Setting) -> Iterator[str]:
     process.wait()
     resumed = _trained(work, changed, "resumed", _graphopt(), options)
     same = whole.read_bytes() == resumed.read_bytes()
-    yield f"* A training of {seconds:.0f} s {'had ended before it could be' if ended else 'was'} killed, and gone on with: the file is"
-    yield f"  {'the same, bit by bit' if same else 'ANOTHER ONE'}."
+    fate = "had ended before it could be killed" if ended else "was killed and gone on with"
+    yield f"* A training of {seconds:.0f} s {fate}: its file is {'the same, bit by bit' if same else 'ANOTHER ONE'}."
 
 
 def _graphopt() -> list[str]:
@@ -244,7 +262,9 @@ def _losses(report: Path) -> list[float]:
 
 
 def _weights_apart(left: Path, right: Path) -> float:
-    ours, theirs = ({one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer} for path in (left, right))
+    ours, theirs = (
+        {one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer} for path in (left, right)
+    )
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours if ours[name].dtype.kind == "f")
 
 

@@ -4,8 +4,9 @@
 
 writes ``pylm.onnx`` (the network), ``pylm_tokenizer.json`` (its tokens), ``pylm.npz`` (tokens of modules it never saw),
 ``pylm_train.npz`` (some of the tokens it was trained on, to train it further), ``pylm_calibration.npz`` (a few of them,
-to calibrate with), ``pylm.md`` (its card) and ``pylm_LICENSE.txt`` (the licence of the text). It needs the extras ``cpu`` and ``torch`` and the package
-``tokenizers``, and about half an hour of one core. Two runs of one Python on one machine write the same bytes.
+to calibrate with), ``pylm.md`` (its card) and ``pylm_LICENSE.txt`` (the licence of the text). It needs the extras
+``cpu`` and ``torch`` and the package ``tokenizers``, and about half an hour of one core. Two runs of one Python on one
+machine write the same bytes.
 """
 
 from __future__ import annotations
@@ -144,8 +145,9 @@ held-out part.
 ## Licences
 
 - Weights, tokens' numbers and card: Apache-2.0, like graphopt.
-- Text: the `.npz` files hold parts of Python's standard library as token numbers, and the tokens were learnt on it. Copyright © 2001 Python Software Foundation; All Rights Reserved; PSF License Agreement,
-  `pylm_LICENSE.txt`. The changes are the choice of parts and the numbering.
+- Text: the `.npz` files hold parts of Python's standard library as token numbers, and the tokens were learnt on it.
+  Copyright © 2001 Python Software Foundation; All Rights Reserved; PSF License Agreement, `pylm_LICENSE.txt`. The
+  changes are the choice of parts and the numbering.
 """
 
 

@@ -25,9 +25,9 @@ from torch import fx, nn
 
 from graphopt.data import Chunk, Dataset, InputSpec
 from graphopt.errors import PassError
-from graphopt.passes.recovery.curve import Curve
-from graphopt.passes.recovery.engine import train
 from graphopt.passes.recovery.settings import Training
+from graphopt.passes.recovery.training.curve import Curve
+from graphopt.passes.recovery.training.engine import train
 
 FEATURES, HIDDEN, OUTPUTS, SAMPLES = 8, 16, 4, 120
 KILLED_AT = 7
@@ -222,7 +222,7 @@ def sharded() -> tuple[Curve, list[float]]:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    from graphopt.passes.recovery import acceleration
+    from graphopt.passes.recovery.training import acceleration
 
     prepare, refuse = PartialState._prepare_backend, acceleration.refuse_device
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"

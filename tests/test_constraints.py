@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import walk
 from graphopt.errors import PassError, UsageError
+from graphopt.passes.recovery.constraints.trainable import matrices_of_no_kind, refuse, trainables
 from graphopt.passes.recovery.held import KINDS, Held
-from graphopt.passes.recovery.trainable import matrices_of_no_kind, refuse, trainables
 from graphopt.sparse import SparselyStored
 
 from .pass_runs import loaded, run_passes

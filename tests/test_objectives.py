@@ -20,10 +20,10 @@ from graphopt.errors import DataError, GraphoptError, PassError, UsageError  # n
 from graphopt.generated import generated_feeds  # noqa: E402
 from graphopt.metrics import KL, Perplexity, cross_entropies  # noqa: E402
 from graphopt.passes.recovery.aim import Aim  # noqa: E402
-from graphopt.passes.recovery.cut_values import cut_values, ends_of_blocks  # noqa: E402
-from graphopt.passes.recovery.lowered_values import values_of  # noqa: E402
-from graphopt.passes.recovery.objectives import Objective, choose  # noqa: E402
-from graphopt.passes.recovery.samples import StoredSamples, TrainingBatch  # noqa: E402
+from graphopt.passes.recovery.objectives.cut_values import cut_values, ends_of_blocks  # noqa: E402
+from graphopt.passes.recovery.objectives.objective import Objective, choose  # noqa: E402
+from graphopt.passes.recovery.training.lowered_values import values_of  # noqa: E402
+from graphopt.passes.recovery.training.samples import StoredSamples, TrainingBatch  # noqa: E402
 from graphopt.shapes import infer_shapes  # noqa: E402
 
 from .pass_runs import loaded  # noqa: E402

@@ -21,9 +21,9 @@ from .pass_runs import loaded, outputs_of, run_passes
 
 torch = pytest.importorskip("torch")
 
-from graphopt.passes.recovery.latent_codes import CodeGrid, LatentCodes, grid_of  # noqa: E402
-from graphopt.passes.recovery.masks import kept_of_codes  # noqa: E402
-from graphopt.passes.recovery.scales import LearnedScale, LearnedZeroPoint, gradient_factor  # noqa: E402
+from graphopt.passes.recovery.constraints.latent_codes import CodeGrid, LatentCodes, grid_of  # noqa: E402
+from graphopt.passes.recovery.constraints.masks import kept_of_codes  # noqa: E402
+from graphopt.passes.recovery.constraints.scales import LearnedScale, LearnedZeroPoint, gradient_factor  # noqa: E402
 
 from .trained_models import ALL_BUT_ADAPTERS, Trained, constrained, difference, is_exact  # noqa: E402
 

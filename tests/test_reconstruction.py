@@ -17,13 +17,13 @@ from graphopt import registry  # noqa: E402
 from graphopt.authoring import Context  # noqa: E402
 from graphopt.data import open_data  # noqa: E402
 from graphopt.errors import PassError, UsageError  # noqa: E402
-from graphopt.passes.recovery.augmentation import Augmentation, augmentation_of  # noqa: E402
-from graphopt.passes.recovery.batch_statistics import updated_batch_norms  # noqa: E402
-from graphopt.passes.recovery.constraints import constrain  # noqa: E402
+from graphopt.passes.recovery.constraints.constrained import constrain  # noqa: E402
+from graphopt.passes.recovery.objectives.augmentation import Augmentation, augmentation_of  # noqa: E402
+from graphopt.passes.recovery.objectives.batch_statistics import updated_batch_norms  # noqa: E402
+from graphopt.passes.recovery.objectives.spans import Side, spans_of, stages_of  # noqa: E402
+from graphopt.passes.recovery.objectives.sparsity_penalty import Penalty, penalty_of  # noqa: E402
 from graphopt.passes.recovery.recover import Recover  # noqa: E402
-from graphopt.passes.recovery.samples import StoredSamples  # noqa: E402
-from graphopt.passes.recovery.spans import Side, spans_of, stages_of  # noqa: E402
-from graphopt.passes.recovery.sparsity_penalty import Penalty, penalty_of  # noqa: E402
+from graphopt.passes.recovery.training.samples import StoredSamples  # noqa: E402
 from graphopt.rewriter import Journal, Rewriter  # noqa: E402
 
 from .pass_runs import BACKEND, TARGET  # noqa: E402

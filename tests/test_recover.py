@@ -124,7 +124,7 @@ def test_broken_constraint_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_p
     def stored(self: Any) -> Any:
         yield "w1", np.ones((FEATURES, 32), np.float32)
 
-    from graphopt.passes.recovery.constraints import Constrained
+    from graphopt.passes.recovery.constraints.constrained import Constrained
 
     def check(self: Any) -> None:
         raise PassError("training broke a constraint", hint="this is a mistake of `recover`")

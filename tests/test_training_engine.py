@@ -19,12 +19,12 @@ pytest.importorskip("accelerate")
 
 import torch
 
-from graphopt.passes.recovery import lowered_values
-from graphopt.passes.recovery.curve import POINTS_SHOWN, Curve, Point
-from graphopt.passes.recovery.early_stopping import EarlyStopping
-from graphopt.passes.recovery.engine import train
-from graphopt.passes.recovery.samples import held_out_of
-from graphopt.passes.recovery.schedules import rate_factor
+from graphopt.passes.recovery.training import lowered_values
+from graphopt.passes.recovery.training.curve import POINTS_SHOWN, Curve, Point
+from graphopt.passes.recovery.training.early_stopping import EarlyStopping
+from graphopt.passes.recovery.training.engine import train
+from graphopt.passes.recovery.training.samples import held_out_of
+from graphopt.passes.recovery.training.schedules import rate_factor
 
 from .small_trainings import BRIEF, SAMPLES, Distance, Everything, network, run, samples, weights_of
 

@@ -10,7 +10,7 @@ from graphopt.data import Chunk, Dataset, InputSpec
 pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
-from graphopt.passes.recovery.samples import Order, StoredSamples, held_out_of
+from graphopt.passes.recovery.training.samples import Order, StoredSamples, held_out_of
 
 from .small_trainings import FEATURES, samples
 

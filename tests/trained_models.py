@@ -14,10 +14,10 @@ from torch import fx
 
 from graphopt.backends.torch_fx.lowering import lower
 from graphopt.backends.torch_fx.tensors import to_torch
-from graphopt.passes.recovery.constraints import Constrained, constrain
+from graphopt.passes.recovery.constraints.constrained import Constrained, constrain
+from graphopt.passes.recovery.constraints.stored_weights import stored_tensor
+from graphopt.passes.recovery.constraints.trainable import constants
 from graphopt.passes.recovery.held import Held
-from graphopt.passes.recovery.stored_weights import stored_tensor
-from graphopt.passes.recovery.trainable import constants
 from graphopt.rewriter import Journal, Rewriter
 
 from .pass_runs import loaded, outputs_of

@@ -20,13 +20,15 @@ from graphopt.provenance import origins
 
 from . import catalog
 from .operators import Operator
-from .ops_control import SCANNED
+from .ops_control import SCANNED, Row
 from .parameters import Lowered, Store
 from .placement import place
 from .support import refuse_unsupported
 from .tensors import torch_dtype
 
 Attributes = Mapping[str, ir.Attr]
+# Names the code that torch.fx writes reads itself: an argument of the name would hide it.
+_RESERVED = frozenset({"self", "torch", "device", "inf", "nan"})
 
 
 def lower(model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = False) -> fx.GraphModule:
@@ -75,7 +77,7 @@ class _Scope:
     def placeholder(self, name: str) -> fx.Node:
         """Add an argument of a name that is Python's and no other argument's."""
         name = _identifier(name)
-        while name in self.arguments:
+        while name in self.arguments or name in _RESERVED:
             name += "_"
         self.arguments.add(name)
         self.last_placeholder = self.graph.placeholder(name)
@@ -100,6 +102,7 @@ class _Frame:
         opsets: Versions of the operator sets.
         attributes: What the caller of a function gives.
         prefix: What sets names inside a call apart.
+        calls: The calls of functions it stands in, outermost first; their names need not differ.
         nodes: Value to the node that computes it.
     """
 
@@ -108,6 +111,7 @@ class _Frame:
     opsets: Mapping[str, int]
     attributes: Attributes
     prefix: str = ""
+    calls: tuple[ir.Node, ...] = ()
     nodes: dict[ir.Value, Any] = field(default_factory=dict)
 
 
@@ -177,7 +181,7 @@ class _Lowering:
         # What a function's caller gives goes by the caller's name for it.
         tensor = walk.constant_of(ir.Attr(kind, attribute.type, attribute.value))
         assert tensor is not None, "dense"
-        frame.nodes[node.outputs[0]] = frame.scope.read_stored(self._stored((frame.prefix, node), name, tensor))
+        frame.nodes[node.outputs[0]] = frame.scope.read_stored(self._stored((frame.calls, node), name, tensor))
 
     def _stored(self, key: Any, name: str, tensor: ir.TensorProtocol) -> str:
         if key not in self._paths:
@@ -189,7 +193,7 @@ class _Lowering:
         defaults = {name: attribute for name, attribute in function.attributes.items() if attribute.value is not None}
         prefix = f"{frame.prefix}{walk.label(node)}/"
         given = defaults | self._resolved(frame, node)
-        inner = _Frame(frame.scope, None, function.opset_imports, given, prefix)
+        inner = _Frame(frame.scope, None, function.opset_imports, given, prefix, (*frame.calls, node))
         arguments = [self._read(frame, value) for value in node.inputs]
         inner.nodes.update(zip(function.inputs, arguments, strict=False))
         inner.nodes.update(dict.fromkeys(function.inputs[len(arguments) :]))
@@ -272,7 +276,7 @@ class _Lowering:
                 return self._nested(frame, node, attribute.as_graph())
             case ir.AttributeType.TENSOR:
                 name = f"{frame.prefix}{walk.label(node)}.{attribute.name}"
-                path = self._stored((frame.prefix, node, attribute.name), name, attribute.as_tensor())
+                path = self._stored((frame.calls, node, attribute.name), name, attribute.as_tensor())
                 return frame.scope.read_stored(path)
             case ir.AttributeType.INTS | ir.AttributeType.FLOATS | ir.AttributeType.STRINGS:
                 return list(attribute.value)
@@ -282,7 +286,7 @@ class _Lowering:
     def _nested(self, frame: _Frame, node: ir.Node, graph: ir.Graph) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """Return the module of a nested graph, and what it captures: these follow its own inputs."""
         scope = _Scope(fx.Graph(), frame.scope)
-        inner = _Frame(scope, frame, frame.opsets, frame.attributes, frame.prefix)
+        inner = _Frame(scope, frame, frame.opsets, frame.attributes, frame.prefix, frame.calls)
         for index, value in enumerate(graph.inputs):
             inner.nodes[value] = scope.placeholder(value.name or f"input_{index}")
         scope.read_stored(self._anchor)  # the first of what is captured: see `placement`
@@ -311,9 +315,10 @@ def _wanted_outputs(node: ir.Node) -> int:
     return max((index + 1 for index, value in enumerate(node.outputs) if value.name), default=0)
 
 
-def _row(value: ir.Value) -> tuple[torch.dtype, tuple[int, ...]]:
+def _row(value: ir.Value) -> Row:
     """Return dtype and shape of what a loop stacks, as far as the model says; what it does not is of no elements."""
-    dtype = torch_dtype(value.dtype) if value.dtype not in (None, ir.DataType.STRING) else torch.float32
+    strings = value.dtype is ir.DataType.STRING
+    dtype = None if strings else torch_dtype(value.dtype) if value.dtype is not None else torch.float32
     return dtype, tuple(dim if isinstance(dim, int) else 0 for dim in value.shape or ())
 
 

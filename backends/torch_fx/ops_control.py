@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
+from .moved import moving
 from .operators import Operator, Table
 
 Body: TypeAlias = tuple[Any, Sequence[Any]]
+Row: TypeAlias = tuple[torch.dtype | None, tuple[int, ...]]
+"""Dtype, None of strings, and shape."""
 SCANNED = "scanned"
-"""Key of a nested module's `meta`: dtype and shape of each output as far as known, for loops that never ran."""
+"""Key of a nested module's `meta`: the `Row` of each output as far as known, for loops that never ran."""
 
 
 def if_(cond: torch.Tensor, *, then_branch: Body, else_branch: Body) -> tuple[Any, ...]:
@@ -43,14 +47,27 @@ def loop(
         state = given[: len(carried)]
         rows.append(given[len(carried) :])
     if rows:
-        return (*state, *(torch.stack([row[i] for row in rows]) for i in range(len(rows[0]))))
+        return (*state, *_stacked(rows))
     return (*state, *_nothing_scanned(module, 1 + len(carried), device))
 
 
-def _nothing_scanned(module: Any, first: int, device: torch.device) -> list[torch.Tensor]:
+def _stacked(rows: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return the rows of each output behind one another along a new first axis."""
+    return [_stack(*one) for one in zip(*rows, strict=True)]
+
+
+@moving
+def _stack(*rows: Any) -> Any:
+    return torch.stack(rows)
+
+
+def _nothing_scanned(module: Any, first: int, device: torch.device) -> list[Any]:
     """Return what a loop that never ran has stacked: no rows, of the dtypes and shapes of its outputs."""
     known = module.meta.get(SCANNED, [])[first:]
-    return [torch.zeros((0, *shape), dtype=dtype, device=device) for dtype, shape in known]
+    return [
+        np.empty((0, *shape), object) if dtype is None else torch.zeros((0, *shape), dtype=dtype, device=device)
+        for dtype, shape in known
+    ]
 
 
 def scan(
@@ -78,8 +95,7 @@ def scan(
         given = module(*state, *(tensor[step] for tensor in read), *captured)
         state = list(given[:first])
         rows.append(given[first:])
-    made = [torch.stack([row[i] for row in rows]) for i in range(len(rows[0]))] if rows else None
-    made = made if made is not None else _nothing_scanned(module, first, device)
+    made = _stacked(rows) if rows else _nothing_scanned(module, first, device)
     return (*state, *_laid_out(made, scan_output_axes, scan_output_directions))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .moved import moving, taken
 from .operators import Operator, Table
+from .unsigned import in_order, in_wider, widened
 
 # What torch calls ONNX's reductions of scattered elements.
 _REDUCTIONS: Mapping[str, str] = MappingProxyType({"add": "sum", "mul": "prod", "max": "amax", "min": "amin"})
@@ -71,7 +72,8 @@ def scatter_elements(
     if data.dtype is torch.bool:  # add is or, mul is and: those of 0 and 1
         kind = {"add": "amax", "mul": "amin"}.get(reduction, _REDUCTIONS[reduction])
         return data.byte().scatter_reduce(axis, at, updates.byte(), kind).bool()
-    return data.scatter_reduce(axis, at, updates, _REDUCTIONS[reduction])
+    compute = in_wider if reduction in ("add", "mul") else in_order
+    return compute(lambda one, other: one.scatter_reduce(axis, at, other, _REDUCTIONS[reduction]), data, updates)
 
 
 @moving
@@ -91,7 +93,7 @@ def scatter_nd(data: Tensor, indices: Tensor, updates: Tensor, *, reduction: str
         flat = flat * data.shape[at] + _counted(indices[..., at], data.shape[at], data.device)
     count, width = math.prod(data.shape[:depth]), math.prod(data.shape[depth:])
     rows = flat.reshape(-1, 1).expand(-1, width)
-    found = scatter_elements(data.reshape(count, width), rows, updates.reshape(-1, width), reduction=reduction)
+    found = scatter_elements(data.reshape(count, width), rows, updates.reshape(rows.shape), reduction=reduction)
     return found.reshape(data.shape)
 
 
@@ -124,7 +126,7 @@ def tensor_scatter(
 
 def nonzero(data: Tensor) -> Tensor:
     """Where elements are not zero: a row of indices for each axis."""
-    return data.nonzero().t()
+    return widened(data).nonzero().t()
 
 
 def one_hot(indices: Tensor, depth: Tensor, values: Any, *, axis: int = -1) -> Any:

@@ -15,6 +15,9 @@ from torch import Tensor
 from .moved import moving
 from .operators import Operator, Table
 
+# Up to it every integer is a float of 64 bits.
+_EXACT_INTEGER = 2**53
+
 
 def identity(data: object) -> object:
     """The input itself, whatever it is."""
@@ -185,7 +188,12 @@ def _padded(data: Tensor, pads: Sequence[int], axes: Sequence[int] | None, mode:
     around = {axis: (pads[at], pads[at + len(axes)]) for at, axis in enumerate(axes)}
     if mode == "constant":
         flat = [count for axis in reversed(range(data.dim())) for count in around.get(axis, (0, 0))]
-        return torch.nn.functional.pad(data, flat, value=value)
+        padded = torch.nn.functional.pad(data, flat, value=value)
+        if data.dtype.is_floating_point or abs(value) <= _EXACT_INTEGER:
+            return padded
+        # Torch takes the value for a float, of which not every large integer is one.
+        inside = torch.nn.functional.pad(torch.ones_like(data, dtype=torch.bool), flat)
+        return torch.where(inside, padded, torch.full((), int(value), dtype=data.dtype, device=data.device))
     for axis, (before, after) in around.items():
         if before or after:
             data = data.index_select(axis, _mirror(data, data.shape[axis], before, after, mode))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,7 +101,7 @@ def resize(
         assert scales is not None, "ONNX wants one of the two"
         factors = scales.tolist()
         # The part looked at does not count here, whatever ONNX's text says: nor does it in ONNX Runtime.
-        wanted = [math.floor(x.shape[axis] * factor) for axis, factor in zip(along, factors, strict=True)]
+        wanted = [_scaled(x.shape[axis], factor) for axis, factor in zip(along, factors, strict=True)]
     sampling = _Sampling(
         mode,
         coordinate_transformation_mode,
@@ -134,8 +135,13 @@ def _upsampled(x: Tensor, scales: Sequence[float], mode: str) -> Tensor:
     # What is nearest was not said then: ONNX Runtime takes the element below, and above where it samples down.
     for at, scale in enumerate(scales):
         sampling = _Sampling(mode, "asymmetric", nearest="ceil" if scale < 1 else "floor")
-        x = _resampled(x, [_Axis(at, x.shape[at], math.floor(x.shape[at] * scale), scale)], sampling)
+        x = _resampled(x, [_Axis(at, x.shape[at], _scaled(x.shape[at], scale), scale)], sampling)
     return x
+
+
+def _scaled(size: int, scale: float) -> int:
+    """Return a size times a scale, rounded down; in float32, in which ten times 0.7 are seven and not a bit less."""
+    return math.floor(np.float32(size) * np.float32(scale))
 
 
 def _sizes(x: Tensor, along: list[int], sizes: list[int], policy: str) -> tuple[list[int], list[float]]:

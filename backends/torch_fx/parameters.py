@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import keyword
 import mmap
 import operator
@@ -127,6 +128,12 @@ def _free(holder: nn.Module, name: str, shared: Any) -> str:
     while True:
         if shared is not None and type(holder._modules.get(name)) is shared:
             return name
-        if not hasattr(holder, name) and not hasattr(fx.GraphModule, name) and not keyword.iskeyword(name):
+        if not hasattr(holder, name) and name not in _taken() and not keyword.iskeyword(name):
             return name
         name += "_"
+
+
+@functools.cache
+def _taken() -> frozenset[str]:
+    """Return the names that every module of torch.fx has for itself, such as `forward`, `graph` and `meta`."""
+    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))

@@ -32,7 +32,7 @@ class PruneGradually(Prune, Recover):
     """
 
     rounds: int = opt(
-        4, help="how often weights are pruned, and the others trained; each has the options of both", low=1, high=100
+        3, help="how often weights are pruned, and the others trained; each has the options of both", low=1, high=100
     )
 
     name = "prune-gradually"

@@ -18,18 +18,18 @@ from graphopt.metrics import show_number
 from graphopt.report import show_count
 from graphopt.reporting.rows import counted
 
-from . import objectives
-from .acceleration import refuse_device
-from .augmentation import Augmentation, augmentation_of
-from .batch_statistics import updated_batch_norms
-from .constraints import Constrained, constrain
-from .curve import Curve
-from .engine import train
-from .parts import Objective, Proximal
-from .samples import Samples
-from .sparsity_penalty import penalty_of
-from .stored_weights import stored_tensor
-from .trainable import refuse
+from .constraints.constrained import Constrained, constrain
+from .constraints.stored_weights import stored_tensor
+from .constraints.trainable import refuse
+from .objectives import objective as objectives
+from .objectives.augmentation import Augmentation, augmentation_of
+from .objectives.batch_statistics import updated_batch_norms
+from .objectives.sparsity_penalty import penalty_of
+from .training.acceleration import refuse_device
+from .training.curve import Curve
+from .training.engine import train
+from .training.parts import Objective, Proximal
+from .training.samples import Samples
 
 if TYPE_CHECKING:
     from .recover import Recover
@@ -82,7 +82,7 @@ def recover(model: ir.Model, ctx: Context, options: Recover) -> None:
     # The edit is open while it trains: a run that ends before it does not train in vain.
     with ctx.rewriter.edit(RULE):
         if options.reconstruct != "no":
-            from .reconstruction import reconstruct
+            from .objectives.reconstruction import reconstruct
 
             curves = reconstruct(model, ctx, options)
         else:
@@ -120,7 +120,7 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
     )
     written = write_back(model, ctx, constrained)
     ctx.note(f"minimised: {objective.describe()}")
-    note_outcome(ctx, curve, written)
+    note_outcome(ctx, curve, written, constrained)
     for line in constrained.describe():
         ctx.note(line)
     if penalty is not None:
@@ -172,7 +172,7 @@ def fit(
     )
 
 
-def note_outcome(ctx: Context, curve: Curve, written: int) -> None:
+def note_outcome(ctx: Context, curve: Curve, written: int, constrained: Constrained) -> None:
     """Say what came of a training: how long it took, and how the loss went."""
     where = curve.device if curve.processes == 1 else f"{curve.processes} processes on {curve.device}"
     text = f"trained {show_count(curve.trained)} numbers for {counted(curve.steps, 'step')} on {where}"
@@ -185,7 +185,7 @@ def note_outcome(ctx: Context, curve: Curve, written: int) -> None:
     if curve.stopped:
         text += f"; stopped early: {curve.stopped}"
     # As `graphopt.reporting.trainings` expects it, for charts.
-    ctx.note(text, constants=written, loss_curve=curve.as_dict())
+    ctx.note(text, constants=written, held=constrained.facts(), loss_curve=curve.as_dict())
     if not written:
         ctx.left("training changed nothing: every weight is stored as it was")
 

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from graphopt.errors import BackendError, PassError, UsageError
 from graphopt.processes import process_count
 
+from ..settings import Training
 from .fingerprints import digest
-from .settings import Training
 
 # Digests are compared as integers of 64 bits.
 _LARGEST_INTEGER = 2**63

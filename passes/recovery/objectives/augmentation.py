@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.backend import Array
 from graphopt.errors import UsageError
 
-from .aim import MIXING
+from ..aim import MIXING
 
 _IMAGE_RANK = 4
 # Greyscale, colours, colours with transparency: an axis of another length holds no colours.

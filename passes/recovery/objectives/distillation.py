@@ -13,12 +13,12 @@ from graphopt.data import Batch
 from graphopt.errors import PassError
 from graphopt.shapes import dims_of
 
-from .aim import Aim
+from ..aim import Aim
 from .scores import Scores, holds_classes, items_of, scores_of
 from .terms import Items, Term, Values
 
 if TYPE_CHECKING:
-    from .samples import TrainingBatch
+    from ..training.samples import TrainingBatch
 
 # Keys and values that a decoder hands to its next step follow from what the step is trained on.
 _PASSED_ON = ("present", "past_key_values", "new_key", "new_value")

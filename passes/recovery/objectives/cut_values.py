@@ -12,7 +12,7 @@ from graphopt import walk
 from graphopt.fragment import constant_content, values_read
 from graphopt.shapes import dims_of
 
-from ..analyses.linear_layers import LINEAR_OPS
+from ...analyses.linear_layers import LINEAR_OPS
 
 T = TypeVar("T")
 

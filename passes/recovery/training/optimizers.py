@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .settings import Training
+from ..settings import Training
 
 # The second beta of Adam, and what keeps it from dividing by zero: those of the paper (Kingma & Ba, 2015).
 _SECOND_BETA = 0.999

@@ -15,10 +15,10 @@ from torch import nn
 from graphopt import walk
 from graphopt.backend import Array
 
+from ..held import Held
 from .bias_scales import bias_scales
 from .constant_kinds import BIAS, SCALE, WEIGHT, ZERO_POINT
 from .constant_readers import Reader, readers_of
-from .held import Held
 from .kept_constants import Kept
 from .kept_floats import adapter_for
 from .latent_codes import CodeGrid, LatentCodes, grid_of

@@ -17,13 +17,13 @@ from torch import fx, nn
 from graphopt.backend import Array
 from graphopt.errors import PassError
 
+from ..settings import Training
 from .acceleration import is_sharded, summed, tell_of_unused, whole
 from .lowered_values import TeacherValues, values_of
 from .optimizers import Trained, make_optimizer
 from .parts import Objective, ParameterGroup, Proximal
 from .samples import Outputs, Samples, TrainingBatch
 from .schedules import rate_factor
-from .settings import Training
 
 # An objective that wants to see batches first is shown so many samples: enough for averages.
 PREPARATION_ROWS = 256

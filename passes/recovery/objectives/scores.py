@@ -17,12 +17,12 @@ from graphopt.explaining.codes import is_dequantize, is_quantize
 from graphopt.metrics import KL, default_metrics
 from graphopt.shapes import dims_of
 
-from ..analyses.linear_layers import LINEAR_OPS
-from ..analyses.padding import mask_of
+from ...analyses.linear_layers import LINEAR_OPS
+from ...analyses.padding import mask_of
 from .terms import Items, Values, class_scores
 
 if TYPE_CHECKING:
-    from .samples import TrainingBatch
+    from ..training.samples import TrainingBatch
 
 # Probabilities below this say no more than that they are small; the metric KL has the same floor.
 SMALLEST_SHARE = 1e-12

@@ -15,11 +15,11 @@ from graphopt.backend import Array
 from graphopt.errors import UsageError
 from graphopt.shapes import infer_shapes
 
-from ..analyses.channel_groups import ChannelGroup, channel_groups, input_axis
-from .aim import Aim
+from ...analyses.channel_groups import ChannelGroup, channel_groups, input_axis
+from ..aim import Aim
 
 if TYPE_CHECKING:
-    from .constraints import Constrained
+    from ..constraints.constrained import Constrained
 
 # Constants that a channel is made of, by what they are for; scales and adapters are of the layer, not of a channel.
 _OF_CHANNELS = ("weights", "biases", "norms")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .settings import Training
+from ..settings import Training
 
 # `schedule=step`: when the rate drops, as shares of the steps behind the warm-up, and to which part of what it was.
 DROPS = (0.5, 0.75, 0.9)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.data import Dataset
 from graphopt.errors import PassError, UsageError
 
-from .aim import MIXING, SHARE_BESIDE_A_TASK, Aim
+from ..aim import MIXING, SHARE_BESIDE_A_TASK, Aim
 from .attention_transfer import attention_terms
 from .augmentation import augmentation_of
 from .distillation import distillation_terms
@@ -22,7 +22,7 @@ from .terms import Losses, Term, Values
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .samples import TrainingBatch
+    from ..training.samples import TrainingBatch
 
 
 # Subjects of one measure that are named; a detector may have a dozen outputs.

@@ -11,10 +11,10 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.errors import PassError
 
-from ..analyses.selection import select
+from ...analyses.selection import select
+from ..held import ADAPTERS, Held
 from .constant_kinds import WEIGHT, kind_of, long_axes
 from .constant_readers import Reader, readers_of
-from .held import ADAPTERS, Held
 
 # Operators that compute on integers, or decode them inside: they have no gradient to train by.
 _INTEGER_OPS = frozenset(

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from graphopt.backend import Array
 from graphopt.data import Dataset
 
-from .lowered_values import values_of
-from .samples import StoredSamples
+from ..training.lowered_values import values_of
+from ..training.samples import StoredSamples
 
 # What the functions of torch's backend that normalize so are called.
 _FUNCTION = "batch_normalization"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .settings import Training
+from ..settings import Training
 
 # What does not change the result: whoever asks for other checkpoints goes on from those there are.
 _OF_NO_EFFECT = frozenset({"checkpoints", "checkpoint_every", "minutes"})

@@ -16,6 +16,7 @@ from graphopt.data import Dataset
 from graphopt.errors import BackendError, PassError, one_line
 from graphopt.progress import Display
 
+from ..settings import Training
 from .acceleration import accelerating, refuse_differences
 from .checkpoints import Checkpoints
 from .curve import Curve, Look, Point
@@ -23,7 +24,6 @@ from .early_stopping import EarlyStopping
 from .fingerprints import fingerprint
 from .parts import Constraint, Objective, Proximal
 from .samples import Augmenting, Order, Samples, StoredSamples, held_out_of
-from .settings import Training
 from .stepping import Stepper
 
 _OUT_OF_TIME = "`minutes` are over"

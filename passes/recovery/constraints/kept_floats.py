@@ -12,9 +12,9 @@ from torch import nn
 
 from graphopt import walk
 
+from ..held import ADAPTERS, Held
 from .adapters import Adapter
 from .constant_kinds import SCALE, TABLE, WEIGHT, ZERO_POINT
-from .held import ADAPTERS, Held
 from .kept_constants import Kept
 from .masks import Masked, kept_of_floats, pattern_of
 from .placement import Placement

@@ -16,7 +16,7 @@ from .terms import Items, Term, Values
 from .value_pairs import pairs_at_blocks
 
 if TYPE_CHECKING:
-    from .samples import TrainingBatch
+    from ..training.samples import TrainingBatch
 
 # Vectors of one value that a linear map is fitted to, of each batch looked at: images have one at each pixel.
 _VECTORS_A_BATCH = 8192

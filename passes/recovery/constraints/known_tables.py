@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import onnx_ir as ir
 
-from ..solvers.codebook import FP4, NF4, powers_of_two
+from ...solvers.codebook import FP4, NF4, powers_of_two
 
 # Formats of powers of two have this many bits at the least and at the most.
 _FEWEST_BITS, _MOST_BITS = 2, 6

@@ -21,7 +21,7 @@ from .terms import Items, Term, Values
 from .value_pairs import MOST_PLACES, paired, pairs_at_blocks
 
 if TYPE_CHECKING:
-    from .samples import TrainingBatch
+    from ..training.samples import TrainingBatch
 
 # What may stand between attention weights and the product they are for.
 _BETWEEN = ("Cast", "Dropout", "Expand", "Identity", "Reshape", "Where")

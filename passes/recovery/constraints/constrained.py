@@ -15,8 +15,8 @@ from graphopt.backend import Array
 from graphopt.errors import PassError
 from graphopt.reporting.rows import counted
 
+from ..held import ADAPTERS, Held
 from .constant_kinds import BIAS, NORM, SCALE, TABLE, WEIGHT, ZERO_POINT
-from .held import ADAPTERS, Held
 from .kept_constants import Kept
 from .kept_floats import keep_floats
 from .kept_integers import keep_codes, keep_scales

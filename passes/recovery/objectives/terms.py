@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .samples import TrainingBatch
+    from ..training.samples import TrainingBatch
 
 Values = Mapping[str, Any]
 

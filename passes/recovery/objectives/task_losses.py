@@ -22,7 +22,7 @@ from .scores import Scores, items_of, scores_of
 from .terms import IGNORED_LABEL, Items, Term, Values
 
 if TYPE_CHECKING:
-    from .samples import TrainingBatch
+    from ..training.samples import TrainingBatch
 
 _SCAN_BATCH = 256  # labels looked at together
 

@@ -17,18 +17,18 @@ from graphopt.data import Chunk, Dataset
 from graphopt.metrics import show_number
 from graphopt.reporting.rows import counted
 
-from .constraints import Constrained, constrain
-from .curve import Curve
+from ..constraints.constrained import Constrained, constrain
+from ..training.curve import Curve
+from ..training.samples import StoredSamples, TrainingBatch
 from .distillation import Power
 from .module_pieces import Piece
-from .objectives import Objective
-from .samples import StoredSamples, TrainingBatch
+from .objective import Objective
 from .scores import items_of
 from .spans import Side, Stage, spans_of, stages_of
 from .terms import Items, Term, Values
 
 if TYPE_CHECKING:
-    from .recover import Recover
+    from ..recover import Recover
 
 # Under this name a piece's samples hold what its outputs are to be; no value of a model has a name with a space first.
 _TARGET = " target "
@@ -148,7 +148,7 @@ def reconstruct(model: ir.Model, ctx: Context, options: Recover) -> list[Curve]:
     Raises:
         PassError: The models have no part in common but the whole, or no part of it trains.
     """
-    from .recovery_run import device_of, fit, open_backend, write_back
+    from ..recovery_run import device_of, fit, open_backend, write_back
 
     assert ctx.reference is not None, "the objective was chosen with a teacher"
     assert ctx.data is not None, "the pass declares that it needs data"

@@ -1,0 +1,1 @@
+"""What of a model trains, and what of it stays as it is."""

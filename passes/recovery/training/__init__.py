@@ -1,0 +1,1 @@
+"""The training engine: weights, batches and steps, over Accelerate."""

@@ -9,7 +9,8 @@ their labels are not read. Every row is a command in a process of its own: `grap
 ``--device`` trains there, in ``--precision``.
 
 ``distributed`` trains the digits network of ``models/`` by one process with accumulated gradients and by two on gloo,
-and compares the loss curves; then kills a training mid-way, goes on from its checkpoint, and compares the files bit by bit.
+and compares the loss curves; then kills a training mid-way, goes on from its checkpoint, and compares the files bit by
+bit.
 """
 
 from __future__ import annotations

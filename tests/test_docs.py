@@ -16,6 +16,7 @@ import pytest
 import typer.main
 
 from graphopt import cli
+from graphopt.commands.recover_command import option_groups
 from graphopt.pipeline import Pipeline
 from graphopt.report import Report, Side, StepRecord
 
@@ -215,10 +216,12 @@ def command_options() -> dict[str, set[str]]:
             name: command,
             **{f"{name} {one}": inner for one, inner in getattr(command, "commands", {}).items()},
         }
-    return {
+    known = {
         name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         for name, command in commands.items()
     }
+    known["recover"] |= {words.split()[0] for _, rows in option_groups() for words, _ in rows}
+    return known
 
 
 def calls(document: Path) -> list[list[str]]:

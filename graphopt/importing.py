@@ -16,7 +16,7 @@ from graphopt.backend import Array
 from graphopt.choices import find_backend, find_target
 from graphopt.comparison import Comparison
 from graphopt.driver import optimize
-from graphopt.errors import UsageError, VerificationError
+from graphopt.errors import BackendError, UsageError, VerificationError
 from graphopt.model_io import save
 from graphopt.output_files import check_output
 from graphopt.progress import Display
@@ -110,10 +110,13 @@ def import_module(
             output_names=output_names,
         )
     exported_nodes = sum(1 for _ in walk.every_node(model))
-    if not raw:
-        model = optimize(model, CLEAN_UP, backend=backend, timed=False, progress=progress).model
-    with display.stage("comparing with the module"):
-        comparison = _compare(model, given, wanted, runtime)
+    try:
+        if not raw:
+            model = optimize(model, CLEAN_UP, backend=backend, timed=False, progress=progress).model
+        with display.stage("comparing with the module"):
+            comparison = _compare(model, given, wanted, runtime)
+    except BackendError as error:
+        raise BackendError(error.message, hint="`--backend torch` computes nearly all that torch exports") from error
     if not comparison.within(tolerance):
         worst = comparison.worst
         assert worst is not None, "nothing compared is nothing wrong"

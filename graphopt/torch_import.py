@@ -89,7 +89,7 @@ def from_torch(
         try:
             program = torch.onnx.export(
                 module,
-                tuple(args),
+                _positional(args, kwargs),
                 kwargs=dict(kwargs or {}),
                 dynamic_shapes=dynamic_shapes,
                 opset_version=opset,
@@ -103,6 +103,8 @@ def from_torch(
             raise _explained(error) from error
     assert program is not None, "without a file, export returns a program"
     model: ir.Model = program.model
+    if not model.graph.outputs:
+        raise ModelError("the module returns no tensor", hint="`forward` returns what the model is to give")
     _check_opset(model, opset)
     _check_free(model, dynamic_shapes)
     _check_names("input", model.graph.inputs, input_names)
@@ -113,6 +115,11 @@ def from_torch(
     if isinstance(module, torch.nn.Module):
         model.graph.name = type(module).__name__
     return model
+
+
+def _positional(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[Any, ...]:
+    """Return example inputs as the exporter takes them: without named ones it takes a dict at the end for these."""
+    return (*args, {}) if args and isinstance(args[-1], dict) and not kwargs else tuple(args)
 
 
 def import_torch() -> Any:

@@ -15,7 +15,7 @@ import pytest
 
 import graphopt
 from benchmarks.real_models import calibration, load_scorer
-from graphopt import provenance, registry
+from graphopt import provenance, registry, walk
 from graphopt.backend import Array, Differentiable
 from graphopt.data import open_data
 from graphopt.errors import BackendError, UsageError
@@ -143,6 +143,8 @@ NAMES = (
     "x/y:0",
     'quo"ted',
     "graph",
+    "meta",
+    "_code",
     "class",
     "_parameters",
     ".",
@@ -172,6 +174,29 @@ def test_initializers_of_any_name_become_parameters() -> None:
         assert module.get_parameter(lowered.parameters[name])[0] == index + 1
     assert next(node.meta["onnx"] for node in module.graph.nodes if "operator" in node.meta) == "add 0"
     assert lowered.values["sum.0"].meta["onnx"] == "add 0"
+
+
+@pytest.mark.parametrize("name", ["self", "torch", "device", "inf", "print", "graphopt"])
+def test_an_input_hides_nothing_that_the_code_reads(name: str) -> None:
+    model = model_of(f"""g (float[a,b] {name}) => (float[n] y) <int64 zero = {{0}}, int64 one = {{1}}> {{
+        size = Size({name}) ramp = Range(zero, size, one) f = Cast<to = 1>(ramp) flat = Constant<value_ints = [-1]>()
+        row = Reshape({name}, flat) y = Add(f, row) }}""")
+    assert_same_as_onnxruntime(model, {name: np.ones((2, 3), np.float32)})
+
+
+def test_of_equal_names_the_outermost_is_the_parameter() -> None:
+    model = model_of("""g (float[2] x, bool c) => (float[2] y) <float[2] w = {3, 4}> {
+        z = If (c) <then_branch = t () => (float[2] a) <float[2] v = {1, 2}> { a = Mul(x, v) },
+                    else_branch = e () => (float[2] b) <float[2] v = {5, 6}> { b = Mul(x, v) }>
+        y = Add(z, w) }""")
+    for graph in walk.graphs_within(model.graph):  # as exporters of old named them
+        if graph is not model.graph:
+            graph.initializers["v"].name = "w"
+    module = lower(model)
+    assert module.get_parameter(module.meta["graphopt"].parameters["w"]).tolist() == [3, 4]
+    for choice, factor in ((True, np.array([1, 2])), (False, np.array([5, 6]))):
+        (y,) = module(torch.ones(2), torch.tensor(choice))
+        np.testing.assert_array_equal(y, factor + np.array([3, 4]))
 
 
 def test_a_shared_weight_is_one_parameter() -> None:
@@ -217,6 +242,16 @@ def test_control_flow(case: str) -> None:
         assert trained_step(model, feeds)["w"].any()
 
 
+def test_strings_go_round_a_loop() -> None:
+    model = model_of("""g (string[2] words, int64 n) => (string[2] last, string[k] rows) <bool on = {1}> {
+        last, rows = Loop (n, on, words) <body = b (int64 i, bool c, string[2] s) => (bool d, string[2] t, string r) {
+            d = Identity(c) t = Identity(s) r = Gather(words, i) }>
+    }""")
+    for turns in (0, 2):
+        found = run_in("torch", model, {"words": np.array(["a", "b"], object), "n": np.array(turns)})
+        assert (found["last"].tolist(), found["rows"].tolist()) == (["a", "b"], ["a", "b"][:turns])
+
+
 def test_functions_are_computed_in_place_with_what_their_callers_give() -> None:
     pytest.importorskip("onnxruntime")
     import onnx
@@ -230,6 +265,9 @@ def test_functions_are_computed_in_place_with_what_their_callers_give() -> None:
     feeds = {"x": np.array([1, 2], np.float32)}
     np.testing.assert_array_equal(run_in("torch", model, feeds)["y"], [6, 12])
     assert_same_as_onnxruntime(model, feeds)
+    for node in model.graph:
+        node.name = "the same"
+    np.testing.assert_array_equal(run_in("torch", model, feeds)["y"], [6, 12])
 
 
 def test_sizes_stay_on_the_host() -> None:
@@ -249,6 +287,22 @@ def test_sizes_stay_on_the_host() -> None:
     assert module.meta["graphopt"].buffers == {}
     feeds = generated_feeds(model, 0, sets=1)[0]
     assert_same_as_onnxruntime(model, {**feeds, "x": np.ones((3, 1, 4), np.float32)})
+
+
+def test_sizes_that_are_tensors_too_stay_on_the_host() -> None:
+    model = model_of("""g (float[b,4] x, bool c) => (float[r] y) <int64[1] zero = {0}, int64[1] last = {-1}> {
+        rows = SplitToSequence<keepdims = 0>(x) n = SequenceLength(rows) u = Unsqueeze(n, zero)
+        all = Concat<axis = 0>(u, last) same = Reshape(x, all) f = Cast<to = 1>(u) scaled = Mul(same, f)
+        z = If (c) <
+            then_branch = t () => (float[k] p) { wide = Reshape(scaled, all) p = ReduceSum<keepdims = 0>(wide, zero) },
+            else_branch = e () => (float[k] q) {
+                g = Cast<to = 1>(all) s = ReduceSum(g) h = Mul(scaled, s) q = ReduceMax<keepdims = 0>(h, zero) }>
+        y = Identity(z)
+    }""")
+    for choice in (True, False):
+        (y,) = lower(model).to("meta")(torch.empty(3, 4, device="meta"), torch.tensor(choice))
+        assert (y.shape, y.device.type) == ((4,), "meta")
+        assert_same_as_onnxruntime(model, {"x": np.arange(12, dtype=np.float32).reshape(3, 4), "c": np.array(choice)})
 
 
 def test_a_real_language_model_reads_nothing_from_its_device(scorer: ModuleType) -> None:

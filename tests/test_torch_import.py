@@ -129,6 +129,20 @@ def operators(model: graphopt.ir.Model) -> list[str]:
     return [node.op_type for node in walk.every_node(model)]
 
 
+class Nested(nn.Module):
+    """Inputs in a list and a dict."""
+
+    def forward(self, rows: Any, more: Any) -> Any:
+        return rows[0] + rows[1] * more["scale"]
+
+
+class Silent(nn.Module):
+    """Nothing comes out."""
+
+    def forward(self, x: Any) -> None:
+        return None
+
+
 def test_other_sizes_than_the_example_give_what_the_module_gives(language: Any, tmp_path: Path) -> None:
     module, model = language
     ids = torch.arange(21).reshape(3, 7) % 16
@@ -222,9 +236,16 @@ def test_named_inputs_and_nested_outputs(tmp_path: Path) -> None:
     np.testing.assert_allclose(times, (ROWS * (ROWS + 1)).numpy(), atol=1e-6)
 
 
+def test_a_dict_may_come_last() -> None:
+    model = graphopt.from_torch(Nested().eval(), ([ROWS, ROWS], {"scale": ROWS}))
+    assert len(model.graph.inputs) == 3
+    assert len(model.graph.outputs) == 1
+
+
 @pytest.mark.parametrize(
     ("module", "options", "said"),
     [
+        (Silent(), {}, "returns no tensor"),
         (InPython(), {}, r"in Python by what tensors hold \(test_torch_import\.py, line \d+\)"),
         (Unknown(), {}, "`prims::bessel_j0` has no counterpart in ONNX"),
         (Fixed(), {"dynamic_shapes": {"x": {0: torch.export.Dim("batch")}}}, "dimension `batch`"),
@@ -287,6 +308,9 @@ def training():
 
 def broken():
     raise RuntimeError("no weights")
+
+def narrow():
+    return nn.Linear(8, 4).to(torch.bfloat16).eval(), (torch.ones(2, 8, dtype=torch.bfloat16),)
 
 def unfit():
     return nn.Linear(2, 2).eval(), (torch.ones(2, 3),)
@@ -360,6 +384,15 @@ def test_sources_that_are_none(source: str, tmp_path: Path) -> None:
 def test_folder_of_the_output_is_looked_at_before_any_work(factory: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         import_module(f"{factory}:broken", tmp_path / "none" / "out.onnx")
+
+
+def test_backend_that_lacks_a_type_is_one_to_choose_another_for(factory: Path, tmp_path: Path) -> None:
+    refused = command(f"{factory}:narrow", "-o", tmp_path / "out.onnx")
+    assert refused.exit_code != 0
+    assert "--backend torch" in getattr(refused.exception, "hint", "") + refused.output
+    assert not list(tmp_path.iterdir())
+    imported = import_module(f"{factory}:narrow", tmp_path / "out.onnx", backend="torch")
+    assert imported.files
 
 
 def test_model_that_computes_something_else_is_not_written(

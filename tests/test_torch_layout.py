@@ -342,6 +342,28 @@ def test_a_scalar_has_no_axis_to_be_zero_along() -> None:
     assert function("NonZero")(torch.tensor(3.0)).shape == (0, 1)  # ONNX Runtime follows NumPy's older ways
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_unsigned_elements_are_scattered_and_found(dtype: Any) -> None:
+    top = torch.iinfo(dtype).max
+    data, updates = torch.tensor([1, top, 3, 0], dtype=dtype), torch.tensor([2, top - 1], dtype=dtype)
+    for reduction, expected in (("add", [1, top, 3, 0]), ("mul", [1, 4, 3, 0]), ("max", [1, top, 3, 0])):
+        for op_type, indices in (("ScatterElements", torch.tensor([1, 1])), ("ScatterND", torch.tensor([[1], [1]]))):
+            found = function(op_type)(data, indices, updates, reduction=reduction).tolist()
+            assert found == expected, (op_type, reduction)
+    assert function("NonZero")(data).tolist() == [[0, 1, 2]]
+
+
+def test_slices_of_no_elements_are_scattered() -> None:
+    found = function("ScatterND")(torch.zeros(4, 0), torch.tensor([[0], [1]]), torch.zeros(2, 0), reduction="add")
+    assert found.shape == (4, 0)
+
+
+@pytest.mark.parametrize("value", [2**53 + 1, -(2**63), 2**63 - 1])
+def test_a_large_integer_is_padded_with_as_it_is(value: int) -> None:
+    found = function("Pad")(torch.tensor([5]), torch.tensor([1, 1]), torch.tensor(value))
+    assert found.tolist() == [value, 5, value]
+
+
 def test_nothing_is_written_into_inputs() -> None:
     data = torch.zeros(3, 4)
     function("ScatterND")(data, torch.tensor([[1]]), torch.ones(1, 4))

@@ -185,7 +185,8 @@ class _Lowering:
 
     def _stored(self, key: Any, name: str, tensor: ir.TensorProtocol) -> str:
         if key not in self._paths:
-            self._paths[key] = self._store.put(name, tensor)
+            outermost = isinstance(key, ir.Value) and key.graph is self._model.graph
+            self._paths[key] = self._store.put(name, tensor, outermost=outermost)
         return self._paths[key]
 
     def _lower_call(self, frame: _Frame, node: ir.Node, function: ir.Function) -> None:

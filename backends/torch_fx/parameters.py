@@ -66,17 +66,20 @@ class Store:
     buffers: dict[str, str] = field(default_factory=dict)
     _mappings: dict[MappedFile, mmap.mmap | None] = field(default_factory=dict)
 
-    def put(self, name: str, tensor: ir.TensorProtocol) -> str:
-        """Store a tensor on the memory it lies in, and return its path: floats as parameters, the rest as buffers."""
+    def put(self, name: str, tensor: ir.TensorProtocol, *, outermost: bool = False) -> str:
+        """Store a tensor on the memory it lies in, and return its path: floats as parameters, the rest as buffers.
+
+        Nested graphs may have the same name for different things: it then means the outermost, or else the first.
+        """
         holder, path = self._place(name)
         field_name = path.rpartition(".")[2]
         held = to_torch(self._array(tensor))
         if tensor.dtype in TRAINABLE:
             holder.register_parameter(field_name, nn.Parameter(held, requires_grad=False))
-            self.parameters.setdefault(name, path)
+            self.parameters[name] = path if outermost else self.parameters.get(name, path)
         elif isinstance(held, torch.Tensor):
             holder.register_buffer(field_name, held)
-            self.buffers.setdefault(name, path)
+            self.buffers[name] = path if outermost else self.buffers.get(name, path)
         else:  # strings
             setattr(holder, field_name, held)
         return path

@@ -1,8 +1,9 @@
 """What stays on the host when a module goes to a GPU: sizes, axes, and the arithmetic that finds them.
 
-Reading such a number from a GPU means to wait for it. So whatever is computed of sizes and constants alone, and is only
-read as numbers (`Operator.sizes`), is computed by the CPU; a constant that is read so becomes part of the module's
-code. What is on the host and meets tensors of the module's device is brought there. On a CPU all of this does nothing.
+Reading such a number from a GPU means to wait for it. So whatever is computed of sizes and constants alone, and is
+read as numbers somewhere (`Operator.sizes`), is computed by the CPU; a constant that is read so becomes part of the
+module's code. What is on the host and meets tensors of the module's device is brought there. On a CPU all of this does
+nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from torch import fx
 
 from .operators import Operator
+from .ops_sequence import optional_has_element, sequence_length
 from .ops_shapes import shape, size
 
 # A constant of more elements is no list of sizes.
 _LONGEST = 1024
 # Operators whose outputs are on the host by themselves.
-_NUMBERS: frozenset[Any] = frozenset({shape, size})
+_NUMBERS: frozenset[Any] = frozenset({optional_has_element, sequence_length, shape, size})
 
 Constants: TypeAlias = Mapping[fx.Node, torch.Tensor]
 Bodies: TypeAlias = Callable[[str], Any]
@@ -79,7 +81,7 @@ class _Placing:
                 self._graph.erase_node(node)
 
     def _on_host(self) -> set[fx.Node]:
-        """Return what the host computes: what it can and has all inputs of, and of which only numbers are read."""
+        """Return what the host computes: what it can and has all inputs of, and of which numbers are read."""
         able: set[fx.Node] = set(self._hosted) | set(self._constants)
         for node in self._graph.nodes:
             if self._is_able(node, able):
@@ -159,7 +161,7 @@ class _Placing:
         arguments = [node for node in body.graph.nodes if node.op == "placeholder"]
         pairs = list(zip(arguments[len(arguments) - len(captured) :], captured, strict=True))
         constants = {inner: self._constants[outer] for inner, outer in pairs if outer in self._constants}
-        hosted = frozenset(inner for inner, outer in pairs if outer in self._host)
+        hosted = frozenset(inner for inner, outer in pairs if outer in self._host and not self._is_argument(outer))
         _Placing(body.graph, pairs[0][0], constants, self._bodies, hosted).settle()
         body.recompile()
 
@@ -193,12 +195,10 @@ def _nested(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
 
 
 def _is_wanted(node: fx.Node, wanted: set[fx.Node]) -> bool:
-    return bool(node.users) and all(user in wanted or _reads_numbers(user, node) for user in node.users)
+    return any(user in wanted or _reads_numbers(user, node) for user in node.users)
 
 
 def _reads_numbers(user: fx.Node, node: fx.Node) -> bool:
-    """Return whether a user reads nothing but numbers of a node."""
-    if "operator" not in user.meta or any(node is one for _, captured in _nested(user) for one in captured):
-        return False
-    places = [index for index, one in enumerate(user.args) if one is node]
-    return set(places) <= set(user.meta["operator"].sizes) and node not in user.kwargs.values()
+    """Return whether a user reads numbers of a node, whatever else it does with it."""
+    sizes = user.meta["operator"].sizes if "operator" in user.meta else ()
+    return any(one is node for index, one in enumerate(user.args) if index in sizes)

@@ -77,7 +77,7 @@ def to_torch(array: Array) -> Any:
         array = array.astype(array.dtype.newbyteorder("="))
     dtype = ir.DataType.from_numpy(array.dtype)
     target = torch_dtype(dtype)
-    if any(stride < 0 for stride in array.strides):
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = np.ascontiguousarray(array)
     if dtype.bitwidth < _BYTE:
         held = np.float32 if target == torch.float32 else np.int8 if target == torch.int8 else np.uint8

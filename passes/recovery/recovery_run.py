@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -19,12 +20,13 @@ from graphopt.report import show_count
 from graphopt.reporting.rows import counted
 
 from .constraints.constrained import Constrained, constrain
-from .constraints.stored_weights import stored_tensor
+from .constraints.stored_weights import as_array, stored_tensor
 from .constraints.trainable import refuse
 from .objectives import objective as objectives
 from .objectives.augmentation import Augmentation, augmentation_of
 from .objectives.batch_statistics import updated_batch_norms
 from .objectives.sparsity_penalty import penalty_of
+from .objectives.task_losses import source_of
 from .training.acceleration import refuse_device
 from .training.curve import Curve
 from .training.engine import train
@@ -116,6 +118,7 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
         teacher=teacher,
         proximal=penalty,
         augmentation=augmentation_of(options.augment, model),
+        identity={"task": source_of(options.task)},
         device=device,
     )
     written = write_back(model, ctx, constrained)
@@ -134,8 +137,10 @@ def _update_batch_norms(model: ir.Model, ctx: Context, student: fx.GraphModule, 
     """Write the statistics of batch normalizations, as they are behind trained layers."""
     assert ctx.data is not None, "the pass declares that it needs data"
     values, new = constants_by_name(model), updated_batch_norms(student, ctx.data, batch, device)
-    for name, array in new.items():
-        ctx.rewriter.set_weight(values[name], ir.tensor(array))
+    for name, tensor in new.items():
+        dtype = values[name].dtype
+        assert dtype is not None, "constants have a dtype"
+        ctx.rewriter.set_weight(values[name], stored_tensor(values[name], as_array(tensor, dtype)))
     if new:
         ctx.note(f"statistics of batch normalizations taken anew: {len(new)} constants")
     else:
@@ -153,6 +158,7 @@ def fit(
     teacher: fx.GraphModule | None = None,
     proximal: Proximal | None = None,
     augmentation: Augmentation | None = None,
+    identity: Mapping[str, Any] | None = None,
     device: str = "cpu",
 ) -> Curve:
     """Train a lowered model, or a lowered part of one, as the options say."""
@@ -165,6 +171,7 @@ def fit(
         teacher=teacher,
         proximal=proximal,
         augmentation=augmentation,
+        identity=identity,
         seed=ctx.seed,
         threads=ctx.threads,
         device=device,

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from graphopt.backend import Array
 from graphopt.data import Dataset
 
 from ..training.lowered_values import values_of
-from ..training.samples import StoredSamples
+from ..training.samples import StoredSamples, TrainingBatch
 
 # What the functions of torch's backend that normalize so are called.
 _FUNCTION = "batch_normalization"
@@ -49,23 +48,32 @@ class _Moments:
 
 
 @dataclass(eq=False)
+class _Now:
+    """The batch that is run: rows that only pad it are no part of any statistics."""
+
+    batch: TrainingBatch | None = None
+
+
+@dataclass(eq=False)
 class _Watching:
     """A normalization that notes what it is given, and normalizes by the statistics of the batch."""
 
     function: Callable[..., Any]
     moments: _Moments
+    now: _Now
     __name__: str = "watching"
 
     def __call__(self, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, **options: Any) -> Any:
-        self.moments.add(x)
-        batch = _Moments()
-        batch.add(x)
+        assert self.now.batch is not None, "a batch is run"
+        batch, real = _Moments(), self.now.batch.real(x)
+        self.moments.add(real)
+        batch.add(real)
         now_mean, now_variance = batch.statistics()
         return self.function(x, scale, bias, now_mean.to(mean), now_variance.to(variance), **options)
 
 
 @torch.no_grad()
-def updated_batch_norms(module: fx.GraphModule, data: Dataset, batch: int, device: str = "cpu") -> dict[str, Array]:
+def updated_batch_norms(module: fx.GraphModule, data: Dataset, batch: int, device: str = "cpu") -> dict[str, Tensor]:
     """Return the statistics of every batch normalization, as of what it sees over the samples.
 
     As in training, each normalizes by the statistics of the batch meanwhile, so that what the next one sees does not
@@ -78,21 +86,21 @@ def updated_batch_norms(module: fx.GraphModule, data: Dataset, batch: int, devic
         device: Where.
 
     Returns:
-        Initializer name to mean or variance, [channels], in its dtype; nothing where normalizations were folded into
+        Initializer name to mean or variance, float64 [channels]; nothing where normalizations were folded into
         layers.
     """
     moments: dict[tuple[str, str], _Moments] = {}
-    before = {}
+    before, now = {}, _Now()
     for node in module.graph.nodes:
         paths = _statistics_of(node)
         if paths is not None:
             before[node] = node.target
-            node.target = _Watching(node.target, moments.setdefault(paths, _Moments()))
+            node.target = _Watching(node.target, moments.setdefault(paths, _Moments()), now)
     if not before:
         return {}
     try:
         module.recompile()
-        _run(module.to(device), data, batch, torch.device(device))
+        _run(module.to(device), data, batch, torch.device(device), now)
     finally:
         for node, target in before.items():
             node.target = target
@@ -100,17 +108,18 @@ def updated_batch_norms(module: fx.GraphModule, data: Dataset, batch: int, devic
         module.to("cpu")
     names = {path: name for name, path in module.meta["graphopt"].parameters.items()}
     return {
-        names[path]: values.to(module.get_parameter(path).dtype).cpu().numpy()
+        names[path]: values.cpu()
         for paths, one in moments.items()
         for path, values in zip(paths, one.statistics(), strict=True)
     }
 
 
-def _run(module: fx.GraphModule, data: Dataset, batch: int, device: torch.device) -> None:
+def _run(module: fx.GraphModule, data: Dataset, batch: int, device: torch.device, now: _Now) -> None:
     samples = StoredSamples(data)
     rows = np.arange(min(len(samples), _ROWS))
     for part in samples.divide(rows, batch):
-        values_of(module, samples.batch(part, None, rows).to(device))
+        now.batch = samples.batch(part, None, rows).to(device)
+        values_of(module, now.batch)
 
 
 def _statistics_of(node: fx.Node) -> tuple[str, str] | None:

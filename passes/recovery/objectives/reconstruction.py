@@ -19,6 +19,7 @@ from graphopt.reporting.rows import counted
 
 from ..constraints.constrained import Constrained, constrain
 from ..training.curve import Curve
+from ..training.fingerprints import digest
 from ..training.samples import StoredSamples, TrainingBatch
 from .distillation import Power
 from .module_pieces import Piece
@@ -129,6 +130,11 @@ def _array(value: Any) -> Array:
     return plain
 
 
+def _identity(data: Dataset, student: fx.GraphModule, teacher: fx.GraphModule) -> dict[str, str]:
+    """Return what a piece's samples are made of: data, the student as it is by now, and the original."""
+    return {"data": data.fingerprint(), "before": digest(student), "original": digest(teacher)}
+
+
 def reconstruct(model: ir.Model, ctx: Context, options: Recover) -> list[Curve]:
     """Train a model piece by piece, and write its weights back.
 
@@ -170,7 +176,8 @@ def reconstruct(model: ir.Model, ctx: Context, options: Recover) -> list[Curve]:
             continue
         share = 1 / len(stage.span.ends)
         objective = Objective(PieceError(name, _TARGET + name, items[name], share) for name, _ in stage.span.ends)
-        curve = fit(stage.mine.module, objective, samples, options, ctx, part, device=device)
+        identity = _identity(ctx.data, student, teacher) if options.checkpoints is not None else None
+        curve = fit(stage.mine.module, objective, samples, options, ctx, part, identity=identity, device=device)
         settled |= {id(tensor) for one in part.kept for tensor in one.parameters().values()}
         curves.append(curve)
         text = f"part {index + 1} of {len(stages)}, up to {stage.span.name}"

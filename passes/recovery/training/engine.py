@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ def train(
     teacher: fx.GraphModule | None = None,
     proximal: Proximal | None = None,
     augmentation: Augmenting | None = None,
+    identity: Mapping[str, Any] | None = None,
     seed: int = 0,
     threads: int = 0,
     device: str = "cpu",
@@ -62,6 +63,7 @@ def train(
         teacher: What the objective compares with, or None.
         proximal: What shrinks weights after each step, or None.
         augmentation: What changes the inputs of a data set before they are trained on, or None.
+        identity: What the result depends on besides, as JSON values: checkpoints of another are not gone on with.
         seed: Seed of the order of samples, of what is held out, and of random operators.
         threads: Threads inside an operator; 0 leaves it to torch.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -78,15 +80,15 @@ def train(
             no memory for a batch, or an operator cannot be computed.
     """
     settings.check_training()
-    identity: dict[str, Any] = {"seed": seed, "augmentation": repr(augmentation)}
+    known: dict[str, Any] = {**(identity or {}), "seed": seed, "augmentation": repr(augmentation)}
     if isinstance(samples, Dataset):
         settings.check_data(samples)
         stored = StoredSamples(samples, augmentation, seed)
         if settings.checkpoints is not None:
-            identity |= {"data": samples.fingerprint(), "labels": stored.labels_digest()}
+            known |= {"data": samples.fingerprint(), "labels": stored.labels_digest()}
         samples = stored
     with _explained(), _threads(threads), _seeded(seed, device), accelerating(settings, device) as accelerator:
-        run = _Run(module, teacher, objective, samples, settings, constrained, proximal, identity, seed, accelerator)
+        run = _Run(module, teacher, objective, samples, settings, constrained, proximal, known, seed, accelerator)
         return run.train(display if accelerator.is_main_process else None)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from graphopt.backend import Array
 from graphopt.data import Chunk, Dataset
+from graphopt.errors import DataError
 
 from .sample_store import SampleStore, resolved, stored
 
@@ -43,8 +44,11 @@ class TrainingBatch:
     is_padded: bool = False
 
     def real(self, value: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the batch without the rows that only pad."""
-        return value[: self.count] if self.is_padded and value.ndim else value
+        """Return a tensor without what only pads: of the batch, or of all its positions one after the other."""
+        fed = next((len(feed) for feed in self.feeds.values() if feed.ndim), 0)
+        if not self.is_padded or not value.ndim or len(value) % fed:
+            return value
+        return value[: len(value) // fed * self.count]
 
     def to(self, device: torch.device) -> TrainingBatch:
         """Return the batch with its tensors on a device."""
@@ -133,6 +137,9 @@ class StoredSamples:
         augmentation: What changes inputs that are trained on, or None.
         seed: Its seed.
         bytes_in_memory: How much stays in memory; the rest goes to a temporary file.
+
+    Raises:
+        DataError: Samples are to be changed, and come as whole feeds.
     """
 
     def __init__(
@@ -155,6 +162,11 @@ class StoredSamples:
                 self._total += len(rows)
         mapped = store.mapped()
         self._chunks = [resolved(chunk, mapped) for chunk in self._chunks]
+        if augmentation is not None and any(_is_whole(chunk) for chunk in self._chunks):
+            raise DataError(
+                f"pass `recover`: `augment` changes one sample at a time, and `{data.name}` has whole feeds of a model",
+                hint="give samples in arrays whose first axis is samples, or leave out `augment`",
+            )
 
     def __len__(self) -> int:
         return self._total
@@ -185,11 +197,10 @@ class StoredSamples:
         """Return a batch of samples by index; see `Samples.batch`."""
         feeds = self._feeds(rows)
         chunk, _ = self._found(int(rows[0]))
-        whole = not chunk.divisible or bool(chunk.stacked)
-        if self._augmentation is not None and epoch is not None and not whole:
+        if self._augmentation is not None and epoch is not None:
             partners = self._partners(self._augmentation, rows, epoch, pool)
             feeds = dict(self._augmentation.apply(feeds, rows, epoch, self._seed, partners=partners))
-        is_padded = bool(self._fixed) and not whole and len(rows) < (self._fixed or 0)
+        is_padded = bool(self._fixed) and not _is_whole(chunk) and len(rows) < (self._fixed or 0)
         if is_padded:
             padded = np.resize(np.arange(len(rows)), self._fixed or 0)
             feeds = {name: array[padded] if array.ndim else array for name, array in feeds.items()}
@@ -199,7 +210,14 @@ class StoredSamples:
     def _partners(self, augmentation: Augmenting, rows: Array, epoch: int, pool: Array) -> dict[str, Array] | None:
         if not augmentation.mixes:
             return None
-        return self._feeds(augmentation.partners(rows, epoch, self._seed, pool))
+        return self._feeds(augmentation.partners(rows, epoch, self._seed, self._alike(int(rows[0]), pool)))
+
+    def _alike(self, row: int, pool: Array) -> Array:
+        """Return the samples of a pool that have the shapes of one."""
+        kind = self._kind(row)
+        same = np.array([self._kind(start) == kind for start in self._starts])
+        alike: Array = pool[same[np.searchsorted(self._starts, pool, side="right") - 1]]
+        return alike
 
     def _found(self, row: int) -> tuple[Chunk, int]:
         index = bisect.bisect_right(self._starts, row) - 1
@@ -208,7 +226,7 @@ class StoredSamples:
     def _kind(self, row: int) -> Any:
         """Return what samples have in common that can be in one batch."""
         chunk, _ = self._found(row)
-        if not chunk.divisible or chunk.stacked:
+        if _is_whole(chunk):
             return row
         if any(not array.ndim for array in chunk.arrays.values()):
             return "chunk", id(chunk)
@@ -235,6 +253,11 @@ class StoredSamples:
         if not chunk.divisible:
             return _tensor(chunk.labels)
         return _tensor(_picked([(chunk.labels, row) for chunk, row in found if chunk.labels is not None]))
+
+
+def _is_whole(chunk: Chunk) -> bool:
+    """Return whether a sample of a chunk is a feed of its own, of any number of rows."""
+    return not chunk.divisible or bool(chunk.stacked)
 
 
 def _picked(found: Sequence[tuple[Array, int]]) -> Array:

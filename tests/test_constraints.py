@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import walk
 from graphopt.errors import PassError, UsageError
-from graphopt.passes.recovery.constraints.trainable import matrices_of_no_kind, refuse, trainables
+from graphopt.passes.recovery.constraints.trainable import NAMELESS, idle_matrices, refuse, trainables
 from graphopt.passes.recovery.held import KINDS, Held
 from graphopt.sparse import SparselyStored
 
@@ -136,7 +136,9 @@ def test_a_transformer_block_trains_but_for_what_nobody_learnt() -> None:
         "wq": "weights",
         "scale": "norms",
     }
-    assert {value.name for value in matrices_of_no_kind(loaded(proto))} == {"mask", "soft", "cos"}
+    assert {value.name: kind for value, kind in idle_matrices(loaded(proto)).items()} == dict.fromkeys(
+        ("mask", "soft", "cos")
+    )
 
 
 def test_places_and_strides_are_held_and_a_class_token_is_not() -> None:
@@ -385,6 +387,22 @@ def test_weights_of_nested_graphs_train() -> None:
     assert difference(trained, feed) < CLOSE
 
 
+def test_weights_of_one_name_in_two_branches_are_left_and_said() -> None:
+    def branch(name: str) -> onnx.GraphProto:
+        node = helper.make_node("MatMul", ["x", "w"], [f"y_{name}"], f"in_{name}")
+        result = helper.make_tensor_value_info(f"y_{name}", TensorProto.FLOAT, None)
+        return helper.make_graph([node], name, [], [result], [numpy_helper.from_array(normal(16, 4), "w")])
+
+    nodes = [
+        helper.make_node("If", ["which"], ["h"], "if", then_branch=branch("a"), else_branch=branch("b")),
+        helper.make_node("Add", ["h", "c"], ["y"], "add"),
+    ]
+    inputs = {"x": (["N", 16], TensorProto.FLOAT), "which": ([], TensorProto.BOOL)}
+    trained = constrained(model_of(nodes, inputs, {"y": TensorProto.FLOAT}, {"c": normal(4)}))
+    assert [one.name for one in trained.constrained.parameters()] == ["biases"]
+    assert trained.constrained.left == {NAMELESS: 2}
+
+
 # A constraint that breaks is seen
 
 
@@ -406,6 +424,19 @@ def test_weights_that_are_no_numbers_are_caught() -> None:
     with torch.no_grad():
         trained.constrained.weights()["v"][0, 0] = float("nan")
     with pytest.raises(PassError, match="`v` infinite or no number"):
+        trained.constrained.check()
+
+
+def test_codes_that_are_no_numbers_are_said_to_have_diverged() -> None:
+    codes = {"w": RNG.integers(-127, 128, (16, 4)).astype(np.int8), "s": np.array(0.02, np.float32)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["f"], "decode"),
+        helper.make_node("MatMul", ["x", "f"], ["y"], "product"),
+    ]
+    trained = constrained(model_of(nodes, {"x": (["N", 16], TensorProto.FLOAT)}, {"y": TensorProto.FLOAT}, codes))
+    with torch.no_grad():
+        trained.constrained.weights()["w"][0, 0] = float("nan")
+    with pytest.raises(PassError, match="`w` infinite or no number"):
         trained.constrained.check()
 
 

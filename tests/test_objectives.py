@@ -22,6 +22,7 @@ from graphopt.metrics import KL, Perplexity, cross_entropies  # noqa: E402
 from graphopt.passes.recovery.aim import Aim  # noqa: E402
 from graphopt.passes.recovery.objectives.cut_values import cut_values, ends_of_blocks  # noqa: E402
 from graphopt.passes.recovery.objectives.objective import Objective, choose  # noqa: E402
+from graphopt.passes.recovery.objectives.task_losses import source_of  # noqa: E402
 from graphopt.passes.recovery.training.lowered_values import values_of  # noqa: E402
 from graphopt.passes.recovery.training.samples import StoredSamples, TrainingBatch  # noqa: E402
 from graphopt.shapes import infer_shapes  # noqa: E402
@@ -306,6 +307,15 @@ def test_a_function_of_the_user_is_the_task(tmp_path: Path) -> None:
         assert error.value.hint
 
 
+def test_another_function_of_the_same_name_is_another_task(tmp_path: Path) -> None:
+    file = tmp_path / "task.py"
+    sources = set()
+    for text in ("one = abs\n", "one = float\n"):
+        file.write_text(text)
+        sources.add(source_of(f"{file}:one"))
+    assert len({*sources, source_of("cross-entropy"), source_of("json:dumps")}) == 4
+
+
 def test_distillation_and_task_share_the_loss() -> None:
     student, data = classifier(noise=0.3), data_for(classifier(), CLASSES)
     both = Bench(Aim(task="cross-entropy", distill=0.25), student, classifier(), data)
@@ -398,6 +408,9 @@ def test_cuts_are_where_all_goes_through_one_value() -> None:
         (Aim(augment=("turn",)), None, True, UsageError, "unknown augmentation `turn`"),
         (Aim(augment=("mixup", "cutmix")), None, True, UsageError, "exclude each other"),
         (Aim(augment=("mixup",)), CLASSES, False, UsageError, "no label for"),
+        (Aim(augment=("flip",), task="mse"), floats(6, 2, 2), True, UsageError, "moves images"),
+        (Aim(task="none"), CLASSES, False, UsageError, "`task=none` needs a teacher"),
+        (Aim(l1=float("inf")), CLASSES, False, UsageError, "`l1` must be finite"),
         (Aim(reconstruct="blocks", features=1.0), None, True, UsageError, "exclude each other"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -253,6 +253,38 @@ def scales_of_biases(trained: Trained) -> list[tuple[np.ndarray, np.ndarray]]:
     return found
 
 
+def biased(codes: np.ndarray, scale: Any) -> Any:
+    """Return a Gemm of codes whose bias is in int32."""
+    constants = {"xs": scale, "z": np.uint8(120), "w": some(-127, 127, np.int8), "b": codes, "bs": scale * scale}
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=helper.np_dtype_to_tensor_dtype(scale.dtype)),
+        helper.make_node("QuantizeLinear", ["h", "xs", "z"], ["q"], "encode"),
+        helper.make_node("DequantizeLinear", ["q", "xs", "z"], ["d"], "decode"),
+        helper.make_node("DequantizeLinear", ["w", "xs"], ["f"], "weight"),
+        helper.make_node("DequantizeLinear", ["b", "bs"], ["c"], "bias"),
+        helper.make_node("Gemm", ["d", "f", "c"], ["g"], "product"),
+        helper.make_node("Cast", ["g"], ["y"], to=TensorProto.FLOAT),
+    ]
+    return model_of(nodes, constants)
+
+
+def test_bias_codes_larger_than_graphopt_makes_them_are_not_cut() -> None:
+    codes = some(2**30, 2**31 - 1, np.int32, (OUTPUTS,))
+    model = biased(codes, np.float32(1e-4))
+    trained = constrained(model, train=("biases",))
+    wanted = np.asarray(outputs_of(model, FEED)["y"])
+    np.testing.assert_allclose(trained.outputs(FEED)[0], wanted, rtol=1e-5)
+    trained.constrained.check()
+
+
+def test_scales_in_half_floats_stay_where_a_bias_needs_their_product() -> None:
+    trained = constrained(biased(some(-200, 200, np.int32, (OUTPUTS,)), np.float16(2**-5)))
+    assert [one.name for one in trained.constrained.parameters()] == ["weights", "biases"]
+    trained.train(FEED)
+    trained.constrained.check()
+    assert is_exact(trained, FEED)
+
+
 @pytest.mark.parametrize("train", [ALL_BUT_ADAPTERS, ("scales",), ("weights", "scales")], ids=" ".join)
 def test_biases_in_int32_go_with_the_scales_of_their_products(train: tuple[str, ...]) -> None:
     trained = constrained(quantized(), train=train)
@@ -359,6 +391,13 @@ def test_codes_read_by_several_scales_are_left_and_said() -> None:
     assert any("several scales" in line for line in trained.constrained.describe())
 
 
+def test_codes_torch_does_not_round_to_are_left_and_said() -> None:
+    codes = RNG.normal(0, 3, (INPUTS, OUTPUTS)).astype(ml_dtypes.float4_e2m1fn)
+    trained = constrained(product(codes, steps(INPUTS // 16, OUTPUTS), axis=0, block_size=16))
+    assert [one.name for one in trained.constrained.parameters()] == ["scales"]
+    assert any("float4e2m1" in reason for reason in trained.constrained.left)
+
+
 def test_codes_off_their_grid_are_caught() -> None:
     trained = constrained(product(some(-7, 7, np.int8), steps(), None))
     latent = next(module for module in trained.module.modules() if isinstance(module, LatentCodes))
@@ -386,6 +425,12 @@ def test_a_bias_scale_that_is_no_product_is_caught() -> None:
     object.__setattr__(kept, "now", lambda: torch.full_like(torch.from_numpy(kept.before.numpy()), 0.5))
     with pytest.raises(PassError, match="is no longer the product of"):
         trained.constrained.check()
+
+
+def test_adapters_leave_codes_that_are_no_matrix() -> None:
+    trained = constrained(product(some(-127, 127, np.int8, (INPUTS,)), steps()), train=("adapters", "scales"))
+    assert [one.name for one in trained.constrained.parameters()] == ["scales"]
+    assert trained.constrained.left["adapters are for matrices"] == 1
 
 
 def test_adapters_train_codes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
@@ -26,7 +27,7 @@ from graphopt.passes.recovery.recover import Recover  # noqa: E402
 from graphopt.passes.recovery.training.samples import StoredSamples  # noqa: E402
 from graphopt.rewriter import Journal, Rewriter  # noqa: E402
 
-from .pass_runs import BACKEND, TARGET  # noqa: E402
+from .pass_runs import BACKEND, TARGET, loaded  # noqa: E402
 from .test_objectives import TOKENS, classifier, floats, language_model, made  # noqa: E402
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -112,6 +113,23 @@ def test_parts_without_an_error_are_left_as_they_are() -> None:
     assert np.array_equal(now["w0"], floats(8, 3, 3, 3))
     assert not np.array_equal(now["w2"], halved * 0.5)
     assert now["w1"].shape == kept.shape
+
+
+def test_parts_are_not_gone_on_with_on_other_samples_or_for_another_original(tmp_path: Path) -> None:
+    images = np.random.default_rng(6).normal(0, 1, (40, 3, 6, 6)).astype(np.float32)
+
+    def weights(*, folder: str | None, other: bool, noise: float = 0.0) -> Any:
+        options = Recover(reconstruct="blocks", steps=2, batch=8, rate=0.01, checkpoints=folder)
+        student = classifier(noise=0.3)
+        trained(student, classifier(noise=noise), options, {"x": images if other else images[::-1].copy()})
+        return [value.const_value.numpy().tolist() for value in student.graph.initializers.values()]
+
+    folder = str(tmp_path)
+    first = weights(folder=folder, other=False)
+    assert weights(folder=folder, other=False) == first
+    assert len(list(tmp_path.iterdir())) == 3
+    assert weights(folder=folder, other=True) == weights(folder=None, other=True) != first
+    assert weights(folder=folder, other=True, noise=0.1) == weights(folder=None, other=True, noise=0.1)
 
 
 def test_sizes_of_earlier_parts_are_read_off_the_inputs() -> None:
@@ -262,6 +280,38 @@ def test_statistics_of_batch_norms_are_those_of_the_samples(digits: dict[str, An
     again = lowered(model, observe=("conv2d",))
     with torch.no_grad():
         assert torch.equal(module(torch.from_numpy(digits["image"]))[0], again(torch.from_numpy(digits["image"]))[0])
+
+
+def normalized(rows: Any = "N") -> ir.Model:
+    """Return a batch normalization in bfloat16 between casts."""
+    shape = [rows, 3, 4, 4]
+    bfloat16 = TensorProto.BFLOAT16
+    nodes = [
+        helper.make_node("Cast", ["x"], ["narrow"], to=bfloat16),
+        helper.make_node("BatchNormalization", ["narrow", "scale", "shift", "mean", "variance"], ["normal"]),
+        helper.make_node("Cast", ["normal"], ["y"], to=TensorProto.FLOAT),
+    ]
+    constants = [helper.make_tensor(name, bfloat16, [3], [1.0] * 3) for name in ("scale", "shift", "mean", "variance")]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], constants)
+    return loaded(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def test_rows_that_only_pad_are_in_no_statistics() -> None:
+    model, images = normalized(rows=4), np.random.default_rng(2).normal(0, 1, (5, 3, 4, 4)).astype(np.float32)
+    new = updated_batch_norms(lowered(model), open_data({"x": images}, model), 4)
+    assert np.allclose(new["mean"], images.mean((0, 2, 3)), atol=1e-3)
+    assert np.allclose(new["variance"], images.var((0, 2, 3)), atol=1e-2)
+
+
+def test_statistics_are_stored_in_their_own_dtype() -> None:
+    student, teacher = normalized(), normalized()
+    images = np.random.default_rng(2).normal(3, 1, (8, 3, 4, 4)).astype(np.float32)
+    options = Recover(steps=1, batch=4, batch_norm="update", held_out=0)
+    trained(student, teacher, options, {"x": images})
+    mean = student.graph.initializers["mean"].const_value
+    assert mean.dtype == ir.DataType.BFLOAT16
+    assert np.allclose(mean.numpy().astype(np.float32), images.mean((0, 2, 3)), rtol=1e-2)
 
 
 def test_without_batch_norms_there_are_no_statistics() -> None:

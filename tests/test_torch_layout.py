@@ -275,6 +275,9 @@ def test_numbers_become_text_and_back() -> None:
     cast = function("Cast")
     texts = cast(torch.tensor([1.5, -0.0, float("inf"), float("nan")]), to=onnx.TensorProto.STRING)
     assert texts.tolist() == ["1.5", "-0", "INF", "NaN"]
+    short = torch.tensor([0.1, 1e-7, 100000.0, 0.47892547])
+    assert cast(short, to=onnx.TensorProto.STRING).tolist() == ["0.1", "1e-07", "100000", "0.47892547"]
+    assert cast(short.double()[:1], to=onnx.TensorProto.STRING).tolist() == ["0.10000000149011612"]
     assert cast(np.array(["3", "-4"], object), to=INT64).tolist() == [3, -4]
     assert cast(np.array(["1e3"], object), to=FLOAT).tolist() == [1000.0]
     assert cast(torch.tensor([7, -9, 200]), to=onnx.TensorProto.INT4).tolist() == [7, 7, -8]

@@ -49,6 +49,18 @@ def test_quantized_values_are_the_same_plain_and_while_they_are_trained(case: st
     assert training.meta["graphopt"].buffers.keys() == {"z"}
 
 
+@pytest.mark.parametrize(("code", "zero"), [("int16", 0), ("int16", -5), ("uint16", 40001)])
+def test_codes_of_16_bits_of_floats_of_16_bits(code: str, zero: int) -> None:
+    """Float16 holds no whole number beyond 2048 but some: codes are found in a wider type."""
+    pytest.importorskip("onnxruntime")
+    model = model_of(f"""g (float16[6] x) => ({code}[6] q, float16[6] y) <float s = {{0.5}}, {code} z = {{{zero}}}> {{
+        h = Cast<to = 10>(s) q = QuantizeLinear(x, h, z) y = DequantizeLinear(q, h, z) }}""")
+    x = np.array([1.5, -2.0, 60000.0, -60000.0, 1000.0, 0.0], np.float16)
+    assert_same_as_onnxruntime(model, {"x": x}, 0)
+    given = torch.from_numpy(x)
+    assert torch.equal(lower(model)(given)[1], lower(model, differentiable=True)(given)[1])
+
+
 def test_the_gradient_of_a_scale_is_that_of_lsq() -> None:
     model = QDQ["int8"]
     module = lower(model, differentiable=True)

@@ -359,6 +359,8 @@ def test_time_that_is_up_ends_training_and_more_of_it_goes_on(tmp_path: Path) ->
     folder = str(tmp_path / "checkpoints")
     short, _ = run(Training(**BRIEF, minutes=1e-9, checkpoints=folder))
     assert (short.stopped, short.steps) == ("`minutes` are over", 1)
+    again, _ = run(Training(**BRIEF, minutes=1e-9, checkpoints=folder))
+    assert (again.stopped, again.steps) == (short.stopped, 1)
     more, weights = run(Training(**BRIEF, minutes=60, checkpoints=folder))
     assert (more.stopped, more.steps) == ("", 12)
     assert more.remarks == ["went on from the checkpoint of step 1 of 12"]
@@ -378,6 +380,24 @@ def test_a_finished_training_is_not_done_twice(tmp_path: Path) -> None:
     assert not run(settings, data=samples(count=SAMPLES + 1))[0].remarks
     assert not run(settings, data=samples(labels=7))[0].remarks
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_random_numbers_of_a_teacher_are_gone_on_with(tmp_path: Path) -> None:
+    def weights(folder: Path, failing_at: int = 0) -> Any:
+        calls = 0
+
+        def count(batch: Any) -> None:
+            nonlocal calls
+            calls += batch.epoch is not None
+            if calls == failing_at > 0:
+                raise InterruptedError
+
+        settings = Training(**BRIEF, checkpoints=str(folder), checkpoint_every=3)
+        return run(settings, network(), Distance(on_call=count), teacher=network(2, dropout=0.2))[1]
+
+    with pytest.raises(InterruptedError):
+        weights(tmp_path / "failed", failing_at=8)
+    assert weights(tmp_path / "failed") == weights(tmp_path / "whole")
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from graphopt.data import Chunk, Dataset, InputSpec
+from graphopt.errors import DataError
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
-from graphopt.passes.recovery.training.samples import Order, StoredSamples, held_out_of
+from graphopt.passes.recovery.training.samples import Order, StoredSamples, held_out_of  # noqa: E402
 
-from .small_trainings import FEATURES, samples
+from .small_trainings import FEATURES, samples  # noqa: E402
+from .test_training_engine import Noted  # noqa: E402
 
 
 def test_every_sample_is_seen_as_often_as_any_other() -> None:
@@ -78,3 +80,27 @@ def test_whole_feeds_stay_whole() -> None:
         lambda: iter([Chunk({"x": stacks}, None, 3, divisible=True, stacked=frozenset({"x"}))]), [spec], "s", 3, False
     )
     assert (StoredSamples(stacked).batch(np.array([2]), None, np.arange(3)).feeds["x"].numpy() == stacks[2]).all()
+
+
+def test_what_is_mixed_has_the_same_shape() -> None:
+    stored = StoredSamples(samples((6, 4), count=10), Noted(mixes=True))
+    for rows in stored.divide(np.arange(20), 8):
+        batch = stored.batch(rows, 0, np.arange(20)[::-1])
+        assert batch.feeds["x"].shape == (len(rows), 6 if rows[0] < 10 else 4, FEATURES)
+
+
+def test_whole_feeds_are_not_augmented() -> None:
+    spec = InputSpec("x", np.dtype("float32"), (2, FEATURES))
+    chunk = Chunk({"x": np.zeros((3, 2, FEATURES), np.float32)}, None, 3, divisible=True, stacked=frozenset({"x"}))
+    data = Dataset(lambda: iter([chunk]), [spec], "feeds", 3, False)
+    assert len(StoredSamples(data)) == 3
+    with pytest.raises(DataError, match="`feeds` has whole feeds") as error:
+        StoredSamples(data, Noted())
+    assert error.value.hint
+
+
+def test_positions_of_rows_that_only_pad_are_not_real() -> None:
+    batch = StoredSamples(samples(count=10, fixed=4)).batch(np.arange(3), None, np.arange(10))
+    places = torch.arange(4 * 5)
+    assert batch.real(places).tolist() == list(range(3 * 5))
+    assert batch.real(places[:7]).tolist() == list(range(7))

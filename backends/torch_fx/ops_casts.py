@@ -34,7 +34,9 @@ _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # A float32 is 1 bit of sign, 8 of exponent and 23 of mantissa; a float8e8m0 is such an exponent.
 _MANTISSA_BITS = 23
 _EXPONENT_MASK = 0xFF
-# Significant digits with which floats are written as text, so that they can be told apart.
+# Significant digits with which floats are written as text: as few as give the number back, though not less than C's
+# own, and at most so many that all can be told apart.
+_FEWEST_DIGITS = 6
 _DIGITS: Mapping[torch.dtype, int] = MappingProxyType(
     {torch.float64: 17, torch.float32: 9, torch.float16: 5, torch.bfloat16: 4}
 )
@@ -126,7 +128,7 @@ def _numbers(texts: np.ndarray, target: torch.dtype) -> Tensor:
 
 
 def _texts(data: Tensor) -> np.ndarray:
-    """Return numbers as text: integers in full, floats in as many digits as tell them apart."""
+    """Return numbers as text: integers in full, floats in as many digits as it takes to read them back."""
     found = np.empty(data.numel(), dtype=object)
     found[:] = [_text(number, data.dtype) for number in data.reshape(-1).tolist()]
     return found.reshape(tuple(data.shape))
@@ -139,7 +141,9 @@ def _text(number: float, dtype: torch.dtype) -> str:
         return "NaN"
     if number in (float("inf"), float("-inf")):
         return "INF" if number > 0 else "-INF"
-    return f"{number:.{_DIGITS.get(dtype, _DIGITS[torch.float32])}g}"
+    most = _DIGITS.get(dtype, _DIGITS[torch.float32])
+    texts = [f"{number:.{digits}g}" for digits in range(min(_FEWEST_DIGITS, most), most + 1)]
+    return next((one for one in texts if torch.tensor(float(one), dtype=dtype).item() == number), texts[-1])
 
 
 def bit_cast(data: Tensor, *, to: int, input_types: Sequence[int] = ()) -> Tensor:

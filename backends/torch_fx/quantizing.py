@@ -73,8 +73,9 @@ def codes_of(scaled: Tensor, zero_point: Tensor | None, dtype: ir.DataType, satu
         within = scaled.clamp(-largest, largest) if saturate else scaled
         nearest: Tensor = _CastStraightThrough.apply(within, int(dtype), saturate)  # type: ignore[no-untyped-call]
         return nearest
-    rounded = _RoundStraightThrough.apply(scaled)  # type: ignore[no-untyped-call]
-    moved = rounded if zero_point is None else rounded + zero_point.to(scaled.dtype)
+    wide = torch.promote_types(scaled.dtype, torch.float32)  # codes of 16 bits are none of float16's whole numbers
+    rounded = _RoundStraightThrough.apply(scaled).to(wide)  # type: ignore[no-untyped-call]
+    moved = rounded if zero_point is None else rounded + zero_point.to(wide)
     codes: Tensor = moved.clamp(*code_limits(dtype))
     return codes
 
@@ -92,5 +93,6 @@ def shifted(codes: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Ten
     if zero_point is None:
         return codes.to(dtype)
     if codes.dtype.is_floating_point:
-        return codes.to(dtype) - zero_point.to(dtype)
+        wide = torch.promote_types(codes.dtype if codes.dtype.itemsize > 1 else dtype, dtype)
+        return (codes.to(wide) - zero_point.to(wide)).to(dtype)
     return (codes.to(torch.int32) - zero_point.to(torch.int32)).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,9 @@ class Aim:
             self._check_reconstruction()
 
     def _check_shares(self) -> None:
+        for name in ("features", "attention", "l1", "group_lasso"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"pass `recover`: `{name}` must be finite", hint=f"a number such as `{name}=0.5`")
         named = self.task not in ("auto", "none")
         if named and self.distill == 1.0:
             raise UsageError(

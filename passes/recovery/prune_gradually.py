@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt import options
 from graphopt.authoring import Context, Given, Guarantee, Need, Note
+from graphopt.errors import UsageError
 from graphopt.options import opt
 
 from ..lossy.order import BEFORE_SPARSE_FILES
@@ -40,9 +41,14 @@ class PruneGradually(Prune, Recover):
     precedes = BEFORE_SPARSE_FILES
 
     def __post_init__(self) -> None:
-        """Refuse what either of the two refuses."""
+        """Refuse what either of the two refuses, and to train the zeros away that were made."""
         Prune.__post_init__(self)
         Recover.__post_init__(self)
+        if self.zeros == "free":
+            raise UsageError(
+                f"pass `{self.name}`: `zeros=free` would train away the zeros of each round",
+                hint="leave out `zeros`, which stay zero then; or `--passes prune,recover:zeros=free` for once",
+            )
 
     @property
     def needs(self) -> frozenset[Need]:

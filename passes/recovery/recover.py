@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphopt.authoring import Context, Given, Guarantee, Need, Pass
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, UsageError
 from graphopt.options import check, opt
 
 from .aim import Aim
@@ -35,6 +35,8 @@ class Recover(Training, Aim, Held, Pass):
         self.check_training()
         self.check_aim()
         self.check_held()
+        if self.l1 and "weights" not in self.train:
+            raise UsageError("pass `recover`: `l1` has no weights to shrink", hint="`train=weights`, or leave out `l1`")
 
     @property
     def needs(self) -> frozenset[Need]:

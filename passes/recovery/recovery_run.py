@@ -10,18 +10,18 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphopt import registry, walk
+from graphopt import registry
 from graphopt.authoring import Context
 from graphopt.backend import Differentiable
 from graphopt.data import Dataset
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, PassError
 from graphopt.metrics import show_number
 from graphopt.report import show_count
 from graphopt.reporting.rows import counted
 
 from .constraints.constrained import Constrained, constrain
 from .constraints.stored_weights import as_array, stored_tensor
-from .constraints.trainable import refuse
+from .constraints.trainable import constants, refuse
 from .objectives import objective as objectives
 from .objectives.augmentation import Augmentation, augmentation_of
 from .objectives.batch_statistics import updated_batch_norms
@@ -104,6 +104,11 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
         assert ctx.reference is not None, "the objective was chosen with a teacher"
         teacher = backend.lower(ctx.reference, observe=objective.teacher_values, differentiable=False)
     constrained = constrain(student, model, options)
+    if not constrained.parameters():
+        raise PassError(
+            f"pass `recover`: nothing of what was chosen can train: {'; '.join(constrained.left)}",
+            hint="other `train=`, `include=` or `exclude=`",
+        )
     penalty = penalty_of(options, model, constrained)
     if penalty is not None:
         # A penalty is no part of the loss, by which the best weights would be those with the fewest zeros.
@@ -136,7 +141,7 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
 def _update_batch_norms(model: ir.Model, ctx: Context, student: fx.GraphModule, batch: int, device: str) -> None:
     """Write the statistics of batch normalizations, as they are behind trained layers."""
     assert ctx.data is not None, "the pass declares that it needs data"
-    values, new = constants_by_name(model), updated_batch_norms(student, ctx.data, batch, device)
+    values, new = _constants_by_name(model), updated_batch_norms(student, ctx.data, batch, device)
     for name, tensor in new.items():
         dtype = values[name].dtype
         assert dtype is not None, "constants have a dtype"
@@ -213,7 +218,7 @@ def write_back(model: ir.Model, ctx: Context, constrained: Constrained) -> int:
         PassError: A constraint of an earlier pass is broken.
     """
     constrained.check()
-    values = constants_by_name(model)
+    values = _constants_by_name(model)
     written = 0
     for name, array in constrained.stored():
         ctx.rewriter.set_weight(values[name], stored_tensor(values[name], array))
@@ -221,12 +226,5 @@ def write_back(model: ir.Model, ctx: Context, constrained: Constrained) -> int:
     return written
 
 
-def constants_by_name(model: ir.Model) -> dict[str, ir.Value]:
-    """Return every constant of a model by name; of equal names in nested graphs the outermost."""
-    found: dict[str, ir.Value] = {}
-    for value in walk.initializers(model):
-        found.setdefault(value.name or "", value)
-    for node in walk.every_node(model):
-        if walk.is_onnx_op(node, "Constant"):
-            found.setdefault(node.outputs[0].name or "", node.outputs[0])
-    return found
+def _constants_by_name(model: ir.Model) -> dict[str, ir.Value]:
+    return {value.name or "": value for value in constants(model)}

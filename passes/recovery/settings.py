@@ -50,7 +50,7 @@ class Training:
         "none", help="fsdp divides weights, gradients and optimizer among GPUs (under torchrun or accelerate launch)"
     )
     held_out: float = opt(
-        0.1, help="share of the samples not trained on, by which the best weights are chosen", high=0.5
+        0.1, help="share of the samples not trained on, by which the best weights are chosen", low=0.0, high=0.5
     )
     evaluate_every: int | None = opt(None, help="steps between looks at what is held out; an epoch if not given", low=1)
     patience: int | None = opt(None, help="looks without a better loss before training stops early", low=1)

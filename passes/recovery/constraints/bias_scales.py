@@ -87,7 +87,11 @@ def _scale_of(value: ir.Value | None) -> ir.Value | None:
 
 
 def _is_product(scale: ir.Value, factors: tuple[ir.Value, ir.Value]) -> bool:
-    own, first, second = (np.asarray(_array(value), np.float64).reshape(-1) for value in (scale, *factors))
+    arrays = [_array(value) for value in (scale, *factors)]
+    # Half floats hold few products of others, and none of small ones.
+    if any(array.dtype != np.float32 for array in arrays):
+        return False
+    own, first, second = (array.astype(np.float64).reshape(-1) for array in arrays)
     if len({array.size for array in (first, second)} | {1}) > 2 or own.size != max(first.size, second.size):
         return False
     return bool(np.allclose(own, first * second, rtol=_TOLERANCE, atol=0.0))

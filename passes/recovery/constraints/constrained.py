@@ -21,10 +21,11 @@ from .kept_constants import Kept
 from .kept_floats import keep_floats
 from .kept_integers import keep_codes, keep_scales
 from .placement import Placement
-from .trainable import matrices_of_no_kind, trainables
+from .trainable import NAMELESS, idle_matrices, trainables
 
 # Decay pulls towards zero, which for all else is no neutral place.
 _DECAYING = (WEIGHT, ADAPTERS)
+NO_WEIGHT = "matrices that are no weights of operators known to have some: masks, caches of positions and the like"
 _ORDER = (WEIGHT, ADAPTERS, BIAS, NORM, TABLE, SCALE, ZERO_POINT)
 # A product of two float32 that is rounded to one is off by no more.
 _ROUNDING = 1e-6
@@ -120,7 +121,8 @@ class Constrained:
         """Return what trained and what was held, in sentences."""
         # An adapter is two parameters.
         counts = {one.name: len(one.names) // (1 + (one.name == ADAPTERS)) for one in self.parameters()}
-        lines = ["trained: " + (", ".join(f"{count} {kind}" for kind, count in counts.items()) or "nothing")]
+        trained = ", ".join(counted(count, kind.removesuffix("s")) for kind, count in counts.items())
+        lines = [f"trained: {trained or 'nothing'}"]
         zeros = [one for one in self.kept if one.zeros is not None]
         if zeros:
             share = sum(int(one.zeros.sum()) for one in zeros if one.zeros is not None)
@@ -130,7 +132,7 @@ class Constrained:
             lines.append(text + (f" (in patterns of {', '.join(patterns)})" if patterns else ""))
         codes = [one for one in self.kept if one.grid is not None and one.kind != ZERO_POINT]
         if codes:
-            lines.append(f"codes held on their grids: {len(codes)} weights and biases")
+            lines.append(f"codes held on their grids: {counted(len(codes), 'constant')}")
         lines += [f"{counted(count, 'constant')} left: {reason}" for reason, count in sorted(self.left.items())]
         return lines
 
@@ -155,11 +157,7 @@ def constrain(module: fx.GraphModule, model: ir.Model, held: Held) -> Constraine
     """
     placement, left = Placement(module), Counter[str]()
     found = trainables(model, held)
-    unknown = matrices_of_no_kind(model)
-    if unknown:
-        left[
-            "matrices that are no weights of operators known to have some: masks, caches of positions and the like"
-        ] = len(unknown)
+    left.update(NO_WEIGHT if kind is None else NAMELESS for kind in idle_matrices(model).values())
     scales = {one.value: one for one in keep_scales(placement, model, found, left)}
     codes = list(keep_codes(placement, model, found, held, scales, left))
     kept = [*keep_floats(placement, found, held, left), *codes, *scales.values()]

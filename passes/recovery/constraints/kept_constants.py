@@ -63,11 +63,16 @@ class Kept:
         """Return what the model is to hold, in the constant's own dtype.
 
         Raises:
-            PassError: That holds no such numbers.
+            PassError: Training made it infinite, or its dtype holds no such numbers.
         """
+        with torch.no_grad():
+            now = self.now()
+        if not torch.isfinite(now).all():
+            raise PassError(
+                f"training made `{self.name}` infinite or no number", hint="a lower `rate`, or `precision=fp32`"
+            )
         try:
-            with torch.no_grad():
-                return as_array(self.now(), self.before.dtype)
+            return as_array(now, self.before.dtype)
         except OverflowError as error:
             raise self._broken(f"has {error}") from error
 
@@ -80,10 +85,6 @@ class Kept:
         if stored.shape != walk.dims(self.before) or stored.dtype != self.before.dtype.numpy():
             raise self._broken(f"is {stored.dtype} {list(stored.shape)} now")
         numbers = stored.astype(np.float64)
-        if not np.isfinite(numbers).all():
-            raise PassError(
-                f"training made `{self.name}` infinite or no number", hint="a lower `rate`, or `precision=fp32`"
-            )
         if self.positive and not (numbers > 0).all():
             raise self._broken("is a scale that is not above zero")
         if self.zero_points is not None:

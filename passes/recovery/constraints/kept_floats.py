@@ -19,12 +19,14 @@ from .kept_constants import Kept
 from .masks import Masked, kept_of_floats, pattern_of
 from .placement import Placement
 from .stored_weights import as_floats
-from .trainable import Trainable
+from .trainable import NAMELESS, Trainable
 
 _NARROW: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT16: torch.float16,
     ir.DataType.BFLOAT16: torch.bfloat16,
 }
+NO_MATRIX = "adapters are for matrices"
+"""Why a weight is left where adapters train."""
 
 
 class Narrowed(nn.Module):
@@ -50,23 +52,24 @@ def keep_floats(placement: Placement, found: Sequence[Trainable], held: Held, le
             continue
         path = placement.path(one.value)
         if path is None:
-            left["they are not stored under a name of their own"] += 1
-        elif one.kind == WEIGHT and ADAPTERS in held.train and not _takes_adapter(one):
-            left["adapters are for matrices"] += 1
+            left[NAMELESS] += 1
+        elif one.kind == WEIGHT and ADAPTERS in held.train and not takes_adapter(one):
+            left[NO_MATRIX] += 1
         else:
             yield _keep(placement, path, one, held)
 
 
 def adapter_for(one: Trainable, held: Held) -> Adapter | None:
     """Return the adapter that trains in the place of a weight, or None where the weight itself does."""
-    if one.kind != WEIGHT or ADAPTERS not in held.train or not _takes_adapter(one):
+    if one.kind != WEIGHT or ADAPTERS not in held.train or not takes_adapter(one):
         return None
     dims = walk.dims(one.tensor)
-    is_stack = len(dims) > 2 and not any(reader.node.op_type.startswith("Conv") for reader in one.readers)
+    is_stack = len(dims) > 2 and not any("Conv" in reader.node.op_type for reader in one.readers)
     return Adapter(one.name, dims, held.adapter_rank, held.adapter_alpha, is_stack=is_stack)
 
 
-def _takes_adapter(one: Trainable) -> bool:
+def takes_adapter(one: Trainable) -> bool:
+    """Return whether a weight is a matrix, or several."""
     return len(walk.dims(one.tensor)) > 1
 
 

@@ -15,18 +15,18 @@ from torch import nn
 from graphopt import walk
 from graphopt.backend import Array
 
-from ..held import Held
+from ..held import ADAPTERS, Held
 from .bias_scales import bias_scales
 from .constant_kinds import BIAS, SCALE, WEIGHT, ZERO_POINT
 from .constant_readers import Reader, readers_of
 from .kept_constants import Kept
-from .kept_floats import adapter_for
-from .latent_codes import CodeGrid, LatentCodes, grid_of
+from .kept_floats import NO_MATRIX, adapter_for, takes_adapter
+from .latent_codes import FLOAT_CODES, CodeGrid, LatentCodes, grid_of
 from .masks import kept_of_codes, pattern_of
 from .placement import Placement
 from .scales import LearnedScale, LearnedZeroPoint, gradient_factor, product_of_scales
 from .stored_weights import as_floats
-from .trainable import Trainable
+from .trainable import NAMELESS, Trainable
 
 _DTYPES: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,
@@ -35,7 +35,6 @@ _DTYPES: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.DOUBLE: torch.float64,
 }
 _BYTE_HIGHEST = 255.0  # what a QuantizeLinear without a zero point makes at the most
-_UNREAD = "they are not stored under a name of their own"
 _MOVED = "they are codes that are moved before they meet their scales"
 _CONVERTERS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -94,8 +93,10 @@ def keep_codes(
         coding = _coding_of(one)
         if isinstance(coding, str):
             left[coding] += 1
+        elif one.kind == WEIGHT and ADAPTERS in held.train and not takes_adapter(one):
+            left[NO_MATRIX] += 1
         elif placement.path(one.value) is None or not placement.has(coding.scale, coding.zero_point):
-            left[_UNREAD] += 1
+            left[NAMELESS] += 1
         else:
             yield _keep_codes(placement, one, coding, held, scales, trains=one.value in chosen)
 
@@ -103,7 +104,7 @@ def keep_codes(
 def _unfit(one: Trainable, placement: Placement, fixed: set[ir.Value]) -> str | None:
     """Return why a scale or zero point cannot learn, or None."""
     if placement.path(one.value) is None:
-        return _UNREAD
+        return NAMELESS
     if one.value in fixed:
         return "biases in int32 have scales of their own, which go with these"
     if one.kind == SCALE and not (as_floats(one.tensor) > 0).all() and _converts(one):
@@ -185,6 +186,8 @@ def _moved_biases(model: ir.Model, scales: Mapping[ir.Value, Kept]) -> Iterator[
 
 def _coding_of(one: Trainable) -> _Coding | str:
     """Return how a constant's codes are read, or why that cannot train."""
+    if not one.tensor.dtype.is_integer() and one.tensor.dtype not in FLOAT_CODES:
+        return f"they are codes in {str(one.tensor.dtype).lower()}, which torch does not round to"
     found = {_read_by(one, reader) for reader in one.readers}
     reason = next((answer for answer in found if isinstance(answer, str)), None)
     if reason is not None or len(found) != 1:

@@ -13,17 +13,19 @@ from graphopt.backend import Array
 
 from .scales import rounded
 
-# Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
-_LARGEST_BIAS_CODE = 2.0**30
+# Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow; where there are larger
+# ones already, to the largest float32 that is an int32.
+_LARGEST_BIAS_CODE, _LARGEST_INT32 = 2.0**30, 2.0**31 - 2.0**7
 _BIAS = ir.DataType.INT32
 # Some kernels add two products of codes in 16 bits: weights for those were rounded to 7 bits.
 _REDUCED_BITS, _FULL_BITS = 7, 8
-_FLOAT_CODES = {
+FLOAT_CODES = {
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
     ir.DataType.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
     ir.DataType.FLOAT8E5M2: torch.float8_e5m2,
     ir.DataType.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
 }
+"""Codes that are floats themselves, and what torch rounds to them by; it has no kernels for those of 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ def grid_of(codes: Array, dtype: ir.DataType, axis: int, block: int) -> CodeGrid
         axis: Axis along which scales run.
         block: Codes that share a scale, or 0.
     """
-    floats = _FLOAT_CODES.get(dtype)
+    floats = FLOAT_CODES.get(dtype)
     if floats is not None:
         highest = float(torch.finfo(floats).max)
         return CodeGrid(-highest, highest, axis, block, floats)
     if dtype == _BIAS:
-        return CodeGrid(-_LARGEST_BIAS_CODE, _LARGEST_BIAS_CODE, axis, block)
+        is_within = np.abs(codes.astype(np.float64)).max(initial=0) <= _LARGEST_BIAS_CODE
+        largest = _LARGEST_BIAS_CODE if is_within else _LARGEST_INT32
+        return CodeGrid(-largest, largest, axis, block)
     bits, signed = dtype.bitwidth, dtype.is_signed()
     wide = codes.astype(np.int32)
     if not signed:

@@ -44,6 +44,8 @@ _INTEGER_OPS = frozenset(
         "QMoE",
     }
 )
+NAMELESS = "they are not stored under a name of their own"
+"""Why a weight is left that is told from others by more than its name."""
 _NAMED = 3  # nodes an error names; the rest is counted
 
 
@@ -121,14 +123,18 @@ def trainables(model: ir.Model, held: Held) -> list[Trainable]:
     return found
 
 
-def matrices_of_no_kind(model: ir.Model) -> list[ir.Value]:
-    """Return constants in float of several axes that nothing is known to learn, those inside of functions included.
+def idle_matrices(model: ir.Model) -> dict[ir.Value, str | None]:
+    """Return constants in float of several axes that cannot train, and what they are.
 
-    They are rotary caches and masks, as a rule; but an operator may have a weight that is not told as one here.
+    Those that are of no kind are rotary caches and masks, as a rule; but an operator may have a weight that is not told
+    as one here. Others are in functions, or have a name that another one has, too.
     """
-    known = {value for value in constants(model) if kind_of(value, tuple(readers_of(value))) is not None}
-    read = {value for node in walk.every_node(model) for value in node.inputs if value is not None}
-    return [value for value in read - known if _is_matrix(walk.constant_tensor(value))]
+    named = set(constants(model))
+    read = dict.fromkeys(value for node in walk.every_node(model) for value in node.inputs if value is not None)
+    found = {
+        value: kind_of(value, tuple(readers_of(value))) for value in read if _is_matrix(walk.constant_tensor(value))
+    }
+    return {value: kind for value, kind in found.items() if kind is None or value not in named}
 
 
 def _is_matrix(tensor: ir.TensorProtocol | None) -> bool:

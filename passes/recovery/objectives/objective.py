@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # Subjects of one measure that are named; a detector may have a dozen outputs.
 _SHOWN = 3
 _ROUNDING = 1e-9
+# Labels of more axes, the samples' among them, say where in an image something is.
+_MOST_LABEL_AXES = 2
 
 
 class Objective:
@@ -122,7 +124,7 @@ def choose(aim: Aim, model: ir.Model, teacher: ir.Model | None, data: Dataset) -
         return Objective([])
     augmentation_of(aim.augment, model)
     task, share = _task(aim, model, teacher, data)
-    _check_mixing(aim, task)
+    _check_augmentation(aim, task, data)
     terms: list[Term] = []
     if task is not None and share < 1:
         terms.append(task_term(task, model, data, 1 - share))
@@ -149,6 +151,7 @@ def _check_teacher(aim: Aim, teacher: ir.Model | None) -> None:
         "features": aim.features > 0,
         "attention": aim.attention > 0,
         f"reconstruct={aim.reconstruct}": aim.reconstruct != "no",
+        "task=none": aim.task == "none",
     }
     for option, is_set in wants.items():
         if is_set:
@@ -158,12 +161,21 @@ def _check_teacher(aim: Aim, teacher: ir.Model | None) -> None:
             )
 
 
-def _check_mixing(aim: Aim, task: str | None) -> None:
+def _check_augmentation(aim: Aim, task: str | None, data: Dataset) -> None:
+    if task is None or not aim.augment:
+        return
     mixing = [name for name in aim.augment if name in MIXING]
-    if mixing and task is not None:
+    if mixing:
         raise UsageError(
             f"pass `recover`: `augment={mixing[0]}` makes one image of two, which task `{task}` has no label for",
             hint="a teacher, and `task=none`",
+        )
+    labels = next(iter(data.take(1).batches(1))).labels
+    if labels is not None and labels.ndim > _MOST_LABEL_AXES:
+        raise UsageError(
+            f"pass `recover`: `augment={aim.augment[0]}` moves images, and labels of {list(labels.shape[1:])} a sample "
+            "would stay where they are",
+            hint="a teacher, and `task=none`; or leave out `augment`",
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -299,8 +300,7 @@ def source_of(task: str) -> str:
     place, _, name = task.rpartition(":")
     if not name or not place:
         return ""
-    found = None if place.endswith(".py") else importlib.util.find_spec(place)
-    file = Path(place if found is None else found.origin or "")
+    file = Path(place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None) or "")
     return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest() if file.is_file() else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -231,8 +232,11 @@ class _Run:
             self._curve.stopped = _OUT_OF_TIME
 
     def _is_out_of_time(self) -> bool:
-        limit = self._settings.minutes
-        return limit is not None and time.monotonic() - self._began > limit * _SECONDS_A_MINUTE
+        return time.monotonic() - self._began > self._seconds_allowed()
+
+    def _seconds_allowed(self) -> float:
+        minutes = self._settings.minutes
+        return math.inf if minutes is None else minutes * _SECONDS_A_MINUTE
 
     def _look(self, step: int) -> None:
         """Measure the loss on what is held out, and keep the weights if it is the best so far."""
@@ -271,7 +275,8 @@ class _Run:
         self._stopping.restore(state["stopping"])
         self._stepper.load(state["weights"])
         self._curve.remarks.append(f"went on from the checkpoint of step {step} of {self._steps}")
-        if self._curve.stopped == _OUT_OF_TIME:
+        # By the time that was written down, which is the same on every process.
+        if self._curve.stopped == _OUT_OF_TIME and self._curve.seconds <= self._seconds_allowed():
             self._curve.stopped = ""
         return step
 

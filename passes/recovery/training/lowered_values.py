@@ -57,8 +57,14 @@ class TeacherValues:
     def keep(self, rows: Array) -> bool:
         """Compute the values of samples and keep them, if each sample has its own and they are small; return whether.
 
-        Batches are always divided alike here, so a training that is gone on with has the same values to the last bit.
+        Batches are always divided alike here, and no random number is drawn that another training would miss, so one
+        that is gone on with has the same values to the last bit.
         """
+        device = self._accelerator.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return self._keep(rows)
+
+    def _keep(self, rows: Array) -> bool:
         parts = self._samples.divide(rows, self._at_most)
         first = self._computed(self._batch(parts[0]))
         size = sum(_bytes_of(value) for value in first.values()) / len(parts[0]) * len(rows)

@@ -258,7 +258,7 @@ def _run(command: Sequence[str], work: Path) -> None:
 
 def _losses(report: Path) -> list[float]:
     notes = [note for step in json.loads(report.read_text())["steps"] for note in step["notes"]]
-    curve = next(note["facts"]["curve"] for note in notes if "curve" in note.get("facts", {}))
+    curve = next(note["facts"]["loss_curve"] for note in notes if "loss_curve" in note.get("facts", {}))
     return [point["loss"] for point in curve["points"]]
 
 

@@ -17,19 +17,20 @@ from graphopt.staged_files import StagedFiles
 _NEVER_CHANGED = "graphopt never changes its input; choose another name"
 
 
-def check_output(output: Path, model: ir.Model | None, given: Path | None) -> None:
+def check_output(output: Path, model: ir.Model | None, given: Path | None, what: str = "input") -> None:
     """Raise an error, before any work, if a file cannot be written where it is wanted.
 
     Args:
         output: The file wanted.
         model: The input, loaded, if it comes from files.
         given: The file it was loaded from, if any.
+        what: What that is called.
 
     Raises:
         UsageError: It is the input or its data, no regular file, or in a folder that is missing or not writable.
     """
     if given is not None and is_same_file(output, given):
-        raise UsageError(f"output `{output}` is the input", hint=_NEVER_CHANGED)
+        raise UsageError(f"output `{output}` is the {what}", hint=_NEVER_CHANGED)
     if output.is_dir():
         raise UsageError(f"output `{output}` is a folder", hint="name a file in it")
     if output.exists() and not output.is_file():
@@ -37,7 +38,7 @@ def check_output(output: Path, model: ir.Model | None, given: Path | None) -> No
     if not output.parent.is_dir():
         raise UsageError(f"the folder of output `{output}` does not exist", hint=f"create `{output.parent}` first")
     if model is not None:
-        _check_data_files(output, model)
+        _check_data_files(output, model, what)
     try:
         with tempfile.TemporaryFile(dir=output.parent):
             pass
@@ -46,12 +47,12 @@ def check_output(output: Path, model: ir.Model | None, given: Path | None) -> No
         raise UsageError(f"cannot write to `{output.parent}`: {error.strerror}", hint=hint) from error
 
 
-def _check_data_files(output: Path, model: ir.Model) -> None:
+def _check_data_files(output: Path, model: ir.Model, what: str) -> None:
     """Raise an error if writing the output, or the data file beside it, would change data of the input."""
     origin = source(model)
     for path in (output, output.with_name(output.name + ".data")):
         if origin is not None and any(is_same_file(path, Path(file)) for file in origin.data_files):
-            raise UsageError(f"output `{path}` holds the data of the input `{origin.path}`", hint=_NEVER_CHANGED)
+            raise UsageError(f"output `{path}` holds the data of the {what} `{origin.path}`", hint=_NEVER_CHANGED)
 
 
 def is_same_file(a: Path, b: Path) -> bool:

@@ -31,7 +31,7 @@ def open_teacher(given: Any, student: ir.Model, output: Path | None = None) -> i
         return None
     teacher = open_model(given)
     if output is not None and not isinstance(given, ir.Model):
-        check_output(output, teacher, Path(given))
+        check_output(output, teacher, Path(given), "teacher")
     _check_ports("input", _fed(student), _fed(teacher))  # fed with the same arrays, so of equal dtypes
     _check_ports("output", student.graph.outputs, teacher.graph.outputs)
     return teacher

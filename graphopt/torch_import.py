@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError, UsageError, in_words, one_line
 from graphopt.normal_form import normalize
-from graphopt.torch_names import name_by_modules, store_as_read
+from graphopt.torch_names import name_axes, name_by_modules, store_as_read
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,8 @@ def from_torch(
     if not model.graph.outputs:
         raise ModelError("the module returns no tensor", hint="`forward` returns what the model is to give")
     _check_opset(model, opset)
+    if isinstance(module, torch.nn.Module):
+        name_axes(model, _unnamed_axes(model, module, args, kwargs, dynamic_shapes))
     _check_free(model, dynamic_shapes)
     _check_names("input", model.graph.inputs, input_names)
     _check_names("output", model.graph.outputs, output_names)
@@ -183,6 +186,29 @@ def _check_names(kind: str, values: Sequence[ir.Value], names: Sequence[str] | N
         )
 
 
+def _unnamed_axes(model: ir.Model, module: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> dict[str, str]:
+    """Return the names that free axes were to have, by those they have: next to an input that is no tensor, the
+    exporter gives them names of its own.
+    """
+    torch = import_torch()
+    if not isinstance(dynamic_shapes, Mapping):
+        return {}
+    given = inspect.signature(module.forward).bind(*args, **(kwargs or {})).arguments
+    tensors = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+    if len(tensors) != len(model.graph.inputs) or len(tensors) == len(given):
+        return {}
+    found: dict[str, str] = {}
+    for name, value in zip(tensors, model.graph.inputs, strict=True):
+        axes = dynamic_shapes.get(name)
+        wanted = axes.items() if isinstance(axes, Mapping) else enumerate(axes or ())
+        for axis, dim in wanted:
+            free = value.shape[axis] if value.shape is not None else None
+            for called in _names_in(dim):
+                if isinstance(free, ir.SymbolicDim) and free.value is not None:
+                    found.setdefault(free.value, called)
+    return found
+
+
 def _check_free(model: ir.Model, dynamic_shapes: Any) -> None:
     """Raise an error where an axis that was to be free is not: torch fixes it where the code needs that."""
     free = {dim.value for value in model.graph.inputs for dim in value.shape or () if isinstance(dim, ir.SymbolicDim)}
@@ -190,7 +216,8 @@ def _check_free(model: ir.Model, dynamic_shapes: Any) -> None:
     if bound:
         raise ModelError(
             f"the module does not leave dimension `{bound[0]}` free: it has one size, or is always equal to another",
-            hint="take sizes from `x.shape` instead of writing numbers; give axes that are equal one name",
+            hint="take sizes from `x.shape` instead of writing numbers; axes that are equal need one name, others"
+            " examples of different sizes",
         )
 
 

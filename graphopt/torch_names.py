@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -77,6 +78,22 @@ def _biases(nodes: Sequence[ir.Node], paths: Mapping[ir.Node, str], mains: Mappi
     convolutions = [node for node in lone if node.op_type in _CONVOLUTIONS and len(node.inputs) > _BIAS]
     computed = {node: node.inputs[_BIAS] for node in convolutions}
     return {value: f"{paths[node]}.bias" for node, value in computed.items() if value is not None and value.producer()}
+
+
+def name_axes(model: ir.Model, names: Mapping[str, str]) -> None:
+    """Give free dimensions other names, also within the sizes that are computed of them, such as `s31 + 1`."""
+    if not names:
+        return
+    old = re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    values = {value for graph in walk.every_graph(model) for value in (*graph.inputs, *graph.outputs)}
+    values |= {value for node in walk.every_node(model) for value in node.outputs}
+    for value in values:
+        if value.shape is not None and any(isinstance(dim, ir.SymbolicDim) for dim in value.shape):
+            value.shape = ir.Shape([dim if isinstance(dim, int) else _named(dim, old, names) for dim in value.shape])
+
+
+def _named(dim: ir.SymbolicDim, old: re.Pattern[str], names: Mapping[str, str]) -> str | None:
+    return None if dim.value is None else old.sub(lambda found: names[found[1]], dim.value)
 
 
 def store_as_read(model: ir.Model) -> None:

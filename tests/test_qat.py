@@ -403,7 +403,7 @@ def test_codes_off_their_grid_are_caught() -> None:
     latent = next(module for module in trained.module.modules() if isinstance(module, LatentCodes))
     latent.grid = CodeGrid(-1000.0, 1000.0)
     scale = float(trained.model.graph.initializers["s"].const_value.numpy())  # type: ignore[union-attr]
-    for code, what in ((100, "codes beyond -63 to 63"), (300, "codes of .* to 300 in int8"), (np.nan, "no numbers")):
+    for code, what in ((100, "codes beyond -63 to 63"), (300, "codes of .* to 300 in int8"), (np.nan, "no number")):
         with torch.no_grad():
             latent.latent[0, 0] = code * scale
         with pytest.raises(PassError, match=what):

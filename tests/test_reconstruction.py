@@ -18,7 +18,9 @@ from graphopt import registry  # noqa: E402
 from graphopt.authoring import Context  # noqa: E402
 from graphopt.data import open_data  # noqa: E402
 from graphopt.errors import PassError, UsageError  # noqa: E402
+from graphopt.passes.recovery.aim import Aim  # noqa: E402
 from graphopt.passes.recovery.constraints.constrained import constrain  # noqa: E402
+from graphopt.passes.recovery.held import Held  # noqa: E402
 from graphopt.passes.recovery.objectives.augmentation import Augmentation, augmentation_of  # noqa: E402
 from graphopt.passes.recovery.objectives.batch_statistics import updated_batch_norms  # noqa: E402
 from graphopt.passes.recovery.objectives.spans import Side, spans_of, stages_of  # noqa: E402
@@ -164,6 +166,34 @@ def test_padding_has_no_part_in_what_a_part_learns() -> None:
         assert np.allclose(mine, theirs, atol=1e-5), name
 
 
+def flattened(noise: float, rows: Any) -> ir.Model:
+    """Return a model of tokens that all stand one behind the other inside, [samples × 5, 8]."""
+    first, second = (floats(8, 8, seed=seed) + noise * floats(8, 8, seed=seed + 5) for seed in (1, 2))
+    sizes = {"flat": [-1, 8], "back": [-1, 5, 8]} if rows == "N" else {"flat": [rows * 5, 8], "back": [rows, 5, 8]}
+    constants = {"table": floats(11, 8, seed=3), "w1": first, "w2": second, **sizes}
+    nodes = [
+        ("Gather", ["table", "ids"], "e", {}),
+        ("Reshape", ["e", "flat"], "f", {}),
+        ("MatMul", ["f", "w1"], "m1", {}),
+        ("Add", ["m1", "f"], "a1", {}),
+        ("MatMul", ["a1", "w2"], "m2", {}),
+        ("Add", ["m2", "a1"], "a2", {}),
+        ("Reshape", ["a2", "back"], "y", {}),
+    ]
+    return made(nodes, {"ids": [rows, 5]}, {"y": [rows, 5, 8]}, constants)
+
+
+@pytest.mark.parametrize("rows", ["N", 4])
+def test_samples_stay_samples_where_their_positions_stand_in_one_row(rows: Any) -> None:
+    ids = np.random.default_rng(7).integers(0, 11, (23, 5))
+    student = flattened(0.5, rows)
+    options = Recover(reconstruct="blocks", steps=6, batch=4, rate=0.01)
+    context = trained(student, flattened(0, rows), options, {"ids": ids})
+    curves = [note.facts["loss_curve"] for note in context.notes if "loss_curve" in note.facts]
+    assert [(curve["samples"], curve["held_out"]) for curve in curves] == [(21, 2)] * 2
+    assert all(curve["best"] < curve["first"] for curve in curves)
+
+
 def test_models_without_a_part_in_common_are_refused() -> None:
     with pytest.raises(PassError, match="finds no value") as error:
         spans_of(language_model(), classifier(), "blocks")
@@ -258,12 +288,12 @@ def without_ties() -> ir.Model:
 
 def test_penalties_without_anything_to_shrink_are_refused() -> None:
     plain = without_ties()
-    for options in (Recover(l1=1.0, train=("biases",)), Recover(group_lasso=1.0, train=("biases",))):
-        constrained = constrain(lowered(plain, differentiable=True), plain, options)
+    constrained = constrain(lowered(plain, differentiable=True), plain, Held(train=("biases",)))
+    for aim in (Aim(l1=1.0), Aim(group_lasso=1.0)):
         with pytest.raises(UsageError) as error:
-            penalty_of(options, plain, constrained)
+            penalty_of(aim, plain, constrained)
         assert error.value.hint
-    assert penalty_of(Recover(), plain, constrained) is None
+    assert penalty_of(Aim(), plain, constrained) is None
 
 
 def test_statistics_of_batch_norms_are_those_of_the_samples(digits: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ torch = pytest.importorskip("torch")
 
 from graphopt.backends.torch_fx import backend as torch_backend  # noqa: E402
 from graphopt.backends.torch_fx.lowering import lower  # noqa: E402
+from graphopt.backends.torch_fx.session import in_float32  # noqa: E402
 from graphopt.backends.torch_fx.tensors import to_numpy, to_torch  # noqa: E402
 
 ASSETS = (
@@ -409,6 +410,15 @@ def test_what_comes_out_is_the_callers_own() -> None:
         first["z"][:] = 7
         assert first["y"].tolist() == [0, 0]
         assert session.run({"x": x})["z"].tolist() == [1, 2]
+
+
+def test_float32_means_float32_for_as_long_as_a_session_runs() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision
+    with in_float32():
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cudnn.conv.fp32_precision == before
+    assert torch.backends.cudnn.allow_tf32 is (before == "tf32")  # torch minds where its older settings disagree
 
 
 def test_threads_are_put_back() -> None:

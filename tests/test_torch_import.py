@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,16 @@ def operators(model: graphopt.ir.Model) -> list[str]:
     return [node.op_type for node in walk.every_node(model)]
 
 
+THREE = torch.ones(3, WIDTH)
+
+
+class Scaled(nn.Module):
+    """A number among the inputs."""
+
+    def forward(self, x: Any, *, scale: float, more: Any) -> Any:
+        return torch.cat((x * scale, more))
+
+
 class Nested(nn.Module):
     """Inputs in a list and a dict."""
 
@@ -234,6 +245,26 @@ def test_named_inputs_and_nested_outputs(tmp_path: Path) -> None:
     less, times = run(model, tmp_path / "m.onnx", ROWS, ROWS + 1)
     np.testing.assert_allclose(less, -np.ones((2, WIDTH)), atol=1e-6)
     np.testing.assert_allclose(times, (ROWS * (ROWS + 1)).numpy(), atol=1e-6)
+
+
+def test_axes_have_their_names_beside_an_input_that_is_no_tensor() -> None:
+    axes = {"x": {0: "rows"}, "scale": None, "more": ("lines", None)}
+    model = graphopt.from_torch(
+        Scaled().eval(), (ROWS,), {"scale": 2.0, "more": THREE}, dynamic_shapes=axes, input_names=["first", "second"]
+    )
+    shapes = {value.name: [str(dim) for dim in value.shape or ()] for value in model.graph.inputs}
+    assert shapes == {"first": ["rows", str(WIDTH)], "second": ["lines", str(WIDTH)]}
+    (joined,) = model.graph.outputs
+    assert joined.shape is not None
+    assert {"rows", "lines"} <= set(re.findall(r"\w+", str(joined.shape[0])))
+
+
+def test_examples_of_one_size_are_taken_for_one_axis() -> None:
+    """So does torch; the hint says so."""
+    axes = {"x": {0: "rows"}, "more": {0: "lines"}, "scale": None}
+    with pytest.raises(ModelError, match="`lines` free") as caught:
+        graphopt.from_torch(Scaled().eval(), (ROWS,), {"more": ROWS, "scale": 2.0}, dynamic_shapes=axes)
+    assert "examples of different sizes" in (caught.value.hint or "")
 
 
 def test_a_dict_may_come_last() -> None:

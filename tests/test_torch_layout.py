@@ -356,6 +356,13 @@ def test_unsigned_elements_are_scattered_and_found(dtype: Any) -> None:
     assert function("NonZero")(data).tolist() == [[0, 1, 2]]
 
 
+def test_distinct_numbers_are_in_order_beside_what_is_none() -> None:
+    found, first, inverse, counts = function("Unique")(torch.tensor([2.0, float("nan"), -1.0, 2.0]))
+    assert found.tolist()[:2] == [-1.0, 2.0]
+    assert (found.isnan().tolist(), counts.tolist()) == ([False, False, True], [1, 2, 1])
+    assert (first.tolist(), inverse.tolist()) == ([2, 0, 1], [1, 2, 0, 1])
+
+
 def test_slices_of_no_elements_are_scattered() -> None:
     found = function("ScatterND")(torch.zeros(4, 0), torch.tensor([[0], [1]]), torch.zeros(2, 0), reduction="add")
     assert found.shape == (4, 0)

@@ -182,7 +182,8 @@ def unique(data: Any, *, axis: int | None = None, sorted: int = 1) -> tuple[Any,
         found, first, inverse, counts = unique(codes, axis=axis, sorted=sorted)
         return taken(strings, found), first, inverse, counts
     data, along = (data.reshape(-1), 0) if axis is None else (data, axis)
-    found, inverse, counts = torch.unique(data, dim=along, sorted=True, return_inverse=True, return_counts=True)
+    rows = None if data.dim() == 1 else along  # along an axis torch puts nothing in order where there is a NaN
+    found, inverse, counts = torch.unique(data, dim=rows, sorted=True, return_inverse=True, return_counts=True)
     places = torch.arange(inverse.numel(), device=inverse.device)
     first = torch.full_like(counts, inverse.numel()).scatter_reduce(0, inverse, places, "amin")
     if not sorted:  # in the order in which they are met

@@ -21,7 +21,14 @@ _TRANSPOSED: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
 
 def mat_mul(a: Tensor, b: Tensor) -> Tensor:
     """Products of matrices, as numpy's matmul."""
-    return in_wider(torch.matmul, a, b)
+    return in_wider(_multiplied, a, b)
+
+
+def _multiplied(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_floating_point() or a.is_complex() or a.device.type != "cuda":
+        return torch.matmul(a, b)
+    # On GPUs torch multiplies no matrices of integers; up to 2⁵³ floats of 64 bits hold the sums.
+    return torch.matmul(a.to(torch.float64), b.to(torch.float64)).to(a.dtype)
 
 
 def gemm(

@@ -129,7 +129,7 @@ class TorchSession:
         if self._threads:
             torch.set_num_threads(self._threads)
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), in_float32() if self._device.type == "cuda" else contextlib.nullcontext():
                 yield
         except (RuntimeError, ValueError, TypeError) as error:
             raise BackendError(f"torch fails on the model: {one_line(error)}") from error
@@ -145,6 +145,21 @@ class TorchSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """Let a GPU compute float32 as float32: torch has it round what convolutions multiply to 10 bits, unasked."""
+    cudnn: Any = torch.backends.cudnn
+    settings = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before = [one.fp32_precision for one in settings]
+    try:
+        for one in settings:
+            one.fp32_precision = "ieee"
+        yield
+    finally:
+        for one, precision in zip(settings, before, strict=True):
+            one.fp32_precision = precision
 
 
 def failing_node(module: fx.GraphModule, error: BaseException) -> str | None:

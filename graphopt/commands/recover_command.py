@@ -45,7 +45,8 @@ class WithPassOptions(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take out the options of the pass, and parse the rest."""
-        own = [name for one in self.get_params(ctx) for name in (*one.opts, *one.secondary_opts)]
+        every = [name for one in self.get_params(ctx) for name in (*one.opts, *one.secondary_opts)]
+        own = [name for name in every if name.startswith("--")]
         rest, given = split_arguments(args, own)
         ctx.meta[_GIVEN] = given
         parsed: list[str] = super().parse_args(ctx, rest)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Under this name a piece's samples hold what its outputs are to be; no value of a model has a name with a space first.
 _TARGET = " target "
+# How far a value of a sample by itself may be from that among others: codes may be the next ones, samples differ more.
+_ALIKE = 0.1
 
 
 class PieceError(Term):
@@ -86,24 +88,41 @@ class _Walk:
 
     def enter(self, stage: Stage) -> StoredSamples:
         """Return samples for a piece: its own inputs as the student is now, and what the original's piece gives."""
-        own = Dataset(lambda: self._chunks(stage), self._data.specs, self._data.name, len(self._samples), False)
-        self._samples, self._before = StoredSamples(own), stage
+        parts = self._samples.divide(np.arange(len(self._samples)), self._batch)
+        folded = self._folded(stage, max(parts, key=len))
+
+        def chunks() -> Iterator[Chunk]:
+            for part in parts:
+                yield _chunk(self._values(stage, part), len(part), folded)
+
+        own = Dataset(chunks, self._data.specs, self._data.name, len(self._samples), False)
+        self._samples, self._before = _PieceSamples(own, folded or frozenset()), stage
         return self._samples
 
-    def _chunks(self, stage: Stage) -> Iterator[Chunk]:
-        samples, rows = self._samples, np.arange(len(self._samples))
-        for part in samples.divide(rows, self._batch):
-            batch = samples.batch(part, None, rows)
-            inputs = {name: batch.feeds[name] for name in self._inputs}
-            mine, theirs = dict(inputs), dict(inputs)
-            if self._before is not None and stage.span.starts is not None:
-                (end,) = self._run(self._before.mine, batch.feeds)
-                mine[stage.span.starts[0]] = end
-                theirs[stage.span.starts[1]] = batch.feeds[_TARGET + stage.span.starts[0]]
-            targets = self._run(stage.theirs, theirs)
-            named = zip(stage.span.ends, targets, strict=True)
-            mine |= {_TARGET + name: target for (name, _), target in named}
-            yield _chunk({name: batch.real(value) for name, value in mine.items()}, batch)
+    def _values(self, stage: Stage, part: Array) -> dict[str, Any]:
+        """Return what a piece reads of some samples, and what it is to give."""
+        batch = self._samples.batch(part, None, part)
+        inputs = {name: batch.feeds[name] for name in self._inputs}
+        mine, theirs = dict(inputs), dict(inputs)
+        if self._before is not None and stage.span.starts is not None:
+            (end,) = self._run(self._before.mine, batch.feeds)
+            mine[stage.span.starts[0]] = end
+            theirs[stage.span.starts[1]] = batch.feeds[_TARGET + stage.span.starts[0]]
+        targets = self._run(stage.theirs, theirs)
+        named = zip(stage.span.ends, targets, strict=True)
+        mine |= {_TARGET + name: target for (name, _), target in named}
+        return {name: batch.real(value) for name, value in mine.items()}
+
+    def _folded(self, stage: Stage, part: Array) -> frozenset[str] | None:
+        """Return the names of values that have several rows for each sample; None where some have none for it."""
+        if len(part) == 1:
+            return frozenset()
+        together, alone = self._values(stage, part), self._values(stage, part[:1])
+        sizes = {name: (len(value), len(alone[name])) for name, value in together.items() if value.ndim}
+        folded = frozenset(name for name, (all_rows, _) in sizes.items() if all_rows != len(part))
+        if any(all_rows != own * len(part) for all_rows, own in sizes.values()):
+            return None
+        return folded if all(_is_alike(alone[name], together[name]) for name in folded) else None
 
     @torch.no_grad()
     def _run(self, piece: Piece, feeds: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -113,11 +132,40 @@ class _Walk:
         return tuple(value.cpu() for value in values)
 
 
-def _chunk(feeds: Mapping[str, Any], batch: TrainingBatch) -> Chunk:
-    """Return values as samples; as one that cannot be divided where not all have the samples in their first axis."""
+class _PieceSamples(StoredSamples):
+    """Samples of a piece.
+
+    Args:
+        data: The samples.
+        folded: Values whose rows for a sample are kept together, and that models take one behind the other.
+    """
+
+    def __init__(self, data: Dataset, folded: frozenset[str]) -> None:
+        super().__init__(data)
+        self._names = folded
+
+    def batch(self, rows: Array, epoch: int | None, pool: Array) -> TrainingBatch:
+        """Return a batch of samples by index; see `Samples.batch`."""
+        batch = super().batch(rows, epoch, pool)
+        feeds = {name: feed.flatten(0, 1) if name in self._names else feed for name, feed in batch.feeds.items()}
+        return replace(batch, feeds=feeds)
+
+
+def _is_alike(alone: Tensor, together: Tensor) -> bool:
+    """Return whether the rows of the first sample come first, and not the first row of each sample."""
+    wanted = together[: len(alone)].double()
+    return bool((alone.double() - wanted).abs().mean() <= _ALIKE * wanted.abs().mean())
+
+
+def _chunk(feeds: Mapping[str, Any], count: int, folded: frozenset[str] | None) -> Chunk:
+    """Return values as samples; as one that cannot be divided where not all have samples in their first axis."""
     arrays = {name: _array(value) for name, value in feeds.items()}
-    divisible = all(len(array) == batch.count for array in arrays.values() if array.ndim)
-    return Chunk(arrays, None, batch.count if divisible else 1, divisible)
+    if folded is None:
+        return Chunk(arrays, None, 1, divisible=False)
+    for name in folded:
+        arrays[name] = arrays[name].reshape(count, len(arrays[name]) // count, *arrays[name].shape[1:])
+    divisible = all(len(array) == count for array in arrays.values() if array.ndim)
+    return Chunk(arrays, None, count if divisible else 1, divisible)
 
 
 def _array(value: Any) -> Array:

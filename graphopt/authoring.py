@@ -123,9 +123,11 @@ class Context:
         seed: Seed of everything random.
         threads: Threads for the backend; 0 leaves it to the runtime.
         data: Calibration samples, or None.
-        reference: The teacher that was given for the run; else the model as it was before the first lossy pass of the
-            run, weights shared with it, and None for that pass and those before it. A node that an exact pass changed
-            since has no origins there: it may compute something else now than the node of its name does.
+        reference: The model as it was before the first lossy pass of the run, weights shared with it; None for that pass
+            and those before it. A node that an exact pass changed since has no origins there: it may compute something
+            else now than the node of its name does.
+        teacher: The model that was given for the result to be like, or None. Its nodes may have names of this one's and
+            compute something else.
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.
         weigh: Says how a model stands against the original on calibration samples, by the budgets of the run; None
             where the run has none, which a pass that declares `Need.BUDGET` never meets.
@@ -151,6 +153,7 @@ class Context:
     threads: int = 0
     data: Dataset | None = None
     reference: ir.Model | None = None
+    teacher: ir.Model | None = None
     check_rewrite: RewriteCheck | None = None
     weigh: Callable[[ir.Model], Standing] | None = None
     judge: Judging | None = None
@@ -165,6 +168,11 @@ class Context:
     unchecked: Counter[tuple[str, str]] = field(default_factory=Counter)
     refused: list[Refusal] = field(default_factory=list)
     display: Display | None = None
+
+    @property
+    def standard(self) -> ir.Model | None:
+        """What the result is to be like: the teacher, or else the model before the first lossy pass."""
+        return self.teacher if self.teacher is not None else self.reference
 
     def track(self, items: Collection[T], what: str, noun: str = "layers") -> Iterator[T]:
         """Yield items one by one, and let who waits see how many are done and how long the rest will take.

@@ -81,7 +81,8 @@ class PassManager:
         # Kept only where a later lossy pass may look at it.
         self._keeps_reference = sum(one.guarantee is Guarantee.LOSSY for step in steps for one in step.passes) > 1
         # A copy: what later edits make of its origins is this run's own.
-        self._reference = setting.teacher.clone() if setting.teacher is not None else None
+        self._teacher = setting.teacher.clone() if setting.teacher is not None else None
+        self._reference: ir.Model | None = None
 
     def run(self, model: ir.Model) -> list[StepRecord]:
         """Run the steps and return their records.
@@ -166,6 +167,7 @@ class PassManager:
             threads=self.setting.threads,
             data=self.setting.data,
             reference=self._reference,
+            teacher=self._teacher,
             check_rewrite=self.setting.check_rewrite,
             weigh=self.setting.weigh,
             judge=self.setting.judge,
@@ -193,8 +195,10 @@ class PassManager:
                 f"pass `{one.name}` failed: {in_words(error)}",
                 hint="this is a mistake of the pass, not yours; `-v` shows where; leave it out, or report it",
             ) from error
-        if self._reference is not None and one.guarantee is not Guarantee.LOSSY and rewriter.edits:
-            _part_from_edited(self._reference, self.journal.edits[-rewriter.edits :])
+        if one.guarantee is not Guarantee.LOSSY and rewriter.edits:
+            for other in (self._reference, self._teacher):
+                if other is not None:
+                    _part_from_edited(other, self.journal.edits[-rewriter.edits :])
         self._analyses.keep(one.preserves, since, rewriter.version)
         _fold_in(record, one, rewriter.edits, context)
         for instrument in self.instruments:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # What launchers set in each process they start.
-_NUMBER, _COUNT = "RANK", "WORLD_SIZE"
+_NUMBER, _COUNT, _LOCAL_COUNT = "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 
 def process_number() -> int:
@@ -16,6 +16,11 @@ def process_number() -> int:
 def process_count() -> int:
     """Return how many processes do the job; 1 where this one works alone."""
     return max(1, _read(_COUNT, 1))
+
+
+def local_process_count() -> int:
+    """Return how many of them are on this machine; 1 where that was not said."""
+    return max(1, _read(_LOCAL_COUNT, 1))
 
 
 def is_main_process() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from graphopt.data_sources import load_function
 from graphopt.errors import UsageError, did_you_mean, in_words
-from graphopt.torch_import import import_torch
+from graphopt.torch_import import import_torch, quiet
 
 EXPORTED_SUFFIX = ".pt2"
 FIXED = "-"
@@ -95,7 +95,8 @@ def _read_exported(path: str, arguments: Mapping[str, Any], torch: Any) -> Any:
     if not Path(path).is_file():
         raise UsageError(f"`{path}` does not exist", hint="what `torch.export.save` wrote")
     try:
-        return torch.export.load(path)
+        with quiet():
+            return torch.export.load(path)
     except Exception as error:
         hint = "a file that `torch.export.save` of this version of torch wrote"
         raise UsageError(f"cannot read `{path}`: {in_words(error)}", hint=hint) from error
@@ -190,7 +191,11 @@ def all_inputs(given: Given, axes: Mapping[str, dict[int, str]]) -> dict[str, di
     for name, free in axes.items():
         if name not in bound:
             raise UsageError(f"`--dynamic` names input `{name}`, which is not given", hint=did_you_mean(name, bound))
-        rank = getattr(bound[name], "ndim", 0)
+        rank = getattr(bound[name], "ndim", None)
+        if rank is None:
+            hint = "`from_torch(dynamic_shapes=…)` takes the axes of tensors in lists and dicts"
+            raise UsageError(f"`--dynamic` names axes of `{name}`, which is no tensor", hint=hint)
         if max(free) >= rank:
-            raise UsageError(f"`--dynamic` names axis {max(free)} of `{name}`, which has {rank}", hint="count from 0")
+            hint = "`image=batch,-,height,width`: one place for each axis"
+            raise UsageError(f"`--dynamic` names {max(free) + 1} axes of `{name}`, which has {rank}", hint=hint)
     return {name: axes.get(name) for name in bound}

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError, ModelError, UsageError, in_words, one_line
 from graphopt.normal_form import normalize
-from graphopt.torch_names import name_axes, name_by_modules, store_as_read
+from graphopt.torch_names import name_axes, name_by_modules, name_outputs, output_keys, store_as_read
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,11 @@ _ADVICE = (
         ("GuardOnDataDependent", "DataDependent", "Could not guard", "Could not extract specialized"),
         "the module decides in Python by what tensors hold",
         "write the choice as `torch.where` or `torch.cond`, and sizes as shapes of tensors",
+    ),
+    (
+        ("'int' object has no attribute 'name'", "'float' object has no attribute 'name'"),
+        "`forward` returns a number",
+        "return tensors only",
     ),
     (
         ("graph break", "Unsupported"),
@@ -75,7 +80,8 @@ def from_torch(
             others are fixed as in the examples. Of an ExportedProgram: only names for axes that are free in it.
         opset: The version of ONNX's operators, from 18.
         input_names: Names of the inputs, in order; those of `forward`'s parameters where None.
-        output_names: Names of the outputs, in order; the exporter's where None.
+        output_names: Names of the outputs, in order; where None, the keys of a dict that `forward` returns, else the
+            exporter's.
 
     Raises:
         UsageError: torch is not installed, or an argument is none that can be exported.
@@ -86,7 +92,7 @@ def from_torch(
     if isinstance(args, torch.Tensor):
         args = (args,)
     check_exportable(module, args, kwargs, opset)
-    with _quiet():
+    with quiet():
         try:
             program = torch.onnx.export(
                 module,
@@ -95,7 +101,6 @@ def from_torch(
                 dynamic_shapes=dynamic_shapes,
                 opset_version=opset,
                 input_names=input_names,
-                output_names=output_names,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
@@ -112,6 +117,8 @@ def from_torch(
     _check_free(model, dynamic_shapes)
     _check_names("input", model.graph.inputs, input_names)
     _check_names("output", model.graph.outputs, output_names)
+    _check_taken(model, output_names or ())
+    name_outputs(model, output_names or output_keys(program.exported_program, len(model.graph.outputs)))
     normalize(model)
     store_as_read(model)
     name_by_modules(model)
@@ -186,6 +193,14 @@ def _check_names(kind: str, values: Sequence[ir.Value], names: Sequence[str] | N
         )
 
 
+def _check_taken(model: ir.Model, output_names: Sequence[str]) -> None:
+    """Raise an error where an output was to have the name of an input or a weight that it is not."""
+    stored = {value.name: value for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for value, name in zip(model.graph.outputs, output_names, strict=False):
+        if name in stored and stored[name] is not value:
+            raise UsageError(f"output name `{name}` is that of an input or a weight", hint="give it another one")
+
+
 def _unnamed_axes(model: ir.Model, module: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> dict[str, str]:
     """Return the names that free axes were to have, by those they have: next to an input that is no tensor, the
     exporter gives them names of its own.
@@ -236,7 +251,7 @@ def _names_in(dynamic_shapes: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch from printing graphs, warnings and tracebacks: an error says what there is to say."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

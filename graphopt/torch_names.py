@@ -6,6 +6,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -94,6 +95,65 @@ def name_axes(model: ir.Model, names: Mapping[str, str]) -> None:
 
 def _named(dim: ir.SymbolicDim, old: re.Pattern[str], names: Mapping[str, str]) -> str | None:
     return None if dim.value is None else old.sub(lambda found: names[found[1]], dim.value)
+
+
+def name_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Name the outputs in order, and let each be a value of its own; without a name, they keep the exporter's.
+
+    What a module returns twice, or hands through under another name, comes from an Identity: to the exporter it is one
+    value, of which the last name is left. An output is not named as an input or a weight that it is not.
+    """
+    outputs = model.graph.outputs
+    stored = {value.name: value for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    taken: set[str | None] = {*names, *stored}
+    seen: set[ir.Value] = set()
+    for index, (value, wanted) in enumerate(zip(list(outputs), names, strict=True)):
+        is_taken = wanted in stored and stored[wanted] is not value
+        name = "" if is_taken else wanted
+        if value not in seen and value in stored.values() and name in ("", value.name):
+            seen.add(value)
+            continue
+        name = name or _fresh(value.name or "", taken)
+        if value in seen or value in stored.values():
+            outputs[index] = _identity(model.graph, value)
+        outputs[index].name = name
+        seen.add(value)
+        taken.add(name)
+
+
+def _identity(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Return a value of its own that is equal to another."""
+    node = ir.Node("", "Identity", [value], num_outputs=1)
+    graph.append(node)
+    node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+    return node.outputs[0]
+
+
+def output_keys(program: Any, count: int) -> list[str]:
+    """Return a name for each tensor that an exported program gives: its key in a dict, `logits`, or `past.0` within.
+
+    Nothing stands for an output without a key, and for one whose key another has.
+    """
+    from torch.utils import _pytree
+
+    spec = program.call_spec.out_spec
+    given = program.graph_signature.user_outputs
+    if spec is None or spec.num_leaves != len(given):
+        return [""] * count
+    try:
+        found, _ = _pytree.tree_flatten_with_path(_pytree.tree_unflatten(list(given), spec))
+    except ValueError:  # a class whose parts have no names
+        return [""] * count
+    names = [_joined(path) for path, output in found if output is not None]
+    return [name if names.count(name) == 1 else "" for name in names] if len(names) == count else [""] * count
+
+
+def _joined(path: Sequence[Any]) -> str:
+    """Return the keys, attributes and places on the way to a tensor, joined by dots; nothing where a place is first."""
+    parts = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+    if not parts or parts[0] is None:
+        return ""
+    return ".".join(str(key.idx if part is None else part) for key, part in zip(path, parts, strict=True))
 
 
 def store_as_read(model: ir.Model) -> None:

@@ -229,7 +229,9 @@ def sharded() -> tuple[Curve, list[float]]:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     acceleration.refuse_device = lambda *_: None
     try:
-        return run(Training(**BRIEF, micro_batch=6, sharding="fsdp"), with_mapped_constant(network()), device="cuda")
+        found = run(Training(**BRIEF, micro_batch=6, sharding="fsdp"), with_mapped_constant(network()), device="cuda")
+        assert "ACCELERATE_USE_FSDP" not in os.environ, "the next training would be sharded, too"
+        return found
     finally:
         del os.environ["ACCELERATE_TORCH_DEVICE"]
         PartialState._prepare_backend, acceleration.refuse_device = prepare, refuse

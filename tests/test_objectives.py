@@ -22,7 +22,6 @@ from graphopt.metrics import KL, Perplexity, cross_entropies  # noqa: E402
 from graphopt.passes.recovery.aim import Aim  # noqa: E402
 from graphopt.passes.recovery.objectives.cut_values import cut_values, ends_of_blocks  # noqa: E402
 from graphopt.passes.recovery.objectives.objective import Objective, choose  # noqa: E402
-from graphopt.passes.recovery.objectives.task_losses import source_of  # noqa: E402
 from graphopt.passes.recovery.training.lowered_values import values_of  # noqa: E402
 from graphopt.passes.recovery.training.samples import StoredSamples, TrainingBatch  # noqa: E402
 from graphopt.shapes import infer_shapes  # noqa: E402
@@ -307,15 +306,6 @@ def test_a_function_of_the_user_is_the_task(tmp_path: Path) -> None:
         assert error.value.hint
 
 
-def test_another_function_of_the_same_name_is_another_task(tmp_path: Path) -> None:
-    file = tmp_path / "task.py"
-    sources = set()
-    for text in ("one = abs\n", "one = float\n"):
-        file.write_text(text)
-        sources.add(source_of(f"{file}:one"))
-    assert len({*sources, source_of("cross-entropy"), source_of("json:dumps")}) == 4
-
-
 def test_distillation_and_task_share_the_loss() -> None:
     student, data = classifier(noise=0.3), data_for(classifier(), CLASSES)
     both = Bench(Aim(task="cross-entropy", distill=0.25), student, classifier(), data)
@@ -333,6 +323,28 @@ def test_errors_of_outputs_are_shares_of_their_power() -> None:
     assert float(bench.loss()) == pytest.approx(
         float(np.square(mine - theirs).mean() / np.square(theirs).mean()), rel=1e-4
     )
+
+
+def test_what_is_not_finite_in_the_original_has_no_part_in_errors() -> None:
+    mask = np.array([0, 0, -np.inf, 0], np.float32)
+    student, teacher = (
+        made(
+            [("MatMul", ["x", "w"], "m", {}), ("Add", ["m", "mask"], "y", {})],
+            {"x": ["N", 3]},
+            {"y": ["N", 4]},
+            {"w": floats(3, 4, seed=seed), "mask": mask},
+        )
+        for seed in (1, 2)
+    )
+    bench = Bench(Aim(distance="mse"), student, teacher, data_for(student, x=floats(6, 3)))
+    (weight,) = (one for one in bench.student.parameters() if one.ndim == 2)
+    weight.requires_grad_(True)
+    bench.loss().backward()
+    mine, theirs = (outputs_of(bench, side)["y"][:, mask == 0] for side in ("student", "teacher"))
+    wanted = np.square(mine - theirs).mean() / np.square(theirs).mean() * 3 / 4
+    assert bench.loss().item() == pytest.approx(wanted, rel=1e-5)
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
 
 
 def test_features_are_taken_between_blocks_and_mapped_where_channels_are_gone() -> None:

@@ -189,6 +189,18 @@ def test_teacher_is_learnt_from_and_scored_against(pruned: Result) -> None:
     assert report.as_dict()["teacher"] == report.teacher
 
 
+def test_repairs_layer_by_layer_are_by_the_model_itself_not_by_the_teacher() -> None:
+    rng = np.random.default_rng(0)
+    other = model()
+    for value in walk.initializers(other):
+        array = walk.constant_tensor(value).numpy()  # type: ignore[union-attr]
+        value.const_value = ir.tensor(rng.normal(size=array.shape).astype(array.dtype))
+    passes = "quant:mode=static,ada-round"
+    plain, taught = (weights_of(run(passes, teacher=teacher).model) for teacher in (None, other))
+    assert plain.keys() == taught.keys()
+    assert all(np.array_equal(plain[name], taught[name]) for name in plain)
+
+
 def test_budget_is_held_against_the_teacher(pruned: Result) -> None:
     options = {"data": samples(120), "options": "steps=1:rate=1e-6", "threads": 1}
     with pytest.raises(OverBudget, match="top1 went from 100"):

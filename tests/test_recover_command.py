@@ -125,8 +125,8 @@ def test_data_is_asked_for(folder: Path) -> None:
 
 
 def test_neither_student_nor_teacher_is_overwritten(folder: Path) -> None:
-    for name in ("student.onnx", "net.onnx"):
-        assert "is the input" in recover(folder, "-o", folder / name).error
+    for name, what in (("student.onnx", "input"), ("net.onnx", "teacher")):
+        assert f"is the {what}" in recover(folder, "-o", folder / name).error
     assert "it is the teacher" in recover(folder, "--report", folder / "net.onnx.md", "--teacher", _md(folder)).error
 
 

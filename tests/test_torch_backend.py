@@ -291,7 +291,8 @@ def test_sizes_stay_on_the_host() -> None:
 
 
 def test_sizes_that_are_tensors_too_stay_on_the_host() -> None:
-    model = model_of("""g (float[b,4] x, bool c) => (float[r] y) <int64[1] zero = {0}, int64[1] last = {-1}> {
+    model = model_of("""g (float[b,4] x, bool c) => (float[r] y, int64[2] all)
+    <int64[1] zero = {0}, int64[1] last = {-1}> {
         rows = SplitToSequence<keepdims = 0>(x) n = SequenceLength(rows) u = Unsqueeze(n, zero)
         all = Concat<axis = 0>(u, last) same = Reshape(x, all) f = Cast<to = 1>(u) scaled = Mul(same, f)
         z = If (c) <
@@ -301,8 +302,8 @@ def test_sizes_that_are_tensors_too_stay_on_the_host() -> None:
         y = Identity(z)
     }""")
     for choice in (True, False):
-        (y,) = lower(model).to("meta")(torch.empty(3, 4, device="meta"), torch.tensor(choice))
-        assert (y.shape, y.device.type) == ((4,), "meta")
+        y, sizes = lower(model).to("meta")(torch.empty(3, 4, device="meta"), torch.tensor(choice))
+        assert (y.shape, y.device.type, sizes.device.type) == ((4,), "meta", "meta")
         assert_same_as_onnxruntime(model, {"x": np.arange(12, dtype=np.float32).reshape(3, 4), "c": np.array(choice)})
 
 

@@ -247,6 +247,51 @@ def test_named_inputs_and_nested_outputs(tmp_path: Path) -> None:
     np.testing.assert_allclose(times, (ROWS * (ROWS + 1)).numpy(), atol=1e-6)
 
 
+class Named(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        twice = x * 2
+        return {"scores": twice, "past": [x + 1, x + 2], "again": twice, "given": x, "x": -x}
+
+
+def test_outputs_have_the_keys_of_a_dict_and_each_is_a_value_of_its_own(tmp_path: Path) -> None:
+    model = graphopt.optimize(graphopt.from_torch(Named().eval(), (ROWS,)), "simplify", timed=False).model
+    names = [value.name for value in model.graph.outputs]
+    assert names[:5] == ["scores", "past.0", "past.1", "again", "given"]
+    assert len(set(names)) == len(names), "`x` is the input's name, so that output keeps another"
+    assert "x" not in names
+    for found, wanted in zip(run(model, tmp_path / "m.onnx", ROWS), (2, None, None, 2, 1, -1), strict=True):
+        if wanted is not None:
+            np.testing.assert_array_equal(found, wanted * ROWS.numpy())
+
+
+def test_an_input_keeps_its_name_where_it_is_an_output_of_another() -> None:
+    names = ["a", "b", "c", "d", "e", "f"]
+    model = graphopt.from_torch(Named().eval(), (ROWS,), output_names=names)
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert [value.name for value in model.graph.outputs] == names
+
+
+class Crossed(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"x": x * 2, "mul": x + 1}
+
+
+def test_a_file_that_is_none_of_torch_is_one_error_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "junk.pt2").write_text("junk")
+    line = [sys.executable, "-m", "graphopt", "import", "junk.pt2", "-o", "m.onnx"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot read `junk.pt2`")
+
+
+def test_an_output_name_that_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="`x` is that of an input"):
+        graphopt.from_torch(Crossed().eval(), (ROWS,), output_names=["x", "y"])
+    doubled, raised = run(graphopt.from_torch(Crossed().eval(), (ROWS,)), tmp_path / "m.onnx", ROWS)
+    np.testing.assert_array_equal(doubled, 2 * ROWS.numpy())
+    np.testing.assert_array_equal(raised, 1 + ROWS.numpy())
+
+
 def test_axes_have_their_names_beside_an_input_that_is_no_tensor() -> None:
     axes = {"x": {0: "rows"}, "scale": None, "more": ("lines", None)}
     model = graphopt.from_torch(
@@ -450,3 +495,6 @@ def test_arguments_and_axes_are_read() -> None:
     given = Given(Pair().eval(), (ROWS,), {"b": ROWS})
     assert all_inputs(given, {"b": {0: "batch"}}) == {"a": None, "b": {0: "batch"}}
     assert all_inputs(given, {}) is None
+    for inputs, said in ((([ROWS, ROWS], {}), "`rows`, which is no tensor"), ((ROWS, {}), "axis 2 of `rows`")):
+        with pytest.raises(UsageError, match=said):
+            all_inputs(Given(Nested().eval(), inputs), {"rows": {2: "batch"}})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ pytest.importorskip("accelerate")
 import torch
 
 from graphopt.passes.recovery.training import lowered_values
+from graphopt.passes.recovery.training.acceleration import refuse_device
 from graphopt.passes.recovery.training.curve import POINTS_SHOWN, Curve, Point
 from graphopt.passes.recovery.training.early_stopping import EarlyStopping
 from graphopt.passes.recovery.training.engine import train
@@ -296,6 +296,15 @@ def test_divergence_is_an_error() -> None:
     assert "smaller `rate`" in (error.value.hint or "")
 
 
+def test_weights_that_no_loss_was_computed_with_may_have_diverged() -> None:
+    module = network()
+    settings = Training(steps=1, held_out=0, rate=1e6, clip=None, optimizer="sgd", momentum=0, warmup=0)
+    module.first.register_hook(lambda gradient: gradient * 1e38)
+    with pytest.raises(PassError, match="is NaN or infinite after the last step") as error:
+        run(settings, module)
+    assert error.value.hint
+
+
 def test_a_loss_of_nothing_that_is_trained_is_an_error() -> None:
     module = network()
     module.requires_grad_(False)
@@ -345,6 +354,25 @@ def test_devices_that_will_not_do_are_refused(
     assert error.value.hint
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="4 processes for 2 GPUs") as error:
+        refuse_device(Training(**BRIEF), "cuda")
+    assert error.value.hint
+
+
+def test_what_a_launcher_was_told_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Training(**BRIEF, optimizer="sgd")
+    weights = run(settings)[1]
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert run(settings)[1] == weights
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="was told to train by FSDP") as error:
+        run(settings)
+    assert error.value.hint
+
+
 def test_precisions_may_change_between_trainings() -> None:
     half, weights = run(Training(**BRIEF, precision="bf16"))
     whole, expected = run(Training(**BRIEF))
@@ -353,94 +381,6 @@ def test_precisions_may_change_between_trainings() -> None:
     assert weights == pytest.approx(expected, abs=0.02)
     # Weights stay in full: rounded to bfloat16 they would be others.
     assert weights != torch.tensor(weights).bfloat16().float().tolist()
-
-
-def test_time_that_is_up_ends_training_and_more_of_it_goes_on(tmp_path: Path) -> None:
-    folder = str(tmp_path / "checkpoints")
-    short, _ = run(Training(**BRIEF, minutes=1e-9, checkpoints=folder))
-    assert (short.stopped, short.steps) == ("`minutes` are over", 1)
-    again, _ = run(Training(**BRIEF, minutes=1e-9, checkpoints=folder))
-    assert (again.stopped, again.steps) == (short.stopped, 1)
-    more, weights = run(Training(**BRIEF, minutes=60, checkpoints=folder))
-    assert (more.stopped, more.steps) == ("", 12)
-    assert more.remarks == ["went on from the checkpoint of step 1 of 12"]
-    assert weights == run(Training(**BRIEF))[1]
-
-
-def test_a_finished_training_is_not_done_twice(tmp_path: Path) -> None:
-    settings = Training(**BRIEF, checkpoints=str(tmp_path))
-    curve, weights = run(settings)
-    again, same = run(settings)
-    assert again.remarks == ["went on from the checkpoint of step 12 of 12"]
-    assert (again.points, again.looks, same) == (curve.points, curve.looks, weights)
-    # Other weights to begin with, or another rate, are another training: it has a folder of its own.
-    assert not run(settings, network(9))[0].remarks
-    assert not run(Training(**{**BRIEF, "rate": 0.03}, checkpoints=str(tmp_path)))[0].remarks
-    assert not run(settings, seed=8)[0].remarks
-    assert not run(settings, data=samples(count=SAMPLES + 1))[0].remarks
-    assert not run(settings, data=samples(labels=7))[0].remarks
-    assert len(list(tmp_path.iterdir())) == 6
-
-
-def test_random_numbers_of_a_teacher_are_gone_on_with(tmp_path: Path) -> None:
-    def weights(folder: Path, failing_at: int = 0) -> Any:
-        calls = 0
-
-        def count(batch: Any) -> None:
-            nonlocal calls
-            calls += batch.epoch is not None
-            if calls == failing_at > 0:
-                raise InterruptedError
-
-        settings = Training(**BRIEF, checkpoints=str(folder), checkpoint_every=3)
-        return run(settings, network(), Distance(on_call=count), teacher=network(2, dropout=0.2))[1]
-
-    with pytest.raises(InterruptedError):
-        weights(tmp_path / "failed", failing_at=8)
-    assert weights(tmp_path / "failed") == weights(tmp_path / "whole")
-
-
-def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
-    settings = Training(**BRIEF, checkpoints=str(tmp_path), checkpoint_every=4)
-    _, weights = run(settings)
-    (folder,) = tmp_path.iterdir()
-    assert [path.name for path in folder.iterdir()] == ["step-12"]
-    # As it is left by a process that ends while it writes.
-    (folder / "step-12").rename(folder / "step-12.unfinished")
-    again, same = run(settings)
-    assert not again.remarks
-    assert same == weights
-    assert [path.name for path in folder.iterdir()] == ["step-12"]
-
-
-def test_a_broken_checkpoint_is_an_error(tmp_path: Path) -> None:
-    settings = Training(**BRIEF, checkpoints=str(tmp_path))
-    run(settings)
-    (state,) = tmp_path.glob("*/step-12/training.pt")
-    state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(PassError, match="cannot go on from the checkpoint in") as error:
-        run(settings)
-    assert "delete" in (error.value.hint or "")
-
-
-def test_a_folder_that_cannot_be_written_is_an_error_before_any_step(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    seen: list[Any] = []
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UsageError, match="file` is a file"):
-            run(Training(**BRIEF, checkpoints=str(folder)), objective=Distance(on_call=seen.append))
-    assert not seen
-
-
-def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(PassError, match=r"cannot write a checkpoint to .*No space left") as error:
-        run(Training(**BRIEF, checkpoints=str(tmp_path)))
-    assert "has room" in (error.value.hint or "")
-    assert not list(tmp_path.glob("*/step-*[0-9]"))
 
 
 def test_nothing_is_left_behind() -> None:

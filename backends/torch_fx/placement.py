@@ -73,8 +73,7 @@ class _Placing:
         for node in list(self._graph.nodes):
             if "operator" in node.meta:
                 self._settle(node)
-            elif node.op == "output" and self._anchor.op == "placeholder":
-                # Whoever runs a nested graph expects everything on the module's device.
+            elif node.op == "output":  # whoever runs a graph expects everything on the module's device
                 node.args = (tuple(self._as_tensor(one) for one in node.args[0]),)
         for node in reversed(self._graph.nodes):
             if not node.users and (node is self._device or node.op == "get_attr"):

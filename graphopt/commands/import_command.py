@@ -37,7 +37,8 @@ def import_(
         str | None, typer.Option(help="Names of the inputs [default: as in the module].", metavar="NAMES")
     ] = None,
     outputs: Annotated[
-        str | None, typer.Option(help="Names of the outputs [default: the exporter's].", metavar="NAMES")
+        str | None,
+        typer.Option(help="Names of the outputs [default: a dict's keys, else the exporter's].", metavar="NAMES"),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not simplify what torch exports.")] = False,
     tolerance: Annotated[

@@ -13,12 +13,11 @@ from graphopt.backend import Array
 
 from ..analyses.linear_layers import LinearLayer
 from ..analyses.second_moments import group_count
+from ..solvers.grid import LARGEST_BIAS_CODE
 from ..solvers.objective import by_group
 from .integer_weights import release
 
 _RULE = "correct-bias"
-# Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
-_LARGEST_BIAS_CODE = 2**30
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
@@ -57,7 +56,7 @@ class LayerBias:
         old = tensor.numpy()
         wide = old.astype(np.float64) + (by if self.scales is None else np.rint(by / self.scales)).reshape(old.shape)
         if self.scales is not None:
-            wide = np.clip(wide, -_LARGEST_BIAS_CODE, _LARGEST_BIAS_CODE)
+            wide = np.clip(wide, -LARGEST_BIAS_CODE, LARGEST_BIAS_CODE)
         new = wide.astype(old.dtype)
         if np.array_equal(new, old) or not np.isfinite(new.astype(np.float64)).all():
             return False
@@ -87,7 +86,7 @@ class LayerBias:
         """Give the layer the bias it has none of: int32 where its products are of integers, else floats."""
         rewriter = ctx.rewriter
         if self.scales is not None:
-            codes = np.clip(np.rint(by / self.scales), -_LARGEST_BIAS_CODE, _LARGEST_BIAS_CODE).astype(np.int32)
+            codes = np.clip(np.rint(by / self.scales), -LARGEST_BIAS_CODE, LARGEST_BIAS_CODE).astype(np.int32)
             if not codes.any():
                 return False
             with ctx.rewriter.edit(_RULE, self.layer):

@@ -20,7 +20,7 @@ from graphopt.target import IntegerScheme
 from ..analyses.finite_weights import refuse_not_finite
 from ..analyses.linear_layers import LinearLayer, has_channel_bias
 from ..solvers import grid
-from ..solvers.grid import Grid, GridWeight
+from ..solvers.grid import LARGEST_BIAS_CODE, Grid, GridWeight
 from ..solvers.scale_search import mse
 from .coded_floats import CodedLayers
 from .integer_weights import release, takes_channel_scales, weight_tensor
@@ -28,8 +28,6 @@ from .quant_plan import StaticPlan
 from .static_formats import dtype_of, encode, is_float, limits
 
 _RULE = "coded-integers"
-# Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
-_LARGEST_BIAS_CODE = 2.0**30
 # Kernels that read channels in groups take no fewer outputs than this; others are not worth more channels.
 _LEAST_OUTPUTS = 16
 
@@ -181,7 +179,7 @@ class StaticWeights:
         own = weight_grid(self.scheme, self.plan.group, layer)
         # Sums of products with several scales are of no grid that a bias could be on.
         in_integers = bias is not None and self.scheme.bias == "int32" and own.block is None
-        least = np.abs(bias) / np.float32(in_scale * _LARGEST_BIAS_CODE) if in_integers and bias is not None else None
+        least = np.abs(bias) / np.float32(in_scale * LARGEST_BIAS_CODE) if in_integers and bias is not None else None
         is_plain = alpha == 1.0 and not more_channels and not is_float(self.scheme.weight)
         given = self.coded.given(layer, own, least) if is_plain else None
         task = WeightTask(layer, quantized_input, own, alpha, bias, least, given)

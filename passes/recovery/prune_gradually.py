@@ -67,8 +67,8 @@ class PruneGradually(Prune, Recover):
             PassError: The model is quantized already, training diverges, or a zero would not stay one.
             UsageError: A glob matches nothing.
         """
-        reference = ctx.reference if ctx.reference is not None else model.clone()
-        context, training = replace(ctx, reference=reference), self._training()
+        teacher = ctx.standard if ctx.standard is not None else model.clone()
+        context, training = replace(ctx, teacher=teacher), self._training()
         steps = list(self.cuts())
         for number, cut in enumerate(steps, 1):
             before = ctx.rewriter.edits

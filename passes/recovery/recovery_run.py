@@ -80,7 +80,7 @@ def recover(model: ir.Model, ctx: Context, options: Recover) -> None:
         GraphoptError: It cannot be trained, training diverges, or a constraint would be broken.
     """
     assert ctx.data is not None, "the pass declares that it needs data"
-    check_subject(options, model, ctx.reference, ctx.data)
+    check_subject(options, model, ctx.standard, ctx.data)
     # The edit is open while it trains: a run that ends before it does not train in vain.
     with ctx.rewriter.edit(RULE):
         if options.reconstruct != "no":
@@ -97,12 +97,12 @@ def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
     assert ctx.data is not None, "the pass declares that it needs data"
     device = device_of(options.device)
     backend = open_backend(device)
-    objective = objectives.choose(options, model, ctx.reference, ctx.data)
+    objective = objectives.choose(options, model, ctx.standard, ctx.data)
     student = backend.lower(model, observe=objective.student_values, differentiable=True)
     teacher = None
     if objective.needs_teacher:
-        assert ctx.reference is not None, "the objective was chosen with a teacher"
-        teacher = backend.lower(ctx.reference, observe=objective.teacher_values, differentiable=False)
+        assert ctx.standard is not None, "the objective was chosen with a teacher"
+        teacher = backend.lower(ctx.standard, observe=objective.teacher_values, differentiable=False)
     constrained = constrain(student, model, options)
     if not constrained.parameters():
         raise PassError(

@@ -35,7 +35,7 @@ class Training:
         None, help="samples in memory at once; gradients of the parts of a batch are summed up", low=1
     )
     optimizer: Literal["adamw", "adam", "sgd"] = opt("adamw", help="adamw, adam, or sgd with Nesterov's momentum")
-    rate: float = opt(5e-4, help="learning rate at its highest", low=0.0)
+    rate: float = opt(5e-4, help="learning rate at its highest", low=0.0, high=1e6)
     decay: float = opt(0.0, help="weight decay", low=0.0)
     momentum: float = opt(0.9, help="momentum of sgd, or the first beta of adam", low=0.0, high=0.9999)
     schedule: Literal["constant", "linear", "cosine", "step"] = opt(

@@ -15,6 +15,8 @@ from .rows import by_rows
 FULL_RANGE_BITS = 8
 # One bit less where a kernel sums pairs of 8-bit products in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 does not.
 REDUCED_RANGE_BITS = 7
+# Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow.
+LARGEST_BIAS_CODE = 2**30
 # Below the smallest normal float32 a scale loses its precision, or runtimes flush it to zero.
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 

@@ -20,7 +20,7 @@ from .constant_kinds import BIAS, NORM, SCALE, TABLE, WEIGHT, ZERO_POINT
 from .kept_constants import Kept
 from .kept_floats import keep_floats
 from .kept_integers import keep_codes, keep_scales
-from .placement import Placement
+from .surgery import Surgery
 from .trainable import NAMELESS, idle_matrices, trainables
 
 # Decay pulls towards zero, which for all else is no neutral place.
@@ -155,13 +155,13 @@ def constrain(module: fx.GraphModule, model: ir.Model, held: Held) -> Constraine
         model: The model; not changed.
         held: What trains.
     """
-    placement, left = Placement(module), Counter[str]()
+    surgery, left = Surgery(module), Counter[str]()
     found = trainables(model, held)
     left.update(NO_WEIGHT if kind is None else NAMELESS for kind in idle_matrices(model).values())
-    scales = {one.value: one for one in keep_scales(placement, model, found, left)}
-    codes = list(keep_codes(placement, model, found, held, scales, left))
-    kept = [*keep_floats(placement, found, held, left), *codes, *scales.values()]
-    placement.finish()
+    scales = {one.value: one for one in keep_scales(surgery, model, found, left)}
+    codes = list(keep_codes(surgery, model, found, held, scales, left))
+    kept = [*keep_floats(surgery, found, held, left), *codes, *scales.values()]
+    surgery.finish()
     return Constrained(kept, left, held.scale_rate)
 
 

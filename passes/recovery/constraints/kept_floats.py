@@ -17,8 +17,8 @@ from .adapters import Adapter
 from .constant_kinds import SCALE, TABLE, WEIGHT, ZERO_POINT
 from .kept_constants import Kept
 from .masks import Masked, kept_of_floats, pattern_of
-from .placement import Placement
 from .stored_weights import as_floats
+from .surgery import Surgery
 from .trainable import NAMELESS, Trainable
 
 _NARROW: Mapping[ir.DataType, torch.dtype] = {
@@ -41,7 +41,7 @@ class Narrowed(nn.Module):
         return weight.to(self._dtype)
 
 
-def keep_floats(placement: Placement, found: Sequence[Trainable], held: Held, left: Counter[str]) -> Iterator[Kept]:
+def keep_floats(surgery: Surgery, found: Sequence[Trainable], held: Held, left: Counter[str]) -> Iterator[Kept]:
     """Let the chosen constants in float train, but for scales of codes, and yield them."""
     for one in found:
         if (
@@ -50,13 +50,13 @@ def keep_floats(placement: Placement, found: Sequence[Trainable], held: Held, le
             or one.tensor.dtype.bitwidth <= 8
         ):
             continue
-        path = placement.path(one.value)
+        path = surgery.path(one.value)
         if path is None:
             left[NAMELESS] += 1
         elif one.kind == WEIGHT and ADAPTERS in held.train and not takes_adapter(one):
             left[NO_MATRIX] += 1
         else:
-            yield _keep(placement, path, one, held)
+            yield _keep(surgery, path, one, held)
 
 
 def adapter_for(one: Trainable, held: Held) -> Adapter | None:
@@ -73,11 +73,11 @@ def takes_adapter(one: Trainable) -> bool:
     return len(walk.dims(one.tensor)) > 1
 
 
-def _keep(placement: Placement, path: str, one: Trainable, held: Held) -> Kept:
+def _keep(surgery: Surgery, path: str, one: Trainable, held: Held) -> Kept:
     start = as_floats(one.tensor)
     adapter = adapter_for(one, held)
     kept = kept_of_floats(start.numpy()) if one.kind in (WEIGHT, TABLE) and held.zeros != "free" else None
-    placement.train(path, start, trains=adapter is None)
+    surgery.train(path, start, trains=adapter is None)
     chain: list[nn.Module] = [] if adapter is None else [adapter]
     if kept is not None:
         chain.append(Masked(kept))
@@ -86,14 +86,14 @@ def _keep(placement: Placement, path: str, one: Trainable, held: Held) -> Kept:
         chain.append(Narrowed(narrow))
     made = nn.Sequential(*chain)
     if chain:
-        placement.behind(one.value, made)
+        surgery.behind(one.value, made)
 
     def now() -> torch.Tensor:
-        result: torch.Tensor = made(placement.parameter(path))
+        result: torch.Tensor = made(surgery.parameter(path))
         return result
 
     def parameters() -> dict[str, nn.Parameter]:
-        own = {one.name: placement.parameter(path)}
+        own = {one.name: surgery.parameter(path)}
         return own if adapter is None else own | {f"{one.name}.A": adapter.A, f"{one.name}.B": adapter.B}
 
     zeros = None if kept is None else np.logical_not(kept)

@@ -23,9 +23,9 @@ from .kept_constants import Kept
 from .kept_floats import NO_MATRIX, adapter_for, takes_adapter
 from .latent_codes import FLOAT_CODES, CodeGrid, LatentCodes, grid_of
 from .masks import kept_of_codes, pattern_of
-from .placement import Placement
 from .scales import LearnedScale, LearnedZeroPoint, gradient_factor, product_of_scales
 from .stored_weights import as_floats
+from .surgery import Surgery
 from .trainable import NAMELESS, Trainable
 
 _DTYPES: Mapping[ir.DataType, torch.dtype] = {
@@ -54,9 +54,7 @@ class _Coding:
         return replace(grid_of(codes, dtype, self.axis, self.block), layout=self.layout)
 
 
-def keep_scales(
-    placement: Placement, model: ir.Model, found: Sequence[Trainable], left: Counter[str]
-) -> Iterator[Kept]:
+def keep_scales(surgery: Surgery, model: ir.Model, found: Sequence[Trainable], left: Counter[str]) -> Iterator[Kept]:
     """Let scales and zero points train, and yield them, with those of biases that are products of two others."""
     products = bias_scales(model)
     fixed = {value for one in products.values() if one.factors is None for value in one.involved}
@@ -64,19 +62,19 @@ def keep_scales(
     for one in found:
         if one.kind not in (SCALE, ZERO_POINT) or one.value in products:
             continue
-        reason = _unfit(one, placement, fixed)
+        reason = _unfit(one, surgery, fixed)
         if reason is not None:
             left[reason] += 1
             continue
-        learned[one.value] = _keep_scale(placement, one) if one.kind == SCALE else _keep_zero_point(placement, one)
+        learned[one.value] = _keep_scale(surgery, one) if one.kind == SCALE else _keep_zero_point(surgery, one)
     yield from learned.values()
     for product in products.values():
         if product.factors is not None and any(factor in learned for factor in product.factors):
-            yield _keep_product(placement, product.scale, product.factors, learned)
+            yield _keep_product(surgery, product.scale, product.factors, learned)
 
 
 def keep_codes(
-    placement: Placement,
+    surgery: Surgery,
     model: ir.Model,
     found: Sequence[Trainable],
     held: Held,
@@ -95,15 +93,15 @@ def keep_codes(
             left[coding] += 1
         elif one.kind == WEIGHT and ADAPTERS in held.train and not takes_adapter(one):
             left[NO_MATRIX] += 1
-        elif placement.path(one.value) is None or not placement.has(coding.scale, coding.zero_point):
+        elif surgery.path(one.value) is None or not surgery.has(coding.scale, coding.zero_point):
             left[NAMELESS] += 1
         else:
-            yield _keep_codes(placement, one, coding, held, scales, trains=one.value in chosen)
+            yield _keep_codes(surgery, one, coding, held, scales, trains=one.value in chosen)
 
 
-def _unfit(one: Trainable, placement: Placement, fixed: set[ir.Value]) -> str | None:
+def _unfit(one: Trainable, surgery: Surgery, fixed: set[ir.Value]) -> str | None:
     """Return why a scale or zero point cannot learn, or None."""
-    if placement.path(one.value) is None:
+    if surgery.path(one.value) is None:
         return NAMELESS
     if one.value in fixed:
         return "biases in int32 have scales of their own, which go with these"
@@ -116,32 +114,32 @@ def _converts(one: Trainable) -> bool:
     return any(reader.node.op_type in _CONVERTERS for reader in one.readers)
 
 
-def _keep_scale(placement: Placement, one: Trainable) -> Kept:
+def _keep_scale(surgery: Surgery, one: Trainable) -> Kept:
     factor = max((_factor_of(one, reader.node) for reader in one.readers), default=1.0)
     module = LearnedScale(as_floats(one.tensor), _DTYPES[one.tensor.dtype], factor)
-    placement.at_start(one.value, module)
+    surgery.at_start(one.value, module)
     return Kept(one.value, SCALE, module, lambda: {one.name: module.logarithm}, positive=_converts(one))
 
 
-def _keep_zero_point(placement: Placement, one: Trainable) -> Kept:
+def _keep_zero_point(surgery: Surgery, one: Trainable) -> Kept:
     dtype = one.tensor.dtype
     low = float(-(2 ** (dtype.bitwidth - 1))) if dtype.is_signed() else 0.0
     high = low + 2**dtype.bitwidth - 1
     factor = max((_factor_of(one, reader.node) for reader in one.readers), default=1.0)
     module = LearnedZeroPoint(as_floats(one.tensor), low, high, factor)
-    placement.at_start(one.value, module)
+    surgery.at_start(one.value, module)
     grid = CodeGrid(low, high)
     return Kept(one.value, ZERO_POINT, module, lambda: {one.name: module.shift}, grid=grid)
 
 
 def _keep_product(
-    placement: Placement, scale: ir.Value, factors: tuple[ir.Value, ir.Value], learned: Mapping[ir.Value, Kept]
+    surgery: Surgery, scale: ir.Value, factors: tuple[ir.Value, ir.Value], learned: Mapping[ir.Value, Kept]
 ) -> Kept:
     tensor = walk.constant_tensor(scale)
     assert tensor is not None, "a scale is constant"
     shape = walk.dims(tensor)
-    now = [_now(placement, value, learned) for value in factors]
-    placement.at_start(scale, product_of_scales, *factors, shape)
+    now = [_now(surgery, value, learned) for value in factors]
+    surgery.at_start(scale, product_of_scales, *factors, shape)
 
     def product() -> torch.Tensor:
         first, second = (one() for one in now)
@@ -150,10 +148,10 @@ def _keep_product(
     return Kept(scale, SCALE, product, dict, positive=True, factors=factors)
 
 
-def _now(placement: Placement, value: ir.Value, kept: Mapping[ir.Value, Kept]) -> Callable[[], torch.Tensor]:
+def _now(surgery: Surgery, value: ir.Value, kept: Mapping[ir.Value, Kept]) -> Callable[[], torch.Tensor]:
     """Return what gives a constant as it is by now, on the device the module is on."""
     known = kept.get(value)
-    return known.now if known is not None else lambda: placement.tensor(value)
+    return known.now if known is not None else lambda: surgery.tensor(value)
 
 
 def _factor_of(one: Trainable, node: ir.Node) -> float:
@@ -232,7 +230,7 @@ def _multiplied(one: Trainable, reader: Reader, node: ir.Node) -> _Coding | str:
 
 
 def _keep_codes(
-    placement: Placement,
+    surgery: Surgery,
     one: Trainable,
     coding: _Coding,
     held: Held,
@@ -251,13 +249,13 @@ def _keep_codes(
         kept = kept_of_codes(centred.numpy().astype(np.int32), on_purpose=held.zeros == "keep")
     adapter = adapter_for(one, held) if trains else None
     latent = LatentCodes(start, grid, kept, trains=trains, adapter=adapter)
-    placement.instead(one.value, latent, coding.scale, coding.zero_point)
-    scale_now = _now(placement, coding.scale, scales)
+    surgery.instead(one.value, latent, coding.scale, coding.zero_point)
+    scale_now = _now(surgery, coding.scale, scales)
 
     def now() -> torch.Tensor:
         # What only tells sizes may stay on the CPU, and so may what is not trained.
         device = latent.latent.device
-        zero_point = None if coding.zero_point is None else placement.tensor(coding.zero_point).to(device)
+        zero_point = None if coding.zero_point is None else surgery.tensor(coding.zero_point).to(device)
         result: torch.Tensor = latent(scale_now().to(device), zero_point)
         return result
 

@@ -11,14 +11,12 @@ from torch import nn
 
 from graphopt.backend import Array
 
+from ...solvers.grid import FULL_RANGE_BITS, LARGEST_BIAS_CODE, REDUCED_RANGE_BITS
 from .scales import rounded
 
-# Bias codes keep to half of int32, so that adding them to the sum of products cannot overflow; where there are larger
-# ones already, to the largest float32 that is an int32.
-_LARGEST_BIAS_CODE, _LARGEST_INT32 = 2.0**30, 2.0**31 - 2.0**7
+# Of int32, the largest that is a float32.
+_LARGEST_INT32 = 2.0**31 - 2.0**7
 _BIAS = ir.DataType.INT32
-# Some kernels add two products of codes in 16 bits: weights for those were rounded to 7 bits.
-_REDUCED_BITS, _FULL_BITS = 7, 8
 FLOAT_CODES = {
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
     ir.DataType.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
@@ -85,16 +83,17 @@ def grid_of(codes: Array, dtype: ir.DataType, axis: int, block: int) -> CodeGrid
         highest = float(torch.finfo(floats).max)
         return CodeGrid(-highest, highest, axis, block, floats)
     if dtype == _BIAS:
-        is_within = np.abs(codes.astype(np.float64)).max(initial=0) <= _LARGEST_BIAS_CODE
-        largest = _LARGEST_BIAS_CODE if is_within else _LARGEST_INT32
+        # Larger ones that are there already are not cut.
+        is_within = np.abs(codes.astype(np.float64)).max(initial=0) <= LARGEST_BIAS_CODE
+        largest = float(LARGEST_BIAS_CODE) if is_within else _LARGEST_INT32
         return CodeGrid(-largest, largest, axis, block)
     bits, signed = dtype.bitwidth, dtype.is_signed()
     wide = codes.astype(np.int32)
     if not signed:
         return CodeGrid(0.0, float(2**bits - 1), axis, block)
-    reduced = 2 ** (_REDUCED_BITS - 1)
-    if bits == _FULL_BITS and wide.size and -reduced <= wide.min() <= wide.max() < reduced:
-        bits = _REDUCED_BITS
+    reduced = 2 ** (REDUCED_RANGE_BITS - 1)
+    if bits == FULL_RANGE_BITS and wide.size and -reduced <= wide.min() <= wide.max() < reduced:
+        bits = REDUCED_RANGE_BITS
     lowest = -(2 ** (bits - 1))
     is_narrow = not wide.size or int(wide.min()) > lowest
     return CodeGrid(float(lowest + is_narrow), float(2 ** (bits - 1) - 1), axis, block)

@@ -87,8 +87,14 @@ class OutputError(Term):
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
         """Return the sum over items of each item's mean."""
-        errors = (student[self._output].float() - teacher[self._output].float()).square()
+        errors = squared_error(student[self._output].float(), teacher[self._output].float())
         return self.items.total(errors, batch) / self._power.mean
+
+
+def squared_error(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Return squared differences; none where the original's is not finite, such as minus infinity of a mask."""
+    finite = theirs.isfinite()
+    return (torch.where(finite, mine, 0.0) - torch.where(finite, theirs, 0.0)).square()
 
 
 class Power:

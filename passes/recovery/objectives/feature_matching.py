@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphopt.errors import PassError
 
-from .distillation import Power
+from .distillation import Power, squared_error
 from .scores import items_of
 from .terms import Items, Term, Values
 from .value_pairs import pairs_at_blocks
@@ -73,7 +73,7 @@ class Features(Term):
         mine, theirs = student[self._mine].float(), teacher[self._theirs].float()
         if self._map is not None:
             mine = self._map(mine)
-        return self.items.total((mine - theirs).square(), batch) / self._power.mean
+        return self.items.total(squared_error(mine, theirs), batch) / self._power.mean
 
     def _axis(self, mine: Tensor, theirs: Tensor) -> int:
         pairs = zip(mine.shape, theirs.shape, strict=False)

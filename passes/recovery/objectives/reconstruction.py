@@ -21,7 +21,7 @@ from ..constraints.constrained import Constrained, constrain
 from ..training.curve import Curve
 from ..training.fingerprints import digest
 from ..training.samples import StoredSamples, TrainingBatch
-from .distillation import Power
+from .distillation import Power, squared_error
 from .module_pieces import Piece
 from .objective import Objective
 from .scores import items_of
@@ -60,7 +60,7 @@ class PieceError(Term):
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
         """Return the sum over items of each item's mean."""
-        errors = (student[self.name].float() - batch.feeds[self._target].float()).square()
+        errors = squared_error(student[self.name].float(), batch.feeds[self._target].float())
         return self.items.total(errors, batch) / self._power.mean
 
 
@@ -204,14 +204,14 @@ def reconstruct(model: ir.Model, ctx: Context, options: Recover) -> list[Curve]:
     """
     from ..recovery_run import device_of, fit, open_backend, write_back
 
-    assert ctx.reference is not None, "the objective was chosen with a teacher"
+    assert ctx.standard is not None, "the objective was chosen with a teacher"
     assert ctx.data is not None, "the pass declares that it needs data"
     device = device_of(options.device)
     backend = open_backend(device)
-    spans = spans_of(model, ctx.reference, options.reconstruct)
-    student, teacher = backend.lower(model, differentiable=True), backend.lower(ctx.reference, differentiable=False)
+    spans = spans_of(model, ctx.standard, options.reconstruct)
+    student, teacher = backend.lower(model, differentiable=True), backend.lower(ctx.standard, differentiable=False)
     constrained = constrain(student, model, options)
-    stages = stages_of(spans, Side(model, student, 0), Side(ctx.reference, teacher, 1))
+    stages = stages_of(spans, Side(model, student, 0), Side(ctx.standard, teacher, 1))
     if options.minutes is not None:
         options = replace(options, minutes=options.minutes / len(stages))
     walk, settled, curves = _Walk(ctx.data, options.micro_batch or options.batch, device), set[int](), []

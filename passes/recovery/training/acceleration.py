@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from graphopt.errors import BackendError, PassError, UsageError
-from graphopt.processes import process_count
+from graphopt.processes import local_process_count, process_count
 
 from ..settings import Training
 from .fingerprints import digest
 
 # Digests are compared as integers of 64 bits.
 _LARGEST_INTEGER = 2**63
+# Variables by which `accelerate launch` hands over what graphopt's options do not ask for.
+_OTHER_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
+}
+_YES = ("1", "t", "true", "y", "yes", "on")
 # How Accelerate calls the precisions.
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -38,6 +52,11 @@ def refuse_device(settings: Training, device: str) -> None:
         found = torch.cuda.device_count()
         raise BackendError(
             f"cannot train on `{device}`: torch finds {found} GPUs", hint="`device=cpu`, or a GPU it finds"
+        )
+    if kind == "cuda" and local_process_count() > torch.cuda.device_count():
+        raise UsageError(
+            f"pass `recover`: {local_process_count()} processes for {torch.cuda.device_count()} GPUs of this machine",
+            hint="as many processes as GPUs; a smaller `micro_batch` saves memory on fewer",
         )
     if kind == "cpu" and settings.precision == "fp16":
         raise UsageError(
@@ -61,24 +80,60 @@ def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
         UsageError: It cannot do what was asked for.
     """
     refuse_device(settings, device)
+    _refuse_launcher(settings)
     kind, _, index = device.partition(":")
-    if index and process_count() == 1:
-        torch.cuda.set_device(int(index))
-    accelerator = Accelerator(
-        mixed_precision=_PRECISIONS[settings.precision],
-        cpu=kind == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs()],
-        fsdp_plugin=_sharding() if settings.sharding == "fsdp" else None,
-    )
+    with _environment(), _chosen_gpu(int(index) if index and process_count() == 1 else None):
+        accelerator = Accelerator(
+            mixed_precision=_PRECISIONS[settings.precision],
+            cpu=kind == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs()],
+            # Parts of a batch are summed up here; a launcher's environment must not divide gradients besides.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            fsdp_plugin=_sharding() if settings.sharding == "fsdp" else None,
+        )
+        try:
+            yield accelerator
+        finally:
+            if accelerator.device.type == "cuda":
+                # What it wraps is freed by the collector of garbage only, which takes longer than a small training.
+                accelerator.free_memory()
+            # Accelerate keeps device, precision and sharding for the whole process, and another training may want
+            # others. What joins processes is torch's, and stays.
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _refuse_launcher(settings: Training) -> None:
+    """Refuse to train as a launcher was told to, but nobody here would know of."""
+    for variable, name in _OTHER_ENGINES.items():
+        if os.environ.get(variable, "").lower() in _YES and not (name == "FSDP" and settings.sharding == "fsdp"):
+            raise UsageError(
+                f"pass `recover`: `accelerate launch` was told to train by {name}",
+                hint="leave that out of its options and its configuration; `sharding=fsdp` divides weights",
+            )
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Put variables back that Accelerate sets, such as that everything from now on is sharded."""
+    before = {name: os.environ.get(name) for name in _OTHER_ENGINES}
     try:
-        yield accelerator
+        yield
     finally:
-        if accelerator.device.type == "cuda":
-            # What it wraps is freed by the collector of garbage only, which takes longer than a small training.
-            accelerator.free_memory()
-        # Accelerate keeps device, precision and sharding for the whole process, and another training may want others.
-        # What joins processes is torch's, and stays.
-        AcceleratorState._reset_state(reset_partial_state=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _chosen_gpu(index: int | None) -> Iterator[None]:
+    """Make a GPU the current one inside; None for the one that is."""
+    if index is None:
+        yield
+        return
+    with torch.cuda.device(index):
+        yield
 
 
 def _sharding() -> FullyShardedDataParallelPlugin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ from .early_stopping import EarlyStopping
 from .fingerprints import fingerprint
 from .parts import Constraint, Objective, Proximal
 from .samples import Augmenting, Order, Samples, StoredSamples, held_out_of
-from .stepping import Stepper
+from .stepping import Stepper, refuse_diverged
 
 _OUT_OF_TIME = "`minutes` are over"
 _SECONDS_A_MINUTE = 60.0
@@ -129,11 +130,16 @@ def _threads(threads: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: str) -> Iterator[None]:
-    """Seed torch's random numbers inside, and leave those outside as they were."""
+    """Seed torch's random numbers inside, and leave all those outside as they were; a checkpoint has Python's, too."""
+    python, numpy = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 class _Run:
@@ -253,6 +259,7 @@ class _Run:
         weights = self._stepper.weights()
         if self._settings.keep == "best" and self._stopping.weights:
             self._curve.kept, weights = self._stopping.step, self._stopping.weights
+        refuse_diverged(weights)
         self._stepper.load(weights)
         if self._curve.kept == 0 and self._curve.steps:
             self._curve.remarks.append("no look was better than the one before training: weights are as they were")

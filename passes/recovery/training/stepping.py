@@ -27,6 +27,10 @@ from .schedules import rate_factor
 
 # An objective that wants to see batches first is shown so many samples: enough for averages.
 PREPARATION_ROWS = 256
+_DIVERGED = "pass `recover`: training diverged:"
+_AGAINST_DIVERGENCE = (
+    "a smaller `rate`, a longer `warmup`, or `clip`; instead of fp16, bf16; if at once, look at the data"
+)
 
 
 class _Loss(nn.Module):
@@ -386,7 +390,15 @@ def _refuse_divergence(figures: Figures, step: int) -> None:
     if math.isfinite(figures.loss):
         return
     wrong = ", ".join(f"`{name}` {term}" for name, term in figures.terms.items() if not math.isfinite(term))
-    raise PassError(
-        f"pass `recover`: training diverged: after {step} steps the loss is {figures.loss} ({wrong})",
-        hint="a smaller `rate`, a longer `warmup`, or `clip`; instead of fp16, bf16; if at once, look at the data",
-    )
+    raise PassError(f"{_DIVERGED} after {step} steps the loss is {figures.loss} ({wrong})", hint=_AGAINST_DIVERGENCE)
+
+
+def refuse_diverged(weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that are to be kept and that no loss was computed with, if they are no numbers.
+
+    Raises:
+        PassError: They are NaN or infinite.
+    """
+    wrong = [path for path, tensor in weights.items() if not tensor.isfinite().all()]
+    if wrong:
+        raise PassError(f"{_DIVERGED} `{wrong[0]}` is NaN or infinite after the last step", hint=_AGAINST_DIVERGENCE)

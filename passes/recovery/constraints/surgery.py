@@ -13,7 +13,7 @@ from torch import fx, nn
 _HELD = "held"
 
 
-class Placement:
+class Surgery:
     """Edits the graph of a lowered module.
 
     Args:

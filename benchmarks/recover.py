@@ -77,7 +77,7 @@ ZEROS = (
 )
 ROUNDED = "quant:mode=static:weights=int4:group=channel:solver=rtn"
 INTEGERS = (
-    Trial("resnet20", 1000, ROUNDED, ("--epochs", "12", "--rate", "3e-4"), "portable"),
+    Trial("resnet20", 1000, ROUNDED, ("--epochs", "20", "--rate", "3e-4"), "portable"),
     Trial("digits", 1297, ROUNDED, ("--epochs", "30", "--rate", "3e-4"), "portable"),
     Trial("squeezenet", 64, "quant:mode=static:weights=int4", ("--epochs", "60", "--rate", "3e-4"), "portable"),
 )

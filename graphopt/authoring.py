@@ -123,9 +123,9 @@ class Context:
         seed: Seed of everything random.
         threads: Threads for the backend; 0 leaves it to the runtime.
         data: Calibration samples, or None.
-        reference: The model as it was before the first lossy pass of the run, weights shared with it; None for that pass
-            and those before it. A node that an exact pass changed since has no origins there: it may compute something
-            else now than the node of its name does.
+        reference: The model as it was before the first lossy pass of the run, weights shared with it; None for that
+            pass and those before it. A node that an exact pass changed since has no origins there: it may compute
+            something else now than the node of its name does.
         teacher: The model that was given for the result to be like, or None. Its nodes may have names of this one's and
             compute something else.
         check_rewrite: Checks each rewrite by itself, or None; passes ask `agrees`.

@@ -432,7 +432,7 @@ def test_exported_file_is_taken(tmp_path: Path) -> None:
         (["classifier", "--arg", "height=3"], "unexpected keyword argument"),
         (["classifier", "--arg", "3"], "gives no argument a value"),
         (["classifier", "--dynamic", "x=batch"], "names input `x`"),
-        (["classifier", "--dynamic", "input=batch,-,more"], "axis 2 of `input`"),
+        (["classifier", "--dynamic", "input=batch,-,more"], "names 3 axes of `input`"),
         (["classifier", "--dynamic", "input"], "names no axes"),
         (["classifier", "--outputs", "a,a"], "or one twice"),
         (["alone"], "a module without example inputs"),
@@ -495,6 +495,6 @@ def test_arguments_and_axes_are_read() -> None:
     given = Given(Pair().eval(), (ROWS,), {"b": ROWS})
     assert all_inputs(given, {"b": {0: "batch"}}) == {"a": None, "b": {0: "batch"}}
     assert all_inputs(given, {}) is None
-    for inputs, said in ((([ROWS, ROWS], {}), "`rows`, which is no tensor"), ((ROWS, {}), "axis 2 of `rows`")):
+    for inputs, said in ((([ROWS, ROWS], {}), "`rows`, which is no tensor"), ((ROWS, {}), "names 3 axes of `rows`")):
         with pytest.raises(UsageError, match=said):
             all_inputs(Given(Nested().eval(), inputs), {"rows": {2: "batch"}})

@@ -194,6 +194,6 @@ def _task(aim: Aim, model: ir.Model, teacher: ir.Model | None, data: Dataset) ->
             "pass `recover` has nothing to train on: no teacher, and no labels"
             if teacher is None
             else f"pass `recover`: `distill={aim.distill:g}` leaves room for a task, and the samples have no labels",
-            hint="give a teacher with `--teacher`, or samples with labels",
+            hint="give a teacher with `--teacher`, samples with labels, or token ids and `task=next-token`",
         )
     return found, 0.0 if teacher is None else (aim.distill or 0.0)

@@ -131,7 +131,7 @@ in an environment made with `pip install -e ".[cpu,torch]" tokenizers`, in about
 on {train_files} files of the standard library of Python {python} ({train_tokens:,} tokens) for {steps:,} steps of
 {batch} rows of {context} tokens (AdamW, rate {rate}, level after {warm_up} steps and down to nothing in the last
 {cool_down:.0%}, weight decay {decay}, gradients clipped at {clip}) from a fixed seed, and keeps the weights of the last
-step. The split is by module: what one module copies of another aside, nothing is in both parts. Held out are {held_out} ({held_tokens:,} tokens,
+step. The split is by module. Held out are {held_out} ({held_tokens:,} tokens,
 of which `pylm.npz` is an even choice); left out of both are {left_out}. The tokens were learnt on the training part
 alone.
 

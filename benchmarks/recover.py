@@ -86,7 +86,8 @@ LANGUAGE = (
     Trial("gutenberg_lm", 256, "prune:pattern=2of4", ("--epochs", "3", "--batch", "8", "--rate", "2e-4")),
 )
 
-DISTRIBUTED = ("--epochs", "3", "--batch", "32", "--evaluate-every", "20")
+# The last weights: the best may be those it began with, which are the same however they were trained.
+DISTRIBUTED = ("--epochs", "3", "--batch", "32", "--evaluate-every", "20", "--keep", "last")
 PROCESSES = 2
 # How long a training runs before it is killed: long enough for a checkpoint, short of the end.
 KILLED_AFTER = 0.5
@@ -273,7 +274,7 @@ def _run(command: Sequence[str], work: Path) -> None:
 
 def _losses(report: Path) -> list[float]:
     notes = [note for step in json.loads(report.read_text())["steps"] for note in step["notes"]]
-    curve = next(note["facts"]["loss_curve"] for note in notes if "loss_curve" in note.get("facts", {}))
+    curve = next(note["loss_curve"] for note in notes if "loss_curve" in note)
     return [point["loss"] for point in curve["points"]]
 
 

@@ -21,6 +21,7 @@ from graphopt.backends import openvino as module
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.openvino import OpenVino, OpenVinoSession
 from graphopt.backends.reference import Reference
+from graphopt.backends.torch_fx.backend import Torch
 from graphopt.errors import BackendError, UsageError
 from graphopt.explaining.explanation import explain
 from graphopt.plain_runs import PlainRuns, with_plain_runs
@@ -463,7 +464,8 @@ def test_steps_are_checked_by_a_runtime_that_leaves_models_as_they_stand() -> No
 
 @needs_openvino
 def test_where_no_other_runtime_is_onnx_checks_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OnnxRuntime, "missing", lambda self: BackendError("not installed", hint="install it"))
+    for runtime in (OnnxRuntime, Torch):
+        monkeypatch.setattr(runtime, "missing", lambda self: BackendError("not installed", hint="install it"))
     both = with_plain_runs(OpenVino())
     assert isinstance(both, PlainRuns)
     assert isinstance(both.plain_one, Reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +15,13 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from benchmarks.real_models import calibration, load_scorer
 from graphopt import provenance, registry, walk
 from graphopt.backend import Array, Differentiable
 from graphopt.data import open_data
 from graphopt.errors import BackendError, UsageError
 from graphopt.generated import generated_feeds
-from tests.torch_models import assert_close, assert_same_as_onnxruntime, model_of, run_in
+
+from .torch_models import assert_close, assert_same_as_onnxruntime, model_of, run_in
 
 torch = pytest.importorskip("torch")
 
@@ -62,9 +63,13 @@ def trained_step(model: ir.Model, feeds: Mapping[str, Any], rate: float = 1e-3) 
     return gradients
 
 
+REAL_MODELS = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "real_models.py"))
+
+
 @pytest.fixture(scope="module")
 def scorer(shared: Path) -> ModuleType:
-    return load_scorer()
+    found: ModuleType = REAL_MODELS["load_scorer"]()
+    return found
 
 
 @pytest.mark.parametrize("name", ASSETS)
@@ -73,7 +78,7 @@ def test_real_models_compute_the_same_and_learn(name: str, scorer: ModuleType) -
     model = graphopt.load(scorer.HERE / "models" / scorer.ASSETS[name][0])
     feeds = generated_feeds(model, 0, sets=1)[0]
     if name in REAL_INPUTS:
-        feeds = next(open_data(calibration(scorer, name, 2), model).batches(2)).feeds
+        feeds = next(open_data(REAL_MODELS["calibration"](scorer, name, 2), model).batches(2)).feeds
     assert_same_as_onnxruntime(model, feeds)
     gradients = {name: one for name, one in trained_step(model, feeds).items() if one.ndim > 1}
     assert gradients

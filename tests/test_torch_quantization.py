@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from tests.torch_models import assert_same_as_onnxruntime, model_of, run_in
+from .torch_models import assert_same_as_onnxruntime, model_of, run_in
 
 torch = pytest.importorskip("torch")
 

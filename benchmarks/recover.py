@@ -72,7 +72,7 @@ CHANNELS = (
     Trial("digits", 1297, "prune-channels:macs=0.5", ("--epochs", "60")),
 )
 ZEROS = (
-    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "80", *IMAGES)),
+    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "40", "--augment", "flip+crop", "--features", "10")),
     Trial("digits", 1297, "prune:sparsity=0.8", ("--epochs", "40")),
 )
 ROUNDED = "quant:mode=static:weights=int4:group=channel:solver=rtn"
@@ -82,7 +82,7 @@ INTEGERS = (
     Trial("squeezenet", 64, "quant:mode=static:weights=int4", ("--epochs", "60", "--rate", "3e-4"), "portable"),
 )
 LANGUAGE = (
-    Trial("pylm", 4800, "prune:pattern=2of4", ("--epochs", "1", "--batch", "16"), calibrated=256),
+    Trial("pylm", 4800, "prune:pattern=2of4", ("--epochs", "1", "--batch", "16", "--rate", "1e-3"), calibrated=256),
     Trial("gutenberg_lm", 256, "prune:pattern=2of4", ("--epochs", "3", "--batch", "8", "--rate", "2e-4")),
 )
 

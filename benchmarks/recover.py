@@ -72,7 +72,7 @@ CHANNELS = (
     Trial("digits", 1297, "prune-channels:macs=0.5", ("--epochs", "60")),
 )
 ZEROS = (
-    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "40", "--augment", "flip+crop", "--features", "10")),
+    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "80", *IMAGES)),
     Trial("digits", 1297, "prune:sparsity=0.8", ("--epochs", "40")),
 )
 ROUNDED = "quant:mode=static:weights=int4:group=channel:solver=rtn"

@@ -167,3 +167,13 @@ def test_processes_are_counted(monkeypatch: pytest.MonkeyPatch, rank: str, world
     monkeypatch.setenv("WORLD_SIZE", world)
     assert (process_number(), process_count()) == expected
     assert is_main_process() is (expected[0] == 0)
+
+
+@pytest.mark.parametrize("given", [("--augment", "flip,crop"), ("--train", "weights,biases")])
+def test_what_commas_join_is_told_how(given: tuple[str, str], folder: Path) -> None:
+    """A comma parts the passes of a pipeline, so it joins nothing inside one, nor on the command line."""
+    before = contents(folder)
+    outcome = recover(folder, *given)
+    assert outcome.code == 2
+    assert "joined by +" in outcome.err
+    assert contents(folder) == before

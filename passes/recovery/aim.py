@@ -94,7 +94,8 @@ class Aim:
         for name in self.augment:
             if name not in AUGMENTATIONS:
                 raise UsageError(
-                    f"pass `recover`: unknown augmentation `{name}`", hint=f"one of: {', '.join(AUGMENTATIONS)}"
+                    f"pass `recover`: unknown augmentation `{name}`",
+                    hint=f"of {', '.join(AUGMENTATIONS)}; several are joined by +, as in {'+'.join(AUGMENTATIONS[:2])}",
                 )
         if len(set(self.augment)) < len(self.augment):
             raise UsageError("pass `recover`: an augmentation is named twice", hint="name each once")

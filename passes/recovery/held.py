@@ -59,7 +59,10 @@ class Held:
             raise UsageError("pass `recover`: option `train` names nothing", hint=f"any of: {', '.join(KINDS)}")
         for word in self.train:
             if word not in KINDS:
-                raise UsageError(f"pass `recover`: option `train` cannot be `{word}`", hint=did_you_mean(word, KINDS))
+                raise UsageError(
+                    f"pass `recover`: option `train` cannot be `{word}`",
+                    hint=f"{did_you_mean(word, KINDS)}; several are joined by +, as in weights+biases",
+                )
         if ADAPTERS in self.train and "weights" in self.train:
             raise UsageError(
                 "pass `recover`: option `train` names both `weights` and `adapters`, which stand in for weights",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from graphopt.registry import Preset
     from graphopt.summary import summarize
     from graphopt.target import Target
+    from graphopt.torch_export import to_torch, update_weights
     from graphopt.torch_import import from_torch
 
 _HOMES = {
@@ -56,6 +57,7 @@ _HOMES = {
     "graphopt.comparing.model_comparison": ("compare",),
     "graphopt.summary": ("summarize",),
     "graphopt.target": ("Target",),
+    "graphopt.torch_export": ("to_torch", "update_weights"),
     "graphopt.torch_import": ("from_torch",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -97,6 +99,8 @@ __all__ = [
     "save",
     "sensitivity",
     "summarize",
+    "to_torch",
+    "update_weights",
 ]
 
 

@@ -360,6 +360,7 @@ class Pass:
         guarantee: What it promises of the outputs.
         needs: What it must have before it runs; a property where that depends on the options.
         preserves: Analyses that stay valid although it edits.
+        trains: Whether it learns from samples, so that figures of the same samples flatter what it leaves.
         keeps_canonical: Whether what it leaves is still in canonical form, if it was before.
         simplify_restores: Whether `simplify` brings what it leaves back into canonical form, where that is not kept.
         precedes: Names of passes that must come behind this one where a pipeline has both, each with why: what is the
@@ -371,6 +372,7 @@ class Pass:
     name: str = ""
     guarantee: ClassVar[Guarantee] = Guarantee.LOSSY
     preserves: ClassVar[Sequence[Callable[[ir.Model], Any]]] = ()
+    trains: ClassVar[bool] = False
     keeps_canonical: ClassVar[bool] = True
     simplify_restores: ClassVar[bool] = False
     precedes: ClassVar[Mapping[str, str]] = {}

@@ -239,20 +239,23 @@ class Placing(Protocol):
 class Differentiable(Protocol):
     """A backend that can hand out a model as something to train."""
 
-    def lower(self, model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = True) -> Any:
+    def lower(
+        self, model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = True, shared: bool = True
+    ) -> Any:
         """Return a model as a `torch.fx.GraphModule`, with its weights as parameters that do not train yet.
 
         It takes the inputs of `graphopt.data.input_specs` by position and returns a tuple: the model's outputs in their
         order, then what is observed. Its ``meta["graphopt"]`` says which parameter is which initializer
         (``parameters``: name to path), and which node computes which value (``values``: name to node); each node of the
         graph has ``meta["onnx"]``, the name of the model's node, and ``meta["origins"]``. Weights are the model's own
-        memory, or their file's: what trains gets a copy of its own first.
+        memory, or their file's, so what trains gets a copy of its own first.
 
         Args:
             model: The model.
             observe: Names of values of the main graph to return behind the outputs.
             differentiable: Whether gradients go through QuantizeLinear (straight through its rounding), which then
                 gives its codes as floats.
+            shared: Whether weights that the model holds in memory are that memory, or copies of it.
 
         Raises:
             BackendError: The backend is missing, or there is an operator it cannot compute.

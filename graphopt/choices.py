@@ -9,9 +9,9 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt import provenance, registry
-from graphopt.backend import Backend
+from graphopt.backend import Backend, Differentiable
 from graphopt.data import Dataset
-from graphopt.errors import UsageError, did_you_mean
+from graphopt.errors import BackendError, UsageError, did_you_mean
 from graphopt.metrics import BUILTIN, Metric, default_metrics, user_metric
 from graphopt.model_io import load
 from graphopt.normal_form import normalize
@@ -20,6 +20,9 @@ from graphopt.target import Target
 LABELS_HINT = "store them beside the inputs under `labels`, or name their key with `--labels`"
 
 ModelLike = ir.Model | str | Path
+
+# The backend that lowers models to modules.
+_LOWERING = "torch"
 
 
 def open_model(model: Any) -> ir.Model:
@@ -70,6 +73,21 @@ def backend_of(target: Target) -> Backend:
     provider = {"provider": target.provider} if target.provider is not None else {}
     found: Backend = registry.backend(target.backend, **provider)
     return found
+
+
+def lowering_backend(device: str = "cpu") -> Differentiable:
+    """Return what makes modules of PyTorch of models, on a device that must be there.
+
+    Raises:
+        BackendError: It is not, or PyTorch is not installed.
+    """
+    backend = registry.backend(_LOWERING, device=device)
+    why = backend.missing()
+    if why is not None:
+        raise why
+    if not isinstance(backend, Differentiable):
+        raise BackendError(f"backend `{_LOWERING}` lowers nothing that trains", hint="repair or reinstall graphopt")
+    return backend
 
 
 def known_metrics(text: str | None) -> dict[str, type[Metric]]:

@@ -53,6 +53,7 @@ from graphopt.errors import (
     EXIT_FAULT,
     EXIT_USAGE,
     DataError,
+    FailedElsewhere,
     GraphoptError,
     ModelError,
     UsageError,
@@ -121,7 +122,7 @@ def _root(
 
 @app.command(short_help="Run passes over a model and write the result.")
 def optimize(
-    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False, metavar="MODEL")],
     passes: PassesOption = None,
     recipe: RecipeOption = None,
     set_dim: SetDimOption = None,
@@ -205,16 +206,17 @@ def optimize(
             _say_written(error.output, report, quiet, emit_test, failed=True)
         raise
     _show_report(result.report, quiet, verbose)
-    _say_refused(result.report)
+    _say_warnings(result.report)
     _say_written(result.output, report, quiet, emit_test)
 
 
-def _say_refused(report: Report) -> None:
-    """Say on stderr, whatever is shown on stdout, that rewrites were left out because they are wrong."""
+def _say_warnings(report: Report) -> None:
+    """Say on stderr, whatever is shown on stdout, that rewrites were left out because they are wrong, and the like."""
     refused = sum(len(step.refused) for step in report.steps)
     if refused:
         what = "1 rewrite was" if refused == 1 else f"{refused} rewrites were"
         typer.echo(f"warning: {what} refused for changing the outputs, and left out; `--strict` stops there", err=True)
+    recover_command.say_warnings(report)
 
 
 def _say_written(
@@ -255,9 +257,11 @@ app.command(name="sensitivity", short_help="Show which layers a lossy pass hurts
 
 @app.command(name="list", short_help="List passes, presets, backends, targets, metrics and rules.")
 def list_(
-    kind: Annotated[ListKind | None, typer.Argument(help="What to list; everything but rules by default.")] = None,
+    kind: Annotated[
+        ListKind | None, typer.Argument(help="What to list; everything but rules by default.", metavar="KIND")
+    ] = None,
     passes: Annotated[
-        str | None, typer.Argument(help="Whose rules: a pass, a preset or a pipeline.", metavar="[SPEC]")
+        str | None, typer.Argument(help="Whose rules: a pass, a preset or a pipeline.", metavar="SPEC")
     ] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also say why each rule holds.")] = False,
     as_json: JsonOption = False,
@@ -317,7 +321,7 @@ def _run() -> int:
         sys.stdout.flush()
     except GraphoptError as error:
         # What a user got wrong is the same in every process of a run, and the main one says it.
-        if is_main_process() or not isinstance(error, (UsageError, ModelError, DataError)):
+        if is_main_process() or not isinstance(error, (UsageError, ModelError, DataError, FailedElsewhere)):
             _explain(error.message, error.hint, error.__cause__)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):

@@ -164,7 +164,7 @@ class Dataset:
                     for name, array in sorted(chunk.arrays.items()):
                         one = np.asarray(array[row] if chunk.divisible and array.ndim else array)
                         state.update(f"{name} {array.dtype} {one.shape} ".encode())
-                        state.update(_content(one))
+                        state.update(content(one))
             self._fingerprint = state.hexdigest()
         return self._fingerprint
 
@@ -300,11 +300,12 @@ def _checksum(chunk: Chunk) -> int:
     checksum = 0
     labels = [chunk.labels] if chunk.labels is not None else []
     for array in (*chunk.arrays.values(), *labels):
-        checksum = zlib.crc32(_content(array), zlib.crc32(str(array.shape).encode(), checksum))
+        checksum = zlib.crc32(content(array), zlib.crc32(str(array.shape).encode(), checksum))
     return checksum
 
 
-def _content(array: Array) -> bytes | memoryview:
+def content(array: Array) -> bytes | memoryview:
+    """Return what an array holds, to take a checksum of."""
     if array.dtype.hasobject:
         return str(array.tolist()).encode()
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

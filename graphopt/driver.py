@@ -11,7 +11,7 @@ from graphopt.choices import ModelLike
 from graphopt.errors import GraphoptError, VerificationError
 from graphopt.optimization import Result, Run
 from graphopt.pipeline import Pipeline
-from graphopt.processes import is_main_process
+from graphopt.processes import is_main_process, one_outcome
 from graphopt.reporting.file import check_reports, write_reports
 from graphopt.request import Request, Verify, without_output
 
@@ -117,16 +117,17 @@ def optimize(
         progress=progress,
     )
     check_reports(request)
-    # Where several processes train together each of them does all the work, and one of them tells of it.
+    # Where several processes train together each of them runs the passes, and one of them scores, checks and tells.
     run = Run(request if is_main_process() else without_output(request))
-    try:
-        result = run.run()
-    except VerificationError as error:
-        if error.report is not None:
-            try:
-                write_reports(run, error.report, error.output)
-            except GraphoptError as unwritten:  # what failed first is what a user has to know
-                error.hint = f"{error.hint}; there is no report: {unwritten.message}"
-        raise
-    write_reports(run, result.report, result.output)
+    with one_outcome(run.has_trained):
+        try:
+            result = run.run()
+        except VerificationError as error:
+            if error.report is not None:
+                try:
+                    write_reports(run, error.report, error.output)
+                except GraphoptError as unwritten:  # what failed first is what a user has to know
+                    error.hint = f"{error.hint}; there is no report: {unwritten.message}"
+            raise
+        write_reports(run, result.report, result.output)
     return result

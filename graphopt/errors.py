@@ -32,6 +32,18 @@ class GraphoptError(Exception):
         self.hint = hint or self.usual_hint
 
 
+class FailedElsewhere(GraphoptError):
+    """A run that failed in another process, which has told why.
+
+    Args:
+        exit_code: The exit code of that process.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("the main process failed", hint="see what it says")
+        self.exit_code = exit_code
+
+
 class UsageError(GraphoptError):
     """A wrong option, pass name, pipeline text or argument."""
 

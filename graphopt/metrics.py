@@ -15,8 +15,12 @@ from graphopt.backend import Array
 from graphopt.data import Batch
 from graphopt.data_sources import load_function
 from graphopt.errors import DataError, UsageError, did_you_mean, in_words
+from graphopt.token_inputs import mask_feed, predicts_tokens, token_feed
 
 Outputs = Mapping[str, Any]
+
+# Labels that say of a position that nothing is to be said there, as in torch and Transformers.
+IGNORED_LABEL = -100
 
 
 class Metric:
@@ -162,7 +166,8 @@ class Top5(Top1):
 class Perplexity(_Mean):
     """Exponential of the mean cross-entropy of the next token; lower is better.
 
-    Targets are the labels where given ([N, T] token ids), else the first integer input shifted by one.
+    Targets are the labels where given ([N, T] token ids), else the token ids that are fed, shifted by one. Labels of
+    −100 are left out, and so is what the model's mask says is padding.
     """
 
     name, help, higher_is_better = "perplexity", "exp of the mean next-token cross-entropy (language models)", False
@@ -172,13 +177,15 @@ class Perplexity(_Mean):
         if batch.labels is not None:
             targets = _check_labels(batch.labels, logits.shape[:-1], self.name)
         else:
-            tokens = next((a for a in batch.feeds.values() if a.dtype.kind in "iu" and a.ndim == 2), None)
+            tokens = token_feed(batch.feeds)
             if tokens is None or logits.ndim != 3:
                 raise DataError(
                     "metric `perplexity` needs token ids in and [batch, tokens, vocabulary] out",
                     hint="name another `--metric`",
                 )
-            logits, targets = logits[:, :-1], batch.real(tokens)[:, 1:]
+            logits, targets = logits[:, :-1], batch.real(batch.feeds[tokens])[:, 1:]
+        counted = _is_counted(targets, batch)
+        logits, targets = logits[counted], targets[counted]
         if targets.size and not 0 <= targets.min() <= targets.max() < logits.shape[-1]:
             raise DataError(
                 f"metric `perplexity`: targets from {targets.min()} to {targets.max()}, vocabulary of "
@@ -192,6 +199,17 @@ class Perplexity(_Mean):
     def value(self) -> float:
         with np.errstate(over="ignore"):
             return float(np.exp(super().value()))
+
+
+def _is_counted(targets: Array, batch: Batch) -> Array:
+    """Return which tokens [N, T] are targets: neither left out by their label, nor padding; bool, of the same shape."""
+    counted: Array = targets != IGNORED_LABEL
+    mask = mask_feed(batch.feeds)
+    if mask is not None and targets.ndim == 2:
+        # Of a decoder the mask begins with what it has read before.
+        real = batch.real(batch.feeds[mask])[:, -targets.shape[1] :]
+        counted = counted & (real != 0) if real.shape == counted.shape else counted
+    return counted
 
 
 class MeanSquaredError(_Mean):
@@ -395,8 +413,7 @@ def default_metrics(model: ir.Model, batch: Batch) -> list[type[Metric]]:
         return [Top1, Agreement, KL, SQNR]
     if labels is not None:
         return [MeanSquaredError, SQNR]
-    tokens = [array for array in batch.feeds.values() if array.dtype.kind in "iu" and array.ndim == 2]
-    if rank == 3 and len(tokens) == 1 and len(batch.feeds) == 1:
+    if predicts_tokens(model):
         return [Perplexity, Agreement, KL, SQNR]
     return [SQNR]
 

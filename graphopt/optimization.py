@@ -54,10 +54,11 @@ from graphopt.plain_runs import with_plain_runs
 from graphopt.progress import Display
 from graphopt.regression.emitted_test import EmittedTest, Subject, some_feeds
 from graphopt.repetition import command_of
-from graphopt.report import NOT_RUN, Check, Report
+from graphopt.report import NOT_RUN, Check, Report, StepRecord
 from graphopt.reproducer import Asked, Reproducers
 from graphopt.request import QUIET, Request, check_request
 from graphopt.rewrite_check import RewriteChecker, WrongRewrite
+from graphopt.seen_samples import warn_of_seen
 from graphopt.shapes import forget_inferred
 from graphopt.specialise import specialise
 from graphopt.standing import Standing
@@ -129,6 +130,8 @@ class Run:
         self.reproducers = self._open_reproducers()
         self.calibration_cache = CalibrationCache(request.calibration_cache)
         self.opened = ExitStack()  # what passes were given; closed after they ran
+        self.only_helps = request.helps and any(step.trains for step in self.steps)
+        self.records: Sequence[StepRecord] = ()
 
     @property
     def _original_is_needed(self) -> bool:
@@ -168,7 +171,7 @@ class Run:
     def run(self) -> Result:
         """Run every stage."""
         request = self.request
-        if not request.runs_nothing:
+        if not request.runs_nothing and not self.only_helps:
             self.open_judge()
         with staging_folder(request.output) as folder, self.emitted or nullcontext():
             with self.display.stage("scoring the original"):
@@ -193,6 +196,11 @@ class Run:
             failure.report, failure.output = report, delivered
             raise failure
         return Result(self.model, report, delivered, test)
+
+    def has_trained(self) -> bool:
+        """Whether the run trains, and all its trainings are done: no process needs another one from then on."""
+        done = sum(record.trained for record in self.records)
+        return 0 < done == sum(step.trains for step in self.steps)
 
     def _open_test(self) -> EmittedTest | None:
         request = self.request
@@ -280,6 +288,7 @@ class Run:
             ok=True,
             specialised=self.specialised.as_dict() if self.specialised is not None else None,
             teacher=teacher,
+            warnings=[] if self.judge is None else warn_of_seen(self.steps, self.calibration, self.scored),
             metric_types=self.metric_types,
         )
 
@@ -296,7 +305,7 @@ class Run:
 
     @property
     def _content_is_shown(self) -> bool:
-        return (self.is_lossy and self.request.verify != "off") or self.request.detailed
+        return not self.only_helps and ((self.is_lossy and self.request.verify != "off") or self.request.detailed)
 
     @property
     def _work_is_shown(self) -> bool:
@@ -306,12 +315,12 @@ class Run:
         """Run the passes and return what failed, if anything."""
         limit = self.request.stop_after_edits
         manager = self.manager(self._instruments(report), limit=limit)
-        report.steps = manager.records
+        report.steps = self.records = manager.records
         try:
             with self.opened:
                 manager.run(self.model)
             report.stopped_after_edits = limit if manager.stopped else None
-            if self.request.verify == "final":
+            if self.request.verify == "final" and not self.only_helps:
                 self._verify_at_end(report)
         except VerificationError as error:
             self._leave_reproducer(error)

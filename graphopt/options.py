@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from graphopt.errors import UsageError, did_you_mean
@@ -17,9 +19,52 @@ LIST_SEPARATOR = "+"
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def opt(default: Any, *, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """Declare an option: a dataclass field with a help text and, for numbers, an inclusive range."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high})
+class FunctionText(str):
+    """A function that Python gave for an option, as the text that names it: ``package.module:function``.
+
+    That of a script is ``script.py:function``. What no text leads to, such as a lambda, has one for people.
+
+    Args:
+        function: The function, or anything that can be called.
+
+    Attributes:
+        function: The function.
+        is_found: Whether its text leads to it, in another process, too.
+    """
+
+    function: Callable[..., Any]
+    is_found: bool
+
+    def __new__(cls, function: Callable[..., Any]) -> FunctionText:
+        """Name a function."""
+        own = getattr(function, "__qualname__", None)
+        place, name = (function if own else type(function)).__module__, own or f"<{type(function).__qualname__}>"
+        module = sys.modules.get(place)
+        is_found = getattr(module, name, None) is function
+        if place == "__main__":
+            file = getattr(module, "__file__", None)
+            is_found = is_found and file is not None and Path(file).suffix == ".py"
+            place = str(file) if is_found else place
+        made = super().__new__(cls, f"{place}:{name}")
+        made.function, made.is_found = function, is_found
+        return made
+
+    def __getnewargs__(self) -> tuple[Any]:
+        """Copies are made of the function."""
+        return (self.function,)
+
+
+def opt(default: Any, *, help: str, low: float | None = None, high: float | None = None, function: bool = False) -> Any:
+    """Declare an option: a dataclass field with a help text.
+
+    Args:
+        default: Its default.
+        help: One line for people.
+        low: The least number it may be.
+        high: The largest.
+        function: Whether its text may name a function, which Python may then give instead.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "function": function})
 
 
 def fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
@@ -46,7 +91,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     for name, value in values.items():
         if name not in known:
             raise UsageError(f"{where} has no option `{name}`", hint=did_you_mean(name, known))
-        arguments[name] = _convert(value, hints[name], f"{where}: option `{name}`")
+        arguments[name] = _convert(_named(value, known[name]), hints[name], f"{where}: option `{name}`")
     result = cls(**arguments)
     check(result, where=where)
     return result
@@ -55,12 +100,16 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
 def check(obj: Any, *, where: str) -> None:
     """Check every option of an object against its declared type and range, however it was made.
 
+    A function in the place of text is named, which is what the object holds from then on.
+
     Raises:
         UsageError: The first value that does not fit.
     """
     hints = typing.get_type_hints(type(obj)) if fields(type(obj)) else {}
     for name, field in fields(type(obj)).items():
-        value = getattr(obj, name)
+        value = _named(getattr(obj, name), field)
+        if isinstance(value, FunctionText):
+            object.__setattr__(obj, name, value)  # it is frozen for everybody else
         place = f"{where}: option `{name}`"
         if value is not None or not _allows_none(hints[name]):
             _convert(value, hints[name], place)
@@ -131,6 +180,12 @@ def accepted(cls: type, name: str) -> str:
     return _span(low, high) if low is not None or high is not None else ""
 
 
+def _named(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """Return the value of an option, of a function the text that names it."""
+    may_be_named = field.metadata.get("function") and callable(value)
+    return FunctionText(value) if may_be_named else value
+
+
 def _show(value: Any) -> str:
     if value is None:
         return "none"
@@ -191,7 +246,7 @@ def _convert_scalar(value: Any, hint: Any, place: str) -> Any:
             raise UsageError(f"{place} cannot be `{value}`", hint=_number_hint(hint)) from None
     # A word may be a number, `group=32`, which TOML and Python then write as one.
     if hint is str and isinstance(value, (str, int)) and not isinstance(value, bool):
-        return str(value)
+        return value if isinstance(value, str) else str(value)
     raise UsageError(f"{place} cannot be `{value}`", hint=f"a value of type {getattr(hint, '__name__', hint)}")
 
 

@@ -55,6 +55,11 @@ class Step:
         return frozenset().union(*(one.needs for one in self.passes))
 
     @property
+    def trains(self) -> bool:
+        """Whether a pass of it learns from samples."""
+        return any(one.trains for one in self.passes)
+
+    @property
     def spoils_canonical(self) -> bool:
         """Whether it leaves what no pass that needs canonical form can come behind."""
         return any(not one.keeps_canonical and not one.simplify_restores for one in self.passes)

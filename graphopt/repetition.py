@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graphopt import registry
+from graphopt import options, registry
 from graphopt.pipeline import Pipeline
 from graphopt.reproducer import as_arguments
 from graphopt.request import Request
@@ -24,6 +24,9 @@ def command_of(request: Request, pipeline: Pipeline) -> tuple[str | None, str]:
     for one in (one for step in pipeline.steps for one in step.passes):
         if one.name not in registry.table("PASSES") or registry.find("PASSES", one.name) is not type(one):
             return None, f"pass `{one.name}` was given in memory, from Python"
+        for name, value in options.changed(one).items():
+            if isinstance(value, options.FunctionText) and not value.is_found:
+                return None, f"option `{name}` of pass `{one.name}` was given in memory, from Python"
     words = [str(request.model), "--passes", str(pipeline), *as_arguments(request.plain_options)]
     words += ["--verify", request.verify] if request.verify != "each" else []
     words += ["--strict"] if request.strict else []

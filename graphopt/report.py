@@ -49,7 +49,12 @@ class PassRecord:
 
 @dataclass
 class StepRecord:
-    """What one step did; ``reason`` says why it was added where the user did not ask for it."""
+    """What one step did.
+
+    Attributes:
+        reason: Why it was added where the user did not ask for it, or None.
+        trained: Whether a pass of it that learns from samples is done.
+    """
 
     name: str
     spec: str
@@ -63,6 +68,7 @@ class StepRecord:
     peak_rss_mb: float = 0.0
     check: Check = field(default_factory=lambda: Check("none", None, why=NOT_RUN))
     reason: str | None = None
+    trained: bool = False
     passes: list[PassRecord] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
 
@@ -76,6 +82,7 @@ class StepRecord:
         """Return the step as JSON values."""
         fields = asdict(self)
         fields["pass"] = fields.pop("name")
+        del fields["trained"]
         fields["passes"] = [{"pass": one.name, "edits": one.edits, "rounds": one.rounds} for one in self.passes]
         fields["refused"] = [_refusal(one) for one in self.refused]
         fields["notes"] = [
@@ -129,6 +136,7 @@ class Report:
         specialised: Sizes the inputs were fixed to, and what that changed of the signature, or None.
         stopped_after_edits: The edit the run was ended at, as asked, or None.
         advice: Another runtime of this machine that runs the written file faster, as `target_advice.Advice` says it.
+        warnings: Why figures say less than they seem to.
     """
 
     graphopt: str
@@ -152,6 +160,7 @@ class Report:
     specialised: dict[str, Any] | None = None
     failure: str | None = None
     teacher: dict[str, float] | None = None
+    warnings: list[str] = field(default_factory=list)
     metric_types: dict[str, type[Metric]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -174,6 +183,7 @@ class Report:
             "latency_verdict": self.latency_verdict,
             "latency_batch": self.latency_batch,
             "advice": self.advice,
+            "warnings": self.warnings,
             "stopped_after_edits": self.stopped_after_edits,
             "specialised": self.specialised,
             "ok": self.ok,

@@ -22,7 +22,11 @@ QUIET = ("off", "structure")
 
 @dataclass(frozen=True)
 class Request:
-    """Everything the user asked for, before anything was opened; see `optimize` for the meanings."""
+    """Everything the user asked for, before anything was opened; see `optimize` for the meanings.
+
+    Attributes:
+        helps: Whether another process writes and tells what this one does beside it.
+    """
 
     model: ModelLike
     passes: str | Pipeline | Pass | Sequence[str | Pass]
@@ -51,6 +55,7 @@ class Request:
     detailed: bool = False
     advise: bool = False
     progress: bool = False
+    helps: bool = False
 
     @property
     def runs_nothing(self) -> bool:
@@ -74,6 +79,7 @@ class Request:
             "detailed",
             "advise",
             "progress",
+            "helps",
         )
         options: dict[str, Any] = {}
         for one in fields(self):
@@ -93,9 +99,21 @@ class Request:
 
 
 def without_output(request: Request) -> Request:
-    """Return a request of the same work that writes no file and shows nothing: of one process among several."""
+    """Return a request of the same work that writes no file and shows nothing: of one process among several.
+
+    Where they train together it scores and checks nothing either, for that changes no weight; what is checked rewrite
+    by rewrite does.
+    """
     return replace(
-        request, output=None, emit_test=None, reproducers=None, reports=(), timed=False, advise=False, progress=False
+        request,
+        output=None,
+        emit_test=None,
+        reproducers=None,
+        reports=(),
+        timed=False,
+        advise=False,
+        progress=False,
+        helps=True,
     )
 
 

@@ -106,7 +106,7 @@ def from_torch(
                 verbose=False,
             )
         except Exception as error:
-            raise _explained(error) from error
+            raise _explained(error, module) from error
     assert program is not None, "without a file, export returns a program"
     model: ir.Model = program.model
     if not model.graph.outputs:
@@ -264,8 +264,13 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _explained(error: BaseException) -> GraphoptError:
+def _explained(error: BaseException, module: Any) -> GraphoptError:
     """Return what an error of torch means for somebody who wants a module exported."""
+    if "graphopt" in getattr(module, "meta", {}):
+        return ModelError(
+            "torch cannot export what `to_torch` made: it computes sizes, and reads them as numbers",
+            hint="`graphopt.update_weights` puts its weights into the model that it was made of",
+        )
     causes = list(_chain(error))
     for cause in causes:
         missing = _NO_FUNCTION.search(str(cause))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -246,11 +247,37 @@ def at_odds() -> None:
     run(Training(**BRIEF), network(int(os.environ["RANK"])))
 
 
+def commands(folder: Path) -> None:
+    """Run the command `recover` as one of several processes: once as it should be, once over its budget."""
+    import command_line  # beside this file, which is a script here
+    import onnx
+
+    from graphopt.evaluation import Judge
+
+    folder = folder / f"process{os.environ['RANK']}"
+    folder.mkdir()
+    command_line.fill(folder)
+    onnx.save(command_line.classifier(seed=1), folder / "student.onnx")
+    args = ["recover", folder / "student.onnx", "--teacher", folder / "net.onnx", "--data", folder / "data.npz"]
+    found = {}
+    for name, more in {"good": (), "over budget": ("--budget", "top1=1%")}.items():
+        with mock.patch.object(Judge, "score", autospec=True, side_effect=Judge.score) as score:
+            outcome = command_line.run(*args, "--steps", 2, "--rate", 1e-6, "--threads", 1, "-q", *more)
+        files = sorted(path.name for path in folder.glob("*recovered*"))
+        found[name] = [outcome.code, outcome.err, files, score.call_count]
+        for file in files:
+            (folder / file).unlink()
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps(found))
+
+
 def main(folder: Path, names: Sequence[str]) -> None:
     """Run trainings by name, and write down what came of them."""
     for name in names:
         if name == "kill":
             checkpointed(str(folder), killed=True)
+        if name == "commands":
+            commands(folder)
+            continue
         if name == "at_odds":
             with contextlib.suppress(PassError):
                 at_odds()

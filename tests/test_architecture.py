@@ -21,7 +21,7 @@ PACKAGES = {"graphopt": ROOT / "graphopt", "graphopt.passes": ROOT / "passes", "
 # The rooms of core from the ground up. A module imports from its own room and from those above it in this list.
 ROOMS = {
     "words": ("errors", "lazy_imports", "machine", "processes", "progress", "versions"),
-    "ground": ("backend", "fusion_rules", "options", "provenance", "standing", "target", "walk"),
+    "ground": ("backend", "constant_names", "fusion_rules", "options", "provenance", "standing", "target", "walk"),
     "files": (
         "data_files",
         "fidelity",
@@ -33,6 +33,7 @@ ROOMS = {
         "output_files",
         "sparse",
         "staged_files",
+        "stored_weights",
         "regression.stored_arrays",
         "torch_import",
         "torch_names",
@@ -90,6 +91,7 @@ ROOMS = {
         "statistics",
         "summary",
         "graph_view.tensor_glance",
+        "token_inputs",
         "torch_factory",
         "unfit_layers",
         "verify",
@@ -118,6 +120,7 @@ ROOMS = {
         "plain_runs",
         "request",
         "rulebook",
+        "seen_samples",
         "specialise",
         "target_advice",
         "teacher",
@@ -165,6 +168,7 @@ ROOMS = {
         "debugging.verdicts",
         "benchmarking.roofline",
         "testing",
+        "torch_export",
     ),
     "showing": (
         "__main__",

@@ -6,8 +6,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
+from graphopt import registry
 from graphopt.errors import PassError, UsageError
 from graphopt.passes.recovery.settings import Training
 
@@ -15,6 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("accelerate")
 
 from graphopt.passes.recovery.objectives.task_losses import source_of  # noqa: E402
+from graphopt.passes.recovery.training.fingerprints import digest  # noqa: E402
 
 from .small_trainings import BRIEF, SAMPLES, Distance, network, run, samples  # noqa: E402
 
@@ -44,6 +47,55 @@ def test_a_finished_training_is_not_done_twice(tmp_path: Path) -> None:
     assert not run(settings, data=samples(count=SAMPLES + 1))[0].remarks
     assert not run(settings, data=samples(labels=7))[0].remarks
     assert len(list(tmp_path.iterdir())) == 6
+
+
+LEAKY = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[n, 2] x, bool flag) => (float[n, 2] y)
+    <float[2] b = {1.0, 2.0}>
+    {
+        h = LeakyRelu<alpha = 0.1>(x)
+        y = If (flag) <
+            then_branch = g1 () => (float[n, 2] y1) { y1 = Add(h, b) },
+            else_branch = g2 () => (float[n, 2] y2) { y2 = Elu<alpha = 0.5>(h) }
+        >
+    }
+"""
+
+
+def test_a_teacher_is_told_by_all_it_computes() -> None:
+    def digest_of(text: str) -> str:
+        return digest(registry.backend("torch").lower(ir.from_onnx_text(text)))
+
+    changes = [("alpha = 0.1", "alpha = 0.2"), ("alpha = 0.5", "alpha = 0.6"), ("Add", "Mul"), ("2.0}", "3.0}")]
+    found = [digest_of(LEAKY.replace(*change)) for change in [("", ""), *changes]]
+    assert len(set(found)) == 1 + len(changes)
+    assert digest_of(LEAKY) == found[0]
+
+
+def test_a_teacher_of_other_operators_is_another_training(tmp_path: Path) -> None:
+    settings = Training(**BRIEF, checkpoints=str(tmp_path))
+    run(settings)
+    other = network(2)
+    for node in other.graph.nodes:
+        node.target = torch.sigmoid if node.target is torch.tanh else node.target
+    other.recompile()
+    assert not run(settings, teacher=other)[0].remarks
+    assert run(settings, teacher=network(2))[0].remarks
+
+
+def test_fingerprints_have_no_addresses_and_no_devices() -> None:
+    """Each of several processes has a device of its own, and all of them must have one folder."""
+
+    def digest_on(device: str) -> str:
+        module = network()
+        output = next(node for node in module.graph.nodes if node.op == "output")
+        with module.graph.inserting_before(output):
+            made = module.graph.call_function(torch.zeros, (3,), {"device": torch.device(device), "out": object()})
+        output.args = ((*output.args[0], made),)
+        return digest(module)
+
+    assert digest_on("cpu") == digest_on("meta")
 
 
 def test_random_numbers_of_a_teacher_are_gone_on_with(tmp_path: Path) -> None:

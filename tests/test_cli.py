@@ -46,6 +46,7 @@ ADDED = {
         "stopped_after_edits",
         "specialised",
         "teacher",
+        "warnings",
         "failure",
         "findings",
     },

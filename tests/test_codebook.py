@@ -132,22 +132,22 @@ def test_a_channel_of_zeros_stays_zero() -> None:
 
 
 def enlarged(op: str) -> ir.Model:
-    """One layer, large enough to be worth codes, its inputs no multiple of a block."""
+    """One layer, large enough to be worth codes, its inputs no multiple of a block, and enough of them for a mean."""
     shapes = {
         "Conv": (
-            " f (float[1,30,5,5] x, float[64,30,3,3] w) => (float[1,64,3,3] y) { y = Conv(x, w) }",
+            " f (float[4,30,6,6] x, float[64,30,3,3] w) => (float[4,64,4,4] y) { y = Conv(x, w) }",
             [64, 30, 3, 3],
         ),
         "ConvTranspose": (
-            " f (float[1,30,5,5] x, float[30,64,3,3] w) => (float[1,64,7,7] y) { y = ConvTranspose(x, w) }",
+            " f (float[4,30,6,6] x, float[30,64,3,3] w) => (float[4,64,8,8] y) { y = ConvTranspose(x, w) }",
             [30, 64, 3, 3],
         ),
         "Gemm": (
-            " f (float[2,90] x, float[64,90] w, float[64] b) => (float[2,64] y) { y = Gemm<transB=1>(x, w, b) }",
+            " f (float[64,90] x, float[64,90] w, float[64] b) => (float[64,64] y) { y = Gemm<transB=1>(x, w, b) }",
             [64, 90],
         ),
-        "MatMul": (" f (float[2,3,90] x, float[90,64] w) => (float[2,3,64] y) { y = MatMul(x, w) }", [90, 64]),
-        "LeftMatMul": (" f (float[90,3] x, float[64,90] w) => (float[64,3] y) { y = MatMul(w, x) }", [64, 90]),
+        "MatMul": (" f (float[2,32,90] x, float[90,64] w) => (float[2,32,64] y) { y = MatMul(x, w) }", [90, 64]),
+        "LeftMatMul": (" f (float[90,64] x, float[64,90] w) => (float[64,64] y) { y = MatMul(w, x) }", [64, 90]),
     }
     text, shape = shapes[op]
     weights: dict[str, Any] = {"w": RNG.standard_normal(shape)}
@@ -179,8 +179,9 @@ def test_a_layer_computes_what_the_solver_says(op: str, spec: str, tmp_path: Pat
     onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
     (want,), (got,) = run(model, x=x), run(result.model, x=x)
     facts = result.report.steps[-1].notes[-1].facts
-    # What the solver predicts of white inputs, and what the whole graph gives, are one error.
-    assert sqnr(want, got) == pytest.approx(facts["predicted_sqnr"], abs=1.5)
+    # What the solver predicts of white inputs, and what the whole graph gives, are one error; 64 inputs of each output
+    # or more bring what was drawn within 0.4 dB of it.
+    assert sqnr(want, got) == pytest.approx(facts["predicted_sqnr"], abs=0.7)
     stored = (tmp_path / "out.onnx").stat().st_size
     assert abs(stored - facts["code_bytes"]) < 9000  # nodes, names, and a table of at most 4 KiB
     again = graphopt.optimize(tmp_path / "out.onnx", "simplify", threads=1)

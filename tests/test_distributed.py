@@ -27,7 +27,7 @@ HALF_PRECISION_TOLERANCE = 1e-2
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes make of all trainings, started once: most of the time goes into imports."""
     folder = tmp_path_factory.mktemp("distributed")
-    names = ["at_odds", *SCENARIOS, "sharded", "resumed", "plain"]
+    names = ["at_odds", *SCENARIOS, "sharded", "resumed", "plain", "commands"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     done = subprocess.run(
         [*launch, small_trainings.__file__, str(folder), *names],
@@ -37,7 +37,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in names[1:]}
+    files = [*names[1:-1], *(f"process{number}" for number in range(PROCESSES))]
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in files}
     return {**found, "stderr": done.stderr}
 
 
@@ -77,6 +78,16 @@ def test_a_failed_training_of_two_is_gone_on_with(results: dict[str, Any]) -> No
 def test_nothing_is_warned_of_that_a_user_could_not_change(results: dict[str, Any]) -> None:
     assert "broadcast_buffers" not in results["stderr"]
     assert "find_unused_parameters" not in results["stderr"]
+
+
+def test_one_process_scores_and_all_end_as_it_does(results: dict[str, Any]) -> None:
+    main, other = results["process0"], results["process1"]
+    assert main["good"][:3] == [0, "", ["student.recovered.onnx"]]
+    assert main["good"][3] >= 3  # the student, the teacher and the result
+    assert other["good"] == [0, "", [], 0]
+    assert main["over budget"][0] == other["over budget"][0] == 1
+    assert main["over budget"][1].startswith("error: over budget")
+    assert other["over budget"][1:] == ["", [], 0]
 
 
 def test_a_killed_training_is_gone_on_with_to_the_last_bit(tmp_path: Path) -> None:

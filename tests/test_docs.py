@@ -151,6 +151,14 @@ def test_readme_runs(language: str, tmp_path: Path) -> None:
     assert (folder / "small.onnx").exists()
 
 
+def test_training_loop_of_ones_own_runs(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (loop,) = [block for block in blocks(ROOT / "docs" / "torch.md") if block.marker == "run"]
+    folder = workplace(tmp_path)
+    run(loop, folder)
+    assert (folder / "trained.onnx").read_bytes() != (folder / "models" / "digits_cnn.onnx").read_bytes()
+
+
 def test_readme_recipe_is_one() -> None:
     (recipe,) = [block for block in tour() if block.language == "toml"]
     assert len(Pipeline.from_toml(recipe.code).steps) == 2

@@ -27,11 +27,11 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
 
 
 def network(*, bias: bool = True, group: int = 1) -> onnx.ModelProto:
-    """Return Conv, Relu, Conv, Relu, Conv."""
+    """Return Conv, Relu, Conv, Relu, Conv, with weights that are more often positive, so that channels hang together."""
     shapes = [(12, 6 // group, 3, 3), (12, 12 // group, 3, 3), (4, 12, 1, 1)]
     nodes, constants, value = [], [], "x"
     for index, shape in enumerate(shapes):
-        weight = (RNG.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        weight = (RNG.normal(0.5, 1, shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
         constants.append(numpy_helper.from_array(weight, f"w{index}"))
         inputs = [value, f"w{index}"]
         if bias:
@@ -53,28 +53,37 @@ def network(*, bias: bool = True, group: int = 1) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def errors(proto: onnx.ModelProto, spec: str) -> tuple[float, float]:
-    """Return mean squared error and mean squared error of the channel means, on samples never calibrated with."""
-    model = run_passes(loaded(proto), spec, data=samples(16)).model
-    differences = np.concatenate(
-        [outputs_of(model, feed)["y"] - outputs_of(proto, feed)["y"] for feed in samples(48)]
-    ).astype(np.float64)
-    return float(np.square(differences).mean()), float(np.square(differences.mean(axis=(0, 2, 3))).mean())
+def shares_left(proto: onnx.ModelProto) -> tuple[float, float]:
+    """Return what gptq leaves of the mean squared error of rtn, and of that of the channel means, on other samples."""
+    calibration, held_out = samples(16), samples(48)
+    found = []
+    for solver in ("rtn", "gptq"):
+        model = run_passes(loaded(proto), f"quant:mode=static:solver={solver}", data=calibration).model
+        differences = np.concatenate(
+            [outputs_of(model, feed)["y"] - outputs_of(proto, feed)["y"] for feed in held_out]
+        ).astype(np.float64)
+        found.append((np.square(differences).mean(), np.square(differences.mean(axis=(0, 2, 3))).mean()))
+    nearest, compensated = found
+    return float(compensated[0] / nearest[0]), float(compensated[1] / nearest[1])
 
 
-@pytest.mark.parametrize("group", [1, 2])
-def test_loses_less_than_rounding_to_nearest(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Four bits, so that what the weights lose stands out from what activations do.
+@pytest.fixture
+def few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round weights to four bits, so that what they lose stands out from what activations do."""
     monkeypatch.setattr("graphopt.passes.lossy.static_weights.weight_grid", lambda *_: Grid(bits=4))
-    proto = network(group=group)
-    nearest, compensated = (errors(proto, f"quant:mode=static:solver={solver}")[0] for solver in ("rtn", "gptq"))
-    assert compensated < 0.8 * nearest
 
 
+@pytest.mark.usefixtures("few_bits")
+@pytest.mark.parametrize("group", [1, 2])
+def test_loses_less_than_rounding_to_nearest(group: int) -> None:
+    # Of two networks, as rounding to nearest is lucky with one of forty.
+    first, second = (shares_left(network(group=group))[0] for _ in range(2))
+    assert np.sqrt(first * second) < 0.5
+
+
+@pytest.mark.usefixtures("few_bits")
 def test_bias_takes_the_mean_of_the_error() -> None:
-    proto = network()
-    nearest, compensated = (errors(proto, f"quant:mode=static:solver={solver}")[1] for solver in ("rtn", "gptq"))
-    assert compensated < nearest
+    assert shares_left(network())[1] < 0.2
 
 
 def test_layers_without_a_bias_get_none() -> None:

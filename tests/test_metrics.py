@@ -224,7 +224,6 @@ IMAGE = {"x": np.zeros((1, 3, 4, 4), np.float32)}
         (["N"], np.zeros(1, int), IMAGE, [MeanSquaredError, SQNR]),
         (["N", 4], np.zeros((1, 4), np.float32), IMAGE, [MeanSquaredError, SQNR]),
         (["N", 5, 99], np.zeros((1, 5), int), IDS, [Perplexity, Agreement, KL, SQNR]),
-        (["N", 5, 99], None, IDS, [Perplexity, Agreement, KL, SQNR]),
         (["N", 10], None, IMAGE, [SQNR]),
     ],
 )

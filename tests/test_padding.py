@@ -8,7 +8,8 @@ import pytest
 
 from graphopt.backend import Array
 from graphopt.passes.analyses.linear_layers import LinearLayer, linear_layers
-from graphopt.passes.analyses.padding import mask_of, only, real_rows
+from graphopt.passes.analyses.padding import only, real_rows
+from graphopt.token_inputs import mask_of
 
 from .pass_runs import run_passes
 

@@ -195,8 +195,8 @@ def test_zeros_that_rounding_makes_are_free_and_those_of_pruning_are_held() -> N
 
 @pytest.mark.parametrize("zero", [0, 9])
 def test_zeros_in_codes_stay_at_their_zero_point(zero: int) -> None:
-    codes = some(1, 15, np.uint8)
-    codes[codes == zero] = 3
+    # As pruning by magnitude leaves them: a gap beside the zeros.
+    codes = some(zero + 3, zero + 6, np.uint8)
     held = RNG.random(codes.shape) < 0.6
     codes[held] = zero
     trained = constrained(product(codes, steps(), np.array(zero, np.uint8)))
@@ -370,7 +370,9 @@ def test_training_on_codes_recovers_what_rounding_lost() -> None:
     wanted = feed["x"] @ teacher
     trained = constrained(product(codes, scales.astype(np.float32), axis=1))
     before = trained.train(feed, wanted, steps=1, rate=0.0)
-    trained.train(feed, wanted, steps=150, rate=0.01)
+    # Ever smaller steps: at one rate codes swing between two integers to the end, and the last step is one of luck.
+    for rate in (0.1, 0.02, 0.003):
+        trained.train(feed, wanted, steps=100, rate=rate)
     after = np.square(outputs_of(trained.written(), feed)["y"] - wanted).mean()
     assert after < 0.3 * before
 

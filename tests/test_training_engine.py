@@ -112,6 +112,24 @@ def test_micro_batches_change_nothing(micro_batch: int) -> None:
     assert weights == pytest.approx(expected, abs=ROUNDING)
 
 
+def test_a_batch_is_no_more_than_there_is_to_train_on() -> None:
+    """Of 9 samples, taken literally, a batch of 64 would have each seven times, and eight epochs would be two steps."""
+    few = {"held_out": 0.1, "epochs": 8, "rate": 0.02}
+    all_of_them, expected = run(Training(**few, batch=9, micro_batch=9), data=samples(count=10))
+    curve, weights = run(Training(**few, batch=64, micro_batch=32), data=samples(count=10))
+    assert weights == expected
+    assert (curve.steps, [point.epoch for point in curve.points]) == (8, [*range(1, 9)])
+    assert (len(all_of_them.remarks), len(curve.remarks)) == (0, 1)
+    assert "`batch=64` is more than there is" in curve.remarks[0]
+
+
+def test_each_process_has_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(DataError, match="3 samples to train on, for 4 processes"):
+        Training(held_out=0.25).check_data(samples(count=4))
+    Training(held_out=0.25).check_data(samples(count=5))
+
+
 def test_seeds_decide() -> None:
     first, again, other = (run(Training(**BRIEF), seed=seed) for seed in (1, 1, 2))
     assert losses(first[0]) == losses(again[0])

@@ -15,10 +15,10 @@ from torch import fx
 from graphopt.backends.torch_fx.lowering import lower
 from graphopt.backends.torch_fx.tensors import to_torch
 from graphopt.passes.recovery.constraints.constrained import Constrained, constrain
-from graphopt.passes.recovery.constraints.stored_weights import stored_tensor
 from graphopt.passes.recovery.constraints.trainable import constants
 from graphopt.passes.recovery.held import Held
 from graphopt.rewriter import Journal, Rewriter
+from graphopt.stored_weights import stored_tensor
 
 from .pass_runs import loaded, outputs_of
 
@@ -62,7 +62,7 @@ class Trained:
     def written(self) -> ir.Model:
         """Return the model with what was trained in it; the model itself stays as it is."""
         copy = self.model.clone()
-        rewriter, values = Rewriter(copy, Journal(), "recover"), {value.name: value for value in constants(copy)}
+        rewriter, values = Rewriter(copy, Journal(), "recover"), {name: value for value, name in constants(copy).items()}
         for name, array in self.constrained.stored():
             rewriter.set_weight(values[name], stored_tensor(values[name], array))
         return copy

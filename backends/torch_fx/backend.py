@@ -91,12 +91,14 @@ class Torch:
 
         return open_session(model, self.device, threads)
 
-    def lower(self, model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = True) -> fx.GraphModule:
+    def lower(
+        self, model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = True, shared: bool = True
+    ) -> fx.GraphModule:
         """Return a model as a module of torch; see `graphopt.backend.Differentiable.lower`."""
         self._check_runs_here()
         from .lowering import lower
 
-        return lower(model, observe=observe, differentiable=differentiable).to(self.device)
+        return lower(model, observe=observe, differentiable=differentiable, shared=shared).to(self.device)
 
     def _check_runs_here(self) -> None:
         why = self.missing()

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import onnx_ir as ir
@@ -14,11 +15,13 @@ import torch
 from torch import fx
 
 from graphopt import walk
+from graphopt.constant_names import constant_names
 from graphopt.errors import BackendError, did_you_mean
 from graphopt.inference import Inference
 from graphopt.provenance import origins
 
 from . import catalog
+from .lowered_module import LOWERED, LoweredModule
 from .operators import Operator
 from .ops_control import SCANNED, Row
 from .parameters import Lowered, Store
@@ -31,7 +34,9 @@ Attributes = Mapping[str, ir.Attr]
 _RESERVED = frozenset({"self", "torch", "device", "inf", "nan"})
 
 
-def lower(model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = False) -> fx.GraphModule:
+def lower(
+    model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool = False, shared: bool = True
+) -> fx.GraphModule:
     """Return a module that computes what a model computes.
 
     Each node becomes one call of the function of its operator (`Operator`), so whoever looks at the graph sees the
@@ -42,6 +47,7 @@ def lower(model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool 
         model: The model.
         observe: Names of values of the main graph to return behind the outputs.
         differentiable: Whether QuantizeLinear gives codes as floats, with a straight-through gradient.
+        shared: Whether weights in memory are the model's, or copies of them.
 
     Returns:
         The module: takes the inputs of `graphopt.data.input_specs` by position and returns a tuple. Its
@@ -51,7 +57,7 @@ def lower(model: ir.Model, *, observe: Sequence[str] = (), differentiable: bool 
     Raises:
         BackendError: An operator that torch cannot compute, or a value to observe that is none.
     """
-    return _Lowering(model, differentiable).run(observe)
+    return _Lowering(model, differentiable, shared).run(observe)
 
 
 @dataclass
@@ -116,10 +122,11 @@ class _Frame:
 
 
 class _Lowering:
-    def __init__(self, model: ir.Model, differentiable: bool) -> None:
+    def __init__(self, model: ir.Model, differentiable: bool, shared: bool) -> None:
         self._model = model
         self._differentiable = differentiable
-        self._store = Store()
+        self._names = constant_names(model)
+        self._store = Store(shared=shared)
         self._paths: dict[Any, str] = {}
         self._inference: Inference | None = None
         self._anchor = self._store.put_buffer("graphopt_place", torch.zeros(1))
@@ -138,8 +145,8 @@ class _Lowering:
         graph = frame.scope.graph
         graph.output(tuple(self._read(frame, value) for value in wanted))
         place(graph, anchor, self._constants(graph), store.root.get_submodule)
-        module = fx.GraphModule(store.root, graph, class_name="Lowered")
-        module.meta["graphopt"] = self._lowered(frame, inputs, observe)
+        module = LoweredModule(store.root, graph, class_name="Lowered")
+        module.meta[LOWERED] = self._lowered(frame, inputs, observe)
         return module
 
     def _observed(self, frame: _Frame, observe: Sequence[str]) -> list[ir.Value]:
@@ -176,17 +183,20 @@ class _Lowering:
                 self._lower_operator(frame, node)
 
     def _lower_constant(self, frame: _Frame, node: ir.Node) -> None:
-        name = f"{frame.prefix}{node.outputs[0].name}"
+        value = node.outputs[0]
         kind, attribute = self._resolved(frame, node).popitem()
-        # What a function's caller gives goes by the caller's name for it.
+        # What a function's caller gives goes by the caller's name for it, and is stored for each call.
         tensor = walk.constant_of(ir.Attr(kind, attribute.type, attribute.value))
         assert tensor is not None, "dense"
-        frame.nodes[node.outputs[0]] = frame.scope.read_stored(self._stored((frame.calls, node), name, tensor))
+        if walk.has_references(node):
+            path = self._stored((frame.calls, node), f"{frame.prefix}{value.name}", tensor)
+        else:
+            path = self._stored(value, self._names[value], tensor)
+        frame.nodes[value] = frame.scope.read_stored(path)
 
     def _stored(self, key: Any, name: str, tensor: ir.TensorProtocol) -> str:
         if key not in self._paths:
-            outermost = isinstance(key, ir.Value) and key.graph is self._model.graph
-            self._paths[key] = self._store.put(name, tensor, outermost=outermost)
+            self._paths[key] = self._store.put(name, tensor, is_constant=isinstance(key, ir.Value))
         return self._paths[key]
 
     def _lower_call(self, frame: _Frame, node: ir.Node, function: ir.Function) -> None:
@@ -215,6 +225,7 @@ class _Lowering:
             "call_function", found.function, tuple(arguments), keywords, _identifier(node.name or node.op_type)
         )
         call.meta.update(onnx=f"{frame.prefix}{walk.label(node)}", origins=origins(node), operator=found)
+        call.meta["texts"] = self._has_texts and any(map(self._may_hold_texts, node.inputs))
         if not found.returns_tuple:
             frame.nodes[node.outputs[0]] = call
             return
@@ -231,6 +242,20 @@ class _Lowering:
         if "input_types" in found.keywords:
             told["input_types"] = [self._element_type(value) for value in node.inputs]
         return told
+
+    @cached_property
+    def _has_texts(self) -> bool:
+        """Whether there are strings anywhere in the model."""
+        model, text = self._model, ir.DataType.STRING
+        given = any(value.dtype is text for value in (*model.graph.inputs, *self._names))
+        return given or any(
+            walk.is_onnx_op(node, "Cast") and node.attributes.get_int("to", 0) == text
+            for node in walk.every_node(model)
+        )
+
+    def _may_hold_texts(self, value: ir.Value | None) -> bool:
+        """Return whether a value is strings, or may be for all that is known."""
+        return value is not None and self._element_type(value) in (0, ir.DataType.STRING)
 
     def _element_type(self, value: ir.Value | None) -> int:
         """Return ONNX's code of the element type of a value, or 0; what the model leaves out is inferred."""
@@ -251,7 +276,7 @@ class _Lowering:
             return None
         if value not in frame.nodes:
             if value.is_initializer() and value.const_value is not None:
-                path = self._stored(value, value.name or "", value.const_value)
+                path = self._stored(value, self._names[value], value.const_value)
                 frame.nodes[value] = frame.scope.read_stored(path)
             elif frame.outer is None:
                 return None  # an optional output of a function that its operator was not asked for
@@ -293,7 +318,7 @@ class _Lowering:
         scope.read_stored(self._anchor)  # the first of what is captured: see `placement`
         self._lower_nodes(inner, graph)
         scope.graph.output(tuple(self._read(inner, value) for value in graph.outputs))
-        module = fx.GraphModule(self._store.root, scope.graph, class_name="Nested")
+        module = LoweredModule(self._store.root, scope.graph, class_name="Nested")
         module.meta[SCANNED] = [_row(value) for value in graph.outputs]
         path = self._store.put_module(f"{walk.label(node)}.{graph.name or 'graph'}", module)
         return frame.scope.read_stored(path), tuple(scope.captured)

@@ -57,7 +57,7 @@ def _move_strings(function: Callable[..., Any], inputs: tuple[Any, ...], attribu
 
     def places_of(item: Any) -> Any:
         if not isinstance(item, np.ndarray):
-            return item
+            return item.cpu()  # where strings are, and their places
         first = len(strings)
         strings.extend(item.reshape(-1).tolist())
         return torch.arange(first, len(strings)).reshape(item.shape)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .operators import Operator, Table
+from .parameters import TRAINABLE
 from .tensors import torch_dtype
 
 # Floats of 8 bits: the largest value, and beyond which value torch's own conversion, which saturates some, differs from
@@ -51,8 +52,10 @@ def cast_like(
     data: Any, like: Any, *, saturate: int = 1, round_mode: str = "up", input_types: Sequence[int] = ()
 ) -> Any:
     """The same numbers in another tensor's element type."""
-    known = input_types[1] if len(input_types) > 1 else 0
-    return _cast(data, ir.DataType(known) if known else _type_of(like), bool(saturate), round_mode)
+    known = ir.DataType(input_types[1]) if len(input_types) > 1 and input_types[1] else _type_of(like)
+    # A float is what it is by now: somebody may have put the whole module into another type.
+    to = _type_of(like) if known in TRAINABLE else known
+    return _cast(data, to, bool(saturate), round_mode)
 
 
 def _cast(data: Any, to: ir.DataType, saturate: bool, round_mode: str) -> Any:

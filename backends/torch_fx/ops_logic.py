@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .moved import moving
 from .operators import Operator, Table
-from .unsigned import narrowed, ordered, widened
+from .unsigned import in_wider, narrowed, ordered, widened
 
 _LARGEST = 2**63 - 1  # of int64
 
@@ -39,7 +39,7 @@ def equal(a: Any, b: Any) -> Tensor:
     """Whether elements are equal, strings too."""
     if isinstance(a, np.ndarray):
         return torch.as_tensor(np.equal(a, b).astype(bool))
-    return torch.eq(a, b)
+    return torch.eq(widened(a), widened(b))
 
 
 def less(a: Tensor, b: Tensor) -> Tensor:
@@ -86,17 +86,17 @@ def where(condition: Tensor, a: Any, b: Any) -> Any:
 
 def bitwise_and(a: Tensor, b: Tensor) -> Tensor:
     """Bits that are set in both."""
-    return torch.bitwise_and(a, b)
+    return in_wider(torch.bitwise_and, a, b)
 
 
 def bitwise_or(a: Tensor, b: Tensor) -> Tensor:
     """Bits that are set in either."""
-    return torch.bitwise_or(a, b)
+    return in_wider(torch.bitwise_or, a, b)
 
 
 def bitwise_xor(a: Tensor, b: Tensor) -> Tensor:
     """Bits that are set in one of the two."""
-    return torch.bitwise_xor(a, b)
+    return in_wider(torch.bitwise_xor, a, b)
 
 
 def bitwise_not(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -21,14 +22,18 @@ _TRANSPOSED: Mapping[int, Callable[..., Tensor]] = MappingProxyType(
 
 def mat_mul(a: Tensor, b: Tensor) -> Tensor:
     """Products of matrices, as numpy's matmul."""
-    return in_wider(_multiplied, a, b)
+    return in_wider(partial(_summed, torch.matmul), a, b)
 
 
-def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_floating_point() or a.is_complex() or a.device.type != "cuda":
-        return torch.matmul(a, b)
-    # On GPUs torch multiplies no matrices of integers; up to 2⁵³ floats of 64 bits hold the sums.
-    return torch.matmul(a.to(torch.float64), b.to(torch.float64)).to(a.dtype)
+def _summed(compute: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """Compute sums of products, also of integers where torch has none.
+
+    On GPUs it multiplies no matrices of integers; up to 2⁵³ floats of 64 bits hold the sums.
+    """
+    dtype = factors[0].dtype
+    if dtype.is_floating_point or dtype.is_complex or factors[0].device.type == "cpu":
+        return compute(*factors)
+    return compute(*(one.to(torch.float64) for one in factors)).to(dtype)
 
 
 def gemm(
@@ -56,7 +61,7 @@ def gemm(
 
 def einsum(*inputs: Tensor, equation: str) -> Tensor:
     """Sums of products by Einstein's convention."""
-    return in_wider(lambda *ones: torch.einsum(equation, *ones), *inputs)
+    return in_wider(lambda *ones: _summed(partial(torch.einsum, equation), *ones), *inputs)
 
 
 def conv(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -141,7 +142,7 @@ def conv_integer(
     strides: list[int] | None = None,
 ) -> Tensor:
     """The convolution of codes, less their zero points; what is padded stands for 0."""
-    found = conv(
+    found = _convolved(
         shifted(x, x_zero_point, _EXACT),
         shifted(w, _by_filter(w_zero_point, w), _EXACT),
         auto_pad=auto_pad,
@@ -152,6 +153,11 @@ def conv_integer(
         strides=strides,
     )
     return found.to(torch.int32)
+
+
+def _convolved(x: Tensor, w: Tensor, bias: Tensor | None = None, **attributes: Any) -> Tensor:
+    """Return the convolution of whole numbers, exactly: GPUs may compute it by Fourier transforms, which round."""
+    return conv(x, w, bias, **attributes).round()
 
 
 def _by_filter(parameter: Tensor | None, w: Tensor) -> Tensor | None:
@@ -178,7 +184,7 @@ def q_linear_conv(
     input_types: Sequence[int] = (),
 ) -> Tensor:
     """The convolution of codes, as codes; the bias has the scale of the input times that of the weight."""
-    found = conv(
+    found = _convolved(
         shifted(x, x_zero_point, _EXACT),
         shifted(w, _by_filter(w_zero_point, w), _EXACT),
         None if bias is None else bias.to(_EXACT),

@@ -54,7 +54,7 @@ def split_to_sequence(data: Tensor, split: Tensor | None = None, *, axis: int = 
     if split is None:
         pieces = torch.split(data, 1, axis)
         return [piece if keepdims else piece.squeeze(axis) for piece in pieces]
-    if split.dim():
+    if split.ndim:
         return list(torch.split(data, split.tolist(), axis))
     return list(torch.split(data, int(split.item()), axis)) if length else []
 

@@ -87,6 +87,7 @@ def tf_idf_vectorizer(
         found = (found > 0).float()
     if weights and mode != "TF":
         found = found * torch.tensor(list(weights))
+    found = found.to(given.device) if isinstance(given, Tensor) else found
     return found if given.ndim == 2 else found[0]
 
 

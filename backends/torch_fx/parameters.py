@@ -38,7 +38,8 @@ class Lowered:
         inputs: Names of the inputs, in the order of the module's arguments.
         outputs: Names of the model's outputs, which come first in the tuple the module returns.
         observed: Names of the values that follow them.
-        parameters: Initializer, or value of a Constant, to the path of its parameter (`module.get_parameter`).
+        parameters: Initializer, or value of a Constant, by `graphopt.constant_names`, to the path of its parameter
+            (`module.get_parameter`).
         buffers: The same of those that are no floats, such as codes (`module.get_buffer`).
         values: Name of a value of the main graph to the node that computes it.
     """
@@ -59,27 +60,29 @@ class Store:
         root: The module that holds it.
         parameters: Name of what is stored to path, of parameters.
         buffers: Of buffers.
+        shared: Whether what the model holds in memory is stored on that memory, or copied.
     """
 
     root: nn.Module = field(default_factory=nn.Module)
     parameters: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, str] = field(default_factory=dict)
+    shared: bool = True
     _mappings: dict[MappedFile, mmap.mmap | None] = field(default_factory=dict)
 
-    def put(self, name: str, tensor: ir.TensorProtocol, *, outermost: bool = False) -> str:
+    def put(self, name: str, tensor: ir.TensorProtocol, *, is_constant: bool) -> str:
         """Store a tensor on the memory it lies in, and return its path: floats as parameters, the rest as buffers.
 
-        Nested graphs may have the same name for different things: it then means the outermost, or else the first.
+        A constant's name is its own, whatever else goes by it, such as a tensor that is the attribute of a node.
         """
         holder, path = self._place(name)
         field_name = path.rpartition(".")[2]
         held = to_torch(self._array(tensor))
         if tensor.dtype in TRAINABLE:
             holder.register_parameter(field_name, nn.Parameter(held, requires_grad=False))
-            self.parameters[name] = path if outermost else self.parameters.get(name, path)
+            self.parameters[name] = path if is_constant else self.parameters.get(name, path)
         elif isinstance(held, torch.Tensor):
             holder.register_buffer(field_name, held)
-            self.buffers[name] = path if outermost else self.buffers.get(name, path)
+            self.buffers[name] = path if is_constant else self.buffers.get(name, path)
         else:  # strings
             setattr(holder, field_name, held)
         return path
@@ -87,7 +90,7 @@ class Store:
     def _array(self, tensor: ir.TensorProtocol) -> Array:
         """Return what a tensor holds, of a mapped file in memory that may be written without the file's being."""
         if not isinstance(tensor, MappedTensor) or tensor.dtype.bitwidth < _BYTE or not tensor.length:
-            return tensor.numpy()
+            return tensor.numpy() if self.shared else np.array(tensor.numpy())
         if tensor.file not in self._mappings:
             self._mappings[tensor.file] = tensor.file.writable()
         mapping = self._mappings[tensor.file]

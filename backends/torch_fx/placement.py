@@ -2,25 +2,29 @@
 
 Reading such a number from a GPU means to wait for it. So whatever is computed of sizes and constants alone, and is
 read as numbers somewhere (`Operator.sizes`), is computed by the CPU; a constant that is read so becomes part of the
-module's code. What is on the host and meets tensors of the module's device is brought there. On a CPU all of this does
-nothing.
+module's code. Strings are always there, and what is computed of them. What is on the host and meets tensors of the
+module's device is brought to that. On a CPU all of this does nothing.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
+from .known_numbers import Numbers
 from .operators import Operator
 from .ops_sequence import optional_has_element, sequence_length
-from .ops_shapes import shape, size
+from .ops_shapes import range_, shape, size
 
 # A constant of more elements is no list of sizes.
 _LONGEST = 1024
 # Operators whose outputs are on the host by themselves.
+# Operators that read numbers and compute with the tensors they are in, too.
+_OF_TENSORS: frozenset[Any] = frozenset({range_})
 _NUMBERS: frozenset[Any] = frozenset({optional_has_element, sequence_length, shape, size})
 
 Constants: TypeAlias = Mapping[fx.Node, torch.Tensor]
@@ -33,10 +37,10 @@ def numbers(values: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def brought(value: Any, device: torch.device) -> Any:
-    """Return a value of the host on a device: a tensor, or each of a sequence."""
+    """Return a value of the host on a device: a tensor, or each of a sequence or of several; strings stay."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
-    return [brought(one, device) for one in value] if isinstance(value, list) else value
+    return type(value)(brought(one, device) for one in value) if isinstance(value, list | tuple) else value
 
 
 def place(graph: fx.Graph, anchor: fx.Node, constants: Constants, bodies: Bodies) -> None:
@@ -92,7 +96,12 @@ class _Placing:
         found: set[fx.Node] = set()
         for node in self._graph.nodes:
             free = node.op == "placeholder" or node.target in _NUMBERS
-            if node in wanted and (free or all(one in found or one in self._constants for one in _tensors(node))):
+            if node.target is operator.getitem:
+                is_there = node.args[0] in found  # one of several results is where all of them are, wanted or not
+            else:
+                known = all(one in found or one in self._constants for one in _tensors(node))
+                is_there = node in wanted and (free or known)
+            if is_there:
                 found.add(node)
         return found - set(self._constants)
 
@@ -112,23 +121,29 @@ class _Placing:
             keywords["device"] = torch.device("cpu") if on_host else self._device
         if on_host:
             keywords = {name: self._as_numbers(node, one) for name, one in keywords.items()}
-        node.args = tuple(
-            self._as_numbers(node, one) if index in found.sizes or on_host else self._as_tensor(one)
-            for index, one in enumerate(node.args)
-        )
+        if node.target not in _NUMBERS:  # a shape is known wherever its tensor lies
+            node.args = tuple(
+                self._as_numbers(node, one, listed=index in found.sizes)
+                if index in found.sizes or on_host
+                else self._as_tensor(one)
+                for index, one in enumerate(node.args)
+            )
         node.kwargs = keywords
         for module, captured in _nested(node):
             self._place_nested(module, captured)
-        if not on_host and not found.returns_tuple and "device" not in found.keywords and not _has_tensors(node):
+        of_numbers = not found.returns_tuple and "device" not in found.keywords and not _has_tensors(node)
+        if node.meta.get("texts") or (of_numbers and not on_host):
             self._bring_result(node)
 
-    def _as_numbers(self, reader: fx.Node, given: Any) -> Any:
-        """Return what a reader on the host reads: of a constant, its numbers."""
+    def _as_numbers(self, reader: fx.Node, given: Any, *, listed: bool = False) -> Any:
+        """Return what a reader on the host reads: of a constant, its numbers, in no tensor if it only lists them."""
         if not isinstance(given, fx.Node):
             return given
         if given in self._constants:
             known = self._constants[given]
             with self._graph.inserting_before(reader):
+                if listed and reader.target not in _OF_TENSORS:
+                    return self._graph.call_function(Numbers, (known.tolist(), known.dtype, tuple(known.shape)))
                 return self._graph.call_function(numbers, (known.tolist(), known.dtype))
         return self._brought(given, torch.device("cpu")) if self._is_argument(given) else given
 
@@ -150,7 +165,7 @@ class _Placing:
         return self._elsewhere[given]
 
     def _bring_result(self, node: fx.Node) -> None:
-        """Let the users of what is made of numbers alone find it on the module's device."""
+        """Let the users of what is made of numbers alone, or of strings, find it on the module's device."""
         with self._graph.inserting_after(node):
             result = self._graph.call_function(brought, (node, self._device))
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)

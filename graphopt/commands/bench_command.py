@@ -15,7 +15,9 @@ _MOST_SECONDS = 86400  # a day
 
 
 def bench(
-    models: Annotated[list[Path], typer.Argument(help="Models with the same inputs.", show_default=False)],
+    models: Annotated[
+        list[Path], typer.Argument(help="Models with the same inputs.", show_default=False, metavar="MODELS")
+    ],
     data: DataOption = None,
     batch: Annotated[
         str | None,
@@ -26,7 +28,10 @@ def bench(
         typer.Option(help="Sizes of a named dimension: sequence=16,64,256; repeatable.", metavar="NAME=SIZES"),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.1, max=_MOST_SECONDS, help="Time to spend at each size, on all models together.")
+        float,
+        typer.Option(
+            min=0.1, max=_MOST_SECONDS, help="Time to spend at each size, on all models together.", metavar="X"
+        ),
     ] = 5.0,
     backend: Annotated[
         str | None,
@@ -47,7 +52,10 @@ def bench(
     ] = False,
     seed: SeedOption = 0,
     threads: Annotated[
-        int, typer.Option(min=0, max=MOST_THREADS, help="Threads of the backends; 0 for one on each physical core.")
+        int,
+        typer.Option(
+            min=0, max=MOST_THREADS, help="Threads of the backends; 0 for one on each physical core.", metavar="N"
+        ),
     ] = 0,
     as_json: JsonOption = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also list every kernel.")] = False,

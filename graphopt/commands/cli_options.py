@@ -32,7 +32,9 @@ def names_in(*tables: str) -> Callable[[str], list[str]]:
 DataOption = Annotated[
     str | None, typer.Option("--data", help="Samples: FILE.npz, a folder of them, or file.py:function.", metavar="DATA")
 ]
-LabelsOption = Annotated[str | None, typer.Option(help="Key of the labels in the data [default: labels].")]
+LabelsOption = Annotated[
+    str | None, typer.Option(help="Key of the labels in the data [default: labels].", metavar="KEY")
+]
 MetricOption = Annotated[str | None, typer.Option(help="Metric to score by, or file.py:function.", metavar="NAME")]
 BackendOption = Annotated[
     str | None,
@@ -43,9 +45,9 @@ BackendOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int, typer.Option(min=0, max=MOST_THREADS, help="Threads of the backend; 0 leaves it to the runtime.")
+    int, typer.Option(min=0, max=MOST_THREADS, help="Threads of the backend; 0 leaves it to the runtime.", metavar="N")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.", metavar="N")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Also print every remark of the passes.")]
 TargetOption = Annotated[

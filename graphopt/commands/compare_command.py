@@ -25,8 +25,8 @@ _WORST_SHOWN = 10
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(help="Reference model.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Model to compare with it.", show_default=False)],
+    a: Annotated[Path, typer.Argument(help="Reference model.", show_default=False, metavar="A")],
+    b: Annotated[Path, typer.Argument(help="Model to compare with it.", show_default=False, metavar="B")],
     layers: Annotated[
         bool, typer.Option("--layers", help="Compare the values inside, too, and say where the two part.")
     ] = False,
@@ -34,7 +34,8 @@ def compare(
     labels: LabelsOption = None,
     metric: MetricOption = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest absolute error allowed [default: rounding of the dtype].")
+        float | None,
+        typer.Option(min=0, help="Largest absolute error allowed [default: rounding of the dtype].", metavar="X"),
     ] = None,
     backend: BackendOption = None,
     other_backend: Annotated[
@@ -42,13 +43,16 @@ def compare(
         typer.Option(
             "--other-backend",
             help="Backend of the second model [default: that of the first].",
+            metavar="NAME",
             autocompletion=names_in("BACKENDS"),
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples to run at most [default: all; with --layers 32].")
+        int | None, typer.Option(min=1, help="Samples to run at most [default: all; with --layers 32].", metavar="N")
     ] = None,
-    worst: Annotated[int, typer.Option(min=0, help="How many of the worst layers to show.")] = _WORST_SHOWN,
+    worst: Annotated[
+        int, typer.Option(min=0, help="How many of the worst layers to show.", metavar="N")
+    ] = _WORST_SHOWN,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,

@@ -51,7 +51,7 @@ def _group(context: typer.Context) -> None:
 
 @app.command(short_help="Find the edit that breaks a model, or costs it most.")
 def bisect(
-    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False, metavar="MODEL")],
     passes: PassesOption = None,
     recipe: RecipeOption = None,
     set_dim: SetDimOption = None,
@@ -169,7 +169,9 @@ def _edit_values(edit: Edit) -> dict[str, object]:
 
 @app.command(short_help="Find the smallest part of a model that still fails.")
 def reduce(
-    model: Annotated[Path, typer.Argument(help="ONNX model that fails; never changed.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(help="ONNX model that fails; never changed.", show_default=False, metavar="MODEL")
+    ],
     passes: PassesOption = None,
     recipe: RecipeOption = None,
     check: Annotated[
@@ -198,10 +200,11 @@ def reduce(
         bool, typer.Option("--isolate", help="Try candidates in processes of their own, which may crash.")
     ] = False,
     timeout: Annotated[
-        float | None, typer.Option(min=0.01, help="Seconds after which an isolated candidate is taken to hang.")
+        float | None,
+        typer.Option(min=0.01, help="Seconds after which an isolated candidate is taken to hang.", metavar="X"),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.01, help="Take the smallest model found after this many seconds.")
+        float | None, typer.Option(min=0.01, help="Take the smallest model found after this many seconds.", metavar="X")
     ] = None,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
@@ -280,7 +283,9 @@ def _reduction_values(found: Reduction) -> dict[str, object]:
 
 @app.command(short_help="Run a reproducer again.")
 def replay(
-    folder: Annotated[Path, typer.Argument(help="Folder that a failure or a reduction left.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that a failure or a reduction left.", show_default=False, metavar="FOLDER")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Run a reproducer again and say what comes of it; exit with 1 where it still fails."""

@@ -14,11 +14,11 @@ _MOST_RUNS = 10_000
 
 
 def explain(
-    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False, metavar="MODEL")],
     target: TargetOption = None,
     data: DataOption = None,
     backend: BackendOption = None,
-    runs: Annotated[int, typer.Option(min=1, max=_MOST_RUNS, help="Runs to average times over.")] = 5,
+    runs: Annotated[int, typer.Option(min=1, max=_MOST_RUNS, help="Runs to average times over.", metavar="N")] = 5,
     seed: SeedOption = 0,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,

@@ -32,7 +32,7 @@ def import_(
             "--dynamic", help="Free axes of an input: ids=batch,tokens; - is a fixed one.", metavar="INPUT=AXES"
         ),
     ] = None,
-    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = 20,
+    opset: Annotated[int, typer.Option(help="Version of ONNX's operators.", metavar="N")] = 20,
     inputs: Annotated[
         str | None, typer.Option(help="Names of the inputs [default: as in the module].", metavar="NAMES")
     ] = None,
@@ -42,7 +42,8 @@ def import_(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not simplify what torch exports.")] = False,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Largest absolute error allowed [default: rounding of the dtype].")
+        float | None,
+        typer.Option(min=0, help="Largest absolute error allowed [default: rounding of the dtype].", metavar="X"),
     ] = None,
     backend: BackendOption = None,
     as_json: JsonOption = False,

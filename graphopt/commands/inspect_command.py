@@ -15,7 +15,7 @@ _PAGE_SUFFIXES = (".html", ".htm")
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False, metavar="MODEL")],
     groups: Annotated[
         bool, typer.Option("--groups", help="Show which channels can be removed together, and which not at all.")
     ] = False,

@@ -150,7 +150,9 @@ def _title(owner: type) -> str:
 
 def recover(
     context: typer.Context,
-    student: Annotated[Path, typer.Argument(help="ONNX model to train; never changed.", show_default=False)],
+    student: Annotated[
+        Path, typer.Argument(help="ONNX model to train; never changed.", show_default=False, metavar="STUDENT")
+    ],
     teacher: TeacherOption = None,
     data: DataOption = None,
     evaluation: EvaluationOption = None,
@@ -208,6 +210,13 @@ def recover(
         raise
     if not quiet:
         _show(result.report, result.output, report, verbose)
+    say_warnings(result.report)
+
+
+def say_warnings(report: Report) -> None:
+    """Say on stderr, whatever is shown on stdout, why figures say less than they seem to."""
+    for text in report.warnings if is_main_process() else ():
+        typer.echo(f"warning: {text}", err=True)
 
 
 def _show(report: Report, output: Path | None, files: Sequence[Path] | None, verbose: bool) -> None:

@@ -33,12 +33,14 @@ _MOST_SAMPLES = 100_000
 
 
 def sensitivity(
-    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="ONNX model; never changed.", show_default=False, metavar="MODEL")],
     passes: PassesOption = None,
     recipe: RecipeOption = None,
     data: DataOption = None,
     evaluation: EvaluationOption = None,
-    samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="Samples to measure each layer on.")] = 64,
+    samples: Annotated[
+        int, typer.Option(min=1, max=_MOST_SAMPLES, help="Samples to measure each layer on.", metavar="N")
+    ] = 64,
     labels: LabelsOption = None,
     metric: MetricOption = None,
     set_dim: SetDimOption = None,

@@ -136,7 +136,7 @@ def refusals(report: Report) -> list[str]:
 
 
 def doubts(report: Report) -> list[str]:
-    """Return why steps failed, or could not be checked; a reason that several share only once."""
+    """Return why steps failed, or could not be checked, a reason that several share only once; and all warnings."""
     found: dict[str, list[str]] = {}
     for step in report.steps:
         if not step.check.ok and step.check.why != NOT_RUN:
@@ -144,7 +144,8 @@ def doubts(report: Report) -> list[str]:
             found.setdefault(why, []).append(step.name)
     if report.deployed is not None and not report.deployed.ok:
         found[f"{'FAILED' if report.deployed.ok is False else 'not checked'}: {report.deployed.why}"] = ["as deployed"]
-    return [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in found.items()]
+    reasons = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in found.items()]
+    return reasons + [f"WARNING: {text}" for text in report.warnings]
 
 
 def counted(count: int, noun: str) -> str:

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
-import onnx_ir as ir
 
 from graphopt.backend import Array
 
 from .linear_layers import LinearLayer
-
-# What Transformers and TensorFlow call the input that is 1 where there is a token and 0 where there is none.
-_MASK = re.compile(r"(attention|input)_mask(:0)?")
-# A mask has samples and positions.
-_MASK_RANK = 2
-
-
-def mask_of(model: ir.Model) -> ir.Value | None:
-    """Return the input of a model that says which positions of its samples are real, or None."""
-    for value in model.graph.inputs:
-        is_mask = _MASK.fullmatch(value.name or "") and not value.is_initializer()
-        if is_mask and value.shape is not None and len(value.shape) == _MASK_RANK:
-            return value
-    return None
 
 
 def real_rows(layer: LinearLayer, x: Array, masks: Sequence[Array]) -> Array | None:

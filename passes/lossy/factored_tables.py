@@ -14,10 +14,10 @@ from graphopt.authoring import Context
 from graphopt.backend import Array
 from graphopt.errors import DataError
 from graphopt.summary import extent, node_macs
+from graphopt.token_inputs import mask_of
 
 from ..analyses.finite_weights import refuse_not_finite
 from ..analyses.linear_layers import is_lookup
-from ..analyses.padding import mask_of
 from ..analyses.second_moments import ROWS_PER_SAMPLE
 from ..analyses.selection import Selection
 from ..solvers.tall_rank import TallSpectrum

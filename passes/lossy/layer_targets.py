@@ -12,12 +12,13 @@ import onnx_ir as ir
 from graphopt import shapes, walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.token_inputs import mask_of
 from graphopt.walkthrough import Closing
 
 from ..analyses.covariance import Covariance, around_zero, parts
 from ..analyses.layer_rows import layer_rows, output_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer, linear_layers
-from ..analyses.padding import mask_of, only, real_rows
+from ..analyses.padding import only, real_rows
 from ..analyses.second_moments import group_count, inputs_of
 from ..solvers.objective import by_group
 from .layer_bias import LayerBias, bias_content, product_scale

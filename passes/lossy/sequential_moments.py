@@ -11,12 +11,13 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.token_inputs import mask_of
 from graphopt.walkthrough import Closing
 
 from ..analyses.covariance import Covariance
 from ..analyses.layer_rows import layer_rows, takes_rows
 from ..analyses.linear_layers import LinearLayer
-from ..analyses.padding import mask_of, only, real_rows
+from ..analyses.padding import only, real_rows
 from ..analyses.second_moments import reading
 
 

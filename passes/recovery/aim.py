@@ -28,6 +28,7 @@ class Aim:
     task: str = opt(
         "auto",
         help="loss against labels: auto (none with a teacher), none, cross-entropy, next-token, mse, file.py:function",
+        function=True,
     )
     distill: float | None = opt(
         None,

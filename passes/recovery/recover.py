@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphopt.authoring import Context, Given, Guarantee, Need, Pass
 from graphopt.errors import BackendError, UsageError
-from graphopt.options import check, opt
+from graphopt.options import FunctionText, check, opt
 
 from .aim import Aim
 from .held import Held
@@ -28,6 +28,7 @@ class Recover(Training, Aim, Held, Pass):
 
     name = "recover"
     guarantee = Guarantee.LOSSY
+    trains = True
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, wherever the pass was made."""
@@ -37,6 +38,12 @@ class Recover(Training, Aim, Held, Pass):
         self.check_held()
         if self.l1 and "weights" not in self.train:
             raise UsageError("pass `recover`: `l1` has no weights to shrink", hint="`train=weights`, or leave out `l1`")
+
+        if self.checkpoints is not None and isinstance(self.task, FunctionText) and not self.task.is_found:
+            raise UsageError(
+                f"pass `recover`: checkpoints of task `{self.task}` could not be told from those of another one",
+                hint="a function at the top of a module or script, or no `checkpoints`",
+            )
 
     @property
     def needs(self) -> frozenset[Need]:

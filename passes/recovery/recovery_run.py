@@ -10,17 +10,16 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphopt import registry
 from graphopt.authoring import Context
-from graphopt.backend import Differentiable
+from graphopt.choices import lowering_backend
 from graphopt.data import Dataset
-from graphopt.errors import BackendError, PassError
+from graphopt.errors import PassError
 from graphopt.metrics import show_number
 from graphopt.report import show_count
 from graphopt.reporting.rows import counted
+from graphopt.stored_weights import as_array, stored_tensor
 
 from .constraints.constrained import Constrained, constrain
-from .constraints.stored_weights import as_array, stored_tensor
 from .constraints.trainable import constants, refuse
 from .objectives import objective as objectives
 from .objectives.augmentation import Augmentation, augmentation_of
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from .recover import Recover
 
 RULE = "recover"
-BACKEND = "torch"
 _MINUTE, _HOUR = 60, 3600
 
 
@@ -48,17 +46,6 @@ def device_of(text: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_backend(device: str) -> Differentiable:
-    """Return what lowers models, on a device that must be there."""
-    backend = registry.backend(BACKEND, device=device)
-    why = backend.missing()
-    if why is not None:
-        raise why
-    if not isinstance(backend, Differentiable):
-        raise BackendError(f"backend `{BACKEND}` lowers nothing that trains", hint="repair or reinstall graphopt")
-    return backend
-
-
 def check_subject(options: Recover, model: ir.Model, teacher: ir.Model | None, data: Dataset) -> None:
     """Raise an error where a model cannot be trained with what there is; nothing is computed.
 
@@ -67,7 +54,7 @@ def check_subject(options: Recover, model: ir.Model, teacher: ir.Model | None, d
     """
     device = device_of(options.device)
     refuse_device(options, device)
-    open_backend(device)
+    lowering_backend(device)
     options.check_data(data)
     refuse(model, options)
     objectives.choose(options, model, teacher, data)
@@ -96,7 +83,7 @@ def recover(model: ir.Model, ctx: Context, options: Recover) -> None:
 def _train_whole(model: ir.Model, ctx: Context, options: Recover) -> Curve:
     assert ctx.data is not None, "the pass declares that it needs data"
     device = device_of(options.device)
-    backend = open_backend(device)
+    backend = lowering_backend(device)
     objective = objectives.choose(options, model, ctx.standard, ctx.data)
     student = backend.lower(model, observe=objective.student_values, differentiable=True)
     teacher = None
@@ -227,4 +214,4 @@ def write_back(model: ir.Model, ctx: Context, constrained: Constrained) -> int:
 
 
 def _constants_by_name(model: ir.Model) -> dict[str, ir.Value]:
-    return {value.name or "": value for value in constants(model)}
+    return {name: value for value, name in constants(model).items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from graphopt.data import Dataset
 from graphopt.errors import DataError, UsageError
@@ -30,7 +30,7 @@ class Training:
     steps: int | None = opt(None, help="steps of the optimizer; as many as `epochs` come to where not given", low=1)
     epochs: float = opt(10.0, help="how often each sample is seen", low=0.0)
     minutes: float | None = opt(None, help="stop after so many minutes, with the best weights until then", low=0.0)
-    batch: int = opt(32, help="samples a step learns from, over all processes", low=1)
+    batch: int = opt(32, help="samples a step learns from, over all processes; all where there are fewer", low=1)
     micro_batch: int | None = opt(
         None, help="samples in memory at once; gradients of the parts of a batch are summed up", low=1
     )
@@ -101,6 +101,12 @@ class Training:
                 f"`{data.name}` has {len(data)} sample to train on",
                 hint=f"at least {FEWEST_SAMPLES}; hundreds are better",
             )
+        pool = len(data) - self.held_out_count(len(data))
+        if pool < process_count():
+            raise DataError(
+                f"`{data.name}` has {pool} samples to train on, for {process_count()} processes",
+                hint="at least a sample for each of them; hundreds are better",
+            )
         if self.checkpoints is not None:
             self._check_folder(Path(self.checkpoints))
 
@@ -116,6 +122,14 @@ class Training:
         if not self.held_out:
             return 0
         return max(1, min(round(samples * self.held_out), HELD_OUT_LIMIT, samples - 1))
+
+    def fitted(self, samples: int) -> Self:
+        """Return the same for so many samples to train on: no step learns from one of them twice.
+
+        An epoch of fewer samples than a batch is one step, as loaders of batches have it.
+        """
+        batch = min(self.batch, samples)
+        return replace(self, batch=batch, micro_batch=self.micro_batch and min(self.micro_batch, batch))
 
     def step_count(self, samples: int) -> int:
         """Return how many steps a training on so many samples takes."""

@@ -11,6 +11,7 @@ from graphopt import walk
 from graphopt.explaining.advice import made_of_constants
 
 from .constant_readers import Reader
+from .crossings import Crossings
 from .known_tables import is_known_table
 
 WEIGHT, BIAS, NORM, SCALE, TABLE = "weights", "biases", "norms", "scales", "tables"
@@ -76,12 +77,12 @@ _MOVES = frozenset(
 )
 
 
-def kind_of(value: ir.Value, readers: tuple[Reader, ...]) -> str | None:
+def kind_of(value: ir.Value, readers: tuple[Reader, ...], crossings: Crossings) -> str | None:
     """Return what a constant is, of `KINDS`; None for one that is not to change, or that is read in two ways."""
     tensor = walk.constant_tensor(value)
     if tensor is None or tensor.dtype == ir.DataType.STRING or not tensor.size:
         return None
-    kind = _common({_kind_for(tensor, reader) for reader in readers if not _reads_form(reader)})
+    kind = _common({_kind_for(tensor, reader, crossings) for reader in readers if not _reads_form(reader)})
     is_float = tensor.dtype.is_floating_point() and tensor.dtype.bitwidth > 8
     if kind == ZERO_POINT:
         # Codes that are floats have no other zero point than 0.
@@ -109,47 +110,46 @@ def _reads_form(reader: Reader) -> bool:
     return reader.node.op_type in ("Shape", "Size") or (reader.node.op_type == "CastLike" and reader.index == 1)
 
 
-def _kind_for(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
+def _kind_for(tensor: ir.TensorProtocol, reader: Reader, crossings: Crossings) -> str | None:
     """Return what a constant is to one reader."""
     node, index = reader.node, reader.index
     if node.op_type == "Gather" and index == 0:
-        return _kind_of_table(tensor, reader)
+        return _kind_of_table(tensor, reader, crossings)
     if node.op_type in (*_SUMS, *_PRODUCTS):
-        return _kind_of_operand(tensor, reader)
+        return _kind_of_operand(tensor, reader, crossings)
     if node.op_type == "Concat":
         return _kind_of_part(tensor, reader)
     if node.op_type == "Attention" and node.domain in walk.ONNX_DOMAINS:
         return None  # the contributed operator has weights, ONNX's has none
     kind = _INPUTS.get(node.op_type, {}).get(index)
-    if kind == WEIGHT and long_axes(tensor) <= 1 and _makes_waves(node):
+    if kind == WEIGHT and long_axes(tensor) <= 1 and _makes_waves(node, crossings):
         return None  # frequencies of positions
     return kind
 
 
-def _kind_of_table(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
+def _kind_of_table(tensor: ir.TensorProtocol, reader: Reader, crossings: Crossings) -> str | None:
     """Return what a table is that is looked up in: of embeddings, of the values codes stand for, or of a cache."""
-    if _hangs_on_bytes(reader.node.inputs[1]):
+    if _hangs_on_bytes(reader.node.inputs[1], crossings):
         return None if is_known_table(tensor) else TABLE
     if long_axes(tensor) <= 1:
         return None
-    users = [use.node for output in reader.node.outputs for use in output.uses()]
-    found = list(_past_moves(users))
+    found = list(_past_moves(reader.node, crossings))
     if found and all(node.op_type in ("Mul", "RotaryEmbedding") and not _by_constant(node) for node in found):
         return None  # a rotary cache, of which rows are looked up by position
     return WEIGHT
 
 
-def _kind_of_operand(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
+def _kind_of_operand(tensor: ir.TensorProtocol, reader: Reader, crossings: Crossings) -> str | None:
     """Return what a constant is that is added, or multiplied by."""
     node = reader.node
-    if _makes_waves(node):
+    if _makes_waves(node, crossings):
         return None
     others = [value for index, value in enumerate(node.inputs) if value is not None and index != reader.index]
     other = next((value for value in others if not made_of_constants(value)), None)
     if other is None:
         # A factor of what is made of constants scales a weight; it is one itself where it is a table of its own.
         return SCALE if node.op_type == "Mul" and tensor.size > 1 else None
-    if tensor.size == 1 or _is_of_input(other) or not _is_finite(tensor) or _is_counted(tensor):
+    if tensor.size == 1 or _is_of_input(other, crossings) or not _is_finite(tensor) or _is_counted(tensor):
         return None
     several = long_axes(tensor) > 1
     if node.op_type in _PRODUCTS:
@@ -167,7 +167,7 @@ def _kind_of_part(tensor: ir.TensorProtocol, reader: Reader) -> str | None:
     return WEIGHT if (array != array.flat[0]).any() and tensor.size >= _LEAST_TOKEN else None
 
 
-def _hangs_on_bytes(value: ir.Value | None) -> bool:
+def _hangs_on_bytes(value: ir.Value | None, crossings: Crossings) -> bool:
     """Return whether indices are made of stored bytes, and so are codes."""
     seen: set[ir.Value] = set()
     frontier = [value]
@@ -179,11 +179,11 @@ def _hangs_on_bytes(value: ir.Value | None) -> bool:
         tensor, node = walk.constant_tensor(one), one.producer()
         if tensor is not None and tensor.dtype == ir.DataType.UINT8:
             return True
-        frontier.extend(node.inputs if node is not None else ())
+        frontier.extend(node.inputs if node is not None else crossings.arguments(one))
     return False
 
 
-def _is_of_input(value: ir.Value | None) -> bool:
+def _is_of_input(value: ir.Value | None, crossings: Crossings) -> bool:
     """Return whether a value is an input of the model, moved at the most: a constant there normalizes samples."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type not in ("Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", *_SUMS, *_PRODUCTS):
@@ -192,26 +192,34 @@ def _is_of_input(value: ir.Value | None) -> bool:
         if len(varying) != 1:
             return False
         value = varying[0]
-    return value is not None and value.is_graph_input()
+    if value is None:
+        return False
+    return value in crossings.inputs or any(_is_of_input(one, crossings) for one in crossings.arguments(value))
 
 
-def _makes_waves(node: ir.Node) -> bool:
+def _makes_waves(node: ir.Node, crossings: Crossings) -> bool:
     """Return whether all that is made of a node goes into sines and cosines."""
-    users = list(_past_moves([use.node for output in node.outputs for use in output.uses()]))
+    users = list(_past_moves(node, crossings))
     return bool(users) and all(user.op_type in _WAVES for user in users)
 
 
-def _past_moves(nodes: list[ir.Node]) -> Iterator[ir.Node]:
-    """Yield nodes, and in the place of those that only move values what reads these."""
+def _past_moves(maker: ir.Node, crossings: Crossings) -> Iterator[ir.Node]:
+    """Yield what reads a node's outputs, and in the place of what only moves values what reads these."""
     seen: set[ir.Node] = set()
-    frontier = list(nodes)
+    crossed: set[ir.Value] = set()
+
+    def users(node: ir.Node) -> Iterator[ir.Node]:
+        for output in node.outputs:
+            yield from (reader for _, reader, _ in crossings.uses(output, crossed))
+
+    frontier = list(users(maker))
     while frontier:
         node = frontier.pop()
         if node in seen:
             continue
         seen.add(node)
         if node.op_type in _MOVES and len(seen) < _MANY_STEPS:
-            frontier.extend(use.node for output in node.outputs for use in output.uses())
+            frontier.extend(users(node))
         else:
             yield node
 

@@ -10,6 +10,8 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.explaining.advice import made_of_constants
 
+from .crossings import Crossings
+
 # What shows the first input as it is, up to layout, type, sign or rounding.
 _VIEWS = frozenset(
     {
@@ -38,7 +40,7 @@ class Reader:
     Attributes:
         node: The node.
         index: Which of its inputs the constant is.
-        nodes: The node and all those between the constant and it.
+        nodes: The node and all those between the constant and it, calls of functions too.
         dequantize: The DequantizeLinear that makes floats of codes on the way, or the Mul that does behind a Cast, as
             models older than opset 13 have it; or None.
     """
@@ -49,15 +51,20 @@ class Reader:
     dequantize: ir.Node | None = None
 
 
-def readers_of(value: ir.Value) -> Iterator[Reader]:
-    """Yield what reads a constant; what reads it inside of a nested graph, too."""
-    yield from _readers(value, (), None)
+def readers_of(value: ir.Value, crossings: Crossings) -> Iterator[Reader]:
+    """Yield what reads a constant; what reads it inside of a nested graph or a function, too."""
+    yield from _readers(value, (), None, crossings, set())
 
 
-def _readers(value: ir.Value, path: tuple[ir.Node, ...], dequantize: ir.Node | None) -> Iterator[Reader]:
-    for use in value.uses():
-        node, index = use.node, use.idx
-        through = (*path, node)
+def _readers(
+    value: ir.Value,
+    path: tuple[ir.Node, ...],
+    dequantize: ir.Node | None,
+    crossings: Crossings,
+    crossed: set[ir.Value],
+) -> Iterator[Reader]:
+    for between, node, index in crossings.uses(value, crossed):
+        through = (*path, *between, node)
         if _looks_codes_up(node, index, value):
             readers = [one.node for output in node.outputs for one in output.uses()]
             ends = [one for one in readers if walk.is_onnx_op(one, "DequantizeLinear")]
@@ -67,7 +74,7 @@ def _readers(value: ir.Value, path: tuple[ir.Node, ...], dequantize: ir.Node | N
         if len(path) < _DEEPEST and _shows(node, index, value):
             seen = node if dequantize is None and _decodes(node, value) else dequantize
             for output in node.outputs:
-                yield from _readers(output, through, seen)
+                yield from _readers(output, through, seen, crossings, crossed)
             continue
         yield Reader(node, index, _with_converted(node, index, through), dequantize)
 

@@ -21,11 +21,10 @@ from .kept_constants import Kept
 from .kept_floats import keep_floats
 from .kept_integers import keep_codes, keep_scales
 from .surgery import Surgery
-from .trainable import NAMELESS, idle_matrices, trainables
+from .trainable import constants, idle, trainables
 
 # Decay pulls towards zero, which for all else is no neutral place.
 _DECAYING = (WEIGHT, ADAPTERS)
-NO_WEIGHT = "matrices that are no weights of operators known to have some: masks, caches of positions and the like"
 _ORDER = (WEIGHT, ADAPTERS, BIAS, NORM, TABLE, SCALE, ZERO_POINT)
 # A product of two float32 that is rounded to one is off by no more.
 _ROUNDING = 1e-6
@@ -121,7 +120,7 @@ class Constrained:
         """Return what trained and what was held, in sentences."""
         # An adapter is two parameters.
         counts = {one.name: len(one.names) // (1 + (one.name == ADAPTERS)) for one in self.parameters()}
-        trained = ", ".join(counted(count, kind.removesuffix("s")) for kind, count in counts.items())
+        trained = ", ".join(_counted(count, kind) for kind, count in counts.items())
         lines = [f"trained: {trained or 'nothing'}"]
         zeros = [one for one in self.kept if one.zeros is not None]
         if zeros:
@@ -155,14 +154,18 @@ def constrain(module: fx.GraphModule, model: ir.Model, held: Held) -> Constraine
         model: The model; not changed.
         held: What trains.
     """
-    surgery, left = Surgery(module), Counter[str]()
+    surgery, left = Surgery(module, constants(model)), idle(model)
     found = trainables(model, held)
-    left.update(NO_WEIGHT if kind is None else NAMELESS for kind in idle_matrices(model).values())
     scales = {one.value: one for one in keep_scales(surgery, model, found, left)}
     codes = list(keep_codes(surgery, model, found, held, scales, left))
     kept = [*keep_floats(surgery, found, held, left), *codes, *scales.values()]
     surgery.finish()
     return Constrained(kept, left, held.scale_rate)
+
+
+def _counted(count: int, kind: str) -> str:
+    """Return a count of a kind: biases are no plural of `biase`."""
+    return f"1 {'bias' if kind == BIAS else kind.removesuffix('s')}" if count == 1 else f"{count} {kind}"
 
 
 def _check_product(one: Kept, scales: dict[ir.Value, Array]) -> None:

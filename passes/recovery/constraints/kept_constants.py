@@ -13,10 +13,10 @@ from torch import nn
 from graphopt import walk
 from graphopt.backend import Array
 from graphopt.errors import PassError
+from graphopt.stored_weights import as_array
 
 from .latent_codes import CodeGrid
 from .masks import Pattern
-from .stored_weights import as_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class Kept:
 
     Attributes:
         value: The constant; the model holds what it was.
+        name: What it is called in the whole model.
         kind: What it is, of `KINDS`.
         now: Returns what it is by now, as the module computes it.
         parameters: Returns what trains, by name; the same tensors while nothing wraps the module.
@@ -37,6 +38,7 @@ class Kept:
     """
 
     value: ir.Value
+    name: str
     kind: str
     now: Callable[[], torch.Tensor]
     parameters: Callable[[], Mapping[str, nn.Parameter]]
@@ -46,11 +48,6 @@ class Kept:
     grid: CodeGrid | None = None
     positive: bool = False
     factors: tuple[ir.Value, ...] = field(default=())
-
-    @property
-    def name(self) -> str:
-        """What the constant is called."""
-        return self.value.name or ""
 
     @property
     def before(self) -> ir.TensorProtocol:

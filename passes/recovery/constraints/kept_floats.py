@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from graphopt import walk
+from graphopt.stored_weights import as_floats
 
 from ..held import ADAPTERS, Held
 from .adapters import Adapter
 from .constant_kinds import SCALE, TABLE, WEIGHT, ZERO_POINT
 from .kept_constants import Kept
 from .masks import Masked, kept_of_floats, pattern_of
-from .stored_weights import as_floats
 from .surgery import Surgery
-from .trainable import NAMELESS, Trainable
+from .trainable import UNREAD, Trainable
 
 _NARROW: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT16: torch.float16,
@@ -52,7 +52,7 @@ def keep_floats(surgery: Surgery, found: Sequence[Trainable], held: Held, left: 
             continue
         path = surgery.path(one.value)
         if path is None:
-            left[NAMELESS] += 1
+            left[UNREAD] += 1
         elif one.kind == WEIGHT and ADAPTERS in held.train and not takes_adapter(one):
             left[NO_MATRIX] += 1
         else:
@@ -97,4 +97,6 @@ def _keep(surgery: Surgery, path: str, one: Trainable, held: Held) -> Kept:
         return own if adapter is None else own | {f"{one.name}.A": adapter.A, f"{one.name}.B": adapter.B}
 
     zeros = None if kept is None else np.logical_not(kept)
-    return Kept(one.value, one.kind, now, parameters, zeros, None if kept is None else pattern_of(start.numpy()))
+    return Kept(
+        one.value, one.name, one.kind, now, parameters, zeros, None if kept is None else pattern_of(start.numpy())
+    )

@@ -14,19 +14,20 @@ from torch import nn
 
 from graphopt import walk
 from graphopt.backend import Array
+from graphopt.stored_weights import as_floats
 
 from ..held import ADAPTERS, Held
 from .bias_scales import bias_scales
 from .constant_kinds import BIAS, SCALE, WEIGHT, ZERO_POINT
 from .constant_readers import Reader, readers_of
+from .crossings import crossings_of
 from .kept_constants import Kept
 from .kept_floats import NO_MATRIX, adapter_for, takes_adapter
 from .latent_codes import FLOAT_CODES, CodeGrid, LatentCodes, grid_of
 from .masks import kept_of_codes, pattern_of
 from .scales import LearnedScale, LearnedZeroPoint, gradient_factor, product_of_scales
-from .stored_weights import as_floats
 from .surgery import Surgery
-from .trainable import NAMELESS, Trainable
+from .trainable import UNREAD, Trainable
 
 _DTYPES: Mapping[ir.DataType, torch.dtype] = {
     ir.DataType.FLOAT: torch.float32,
@@ -86,7 +87,7 @@ def keep_codes(
     A bias whose scale moves is rounded anew even where it does not train.
     """
     chosen = {one.value: one for one in found if one.kind not in (SCALE, ZERO_POINT) and _is_coded(one.tensor)}
-    moved = {value: one for value, one in _moved_biases(model, scales) if value not in chosen}
+    moved = {value: one for value, one in _moved_biases(surgery, model, scales) if value not in chosen}
     for one in (*chosen.values(), *moved.values()):
         coding = _coding_of(one)
         if isinstance(coding, str):
@@ -94,7 +95,7 @@ def keep_codes(
         elif one.kind == WEIGHT and ADAPTERS in held.train and not takes_adapter(one):
             left[NO_MATRIX] += 1
         elif surgery.path(one.value) is None or not surgery.has(coding.scale, coding.zero_point):
-            left[NAMELESS] += 1
+            left[UNREAD] += 1
         else:
             yield _keep_codes(surgery, one, coding, held, scales, trains=one.value in chosen)
 
@@ -102,7 +103,7 @@ def keep_codes(
 def _unfit(one: Trainable, surgery: Surgery, fixed: set[ir.Value]) -> str | None:
     """Return why a scale or zero point cannot learn, or None."""
     if surgery.path(one.value) is None:
-        return NAMELESS
+        return UNREAD
     if one.value in fixed:
         return "biases in int32 have scales of their own, which go with these"
     if one.kind == SCALE and not (as_floats(one.tensor) > 0).all() and _converts(one):
@@ -118,7 +119,7 @@ def _keep_scale(surgery: Surgery, one: Trainable) -> Kept:
     factor = max((_factor_of(one, reader.node) for reader in one.readers), default=1.0)
     module = LearnedScale(as_floats(one.tensor), _DTYPES[one.tensor.dtype], factor)
     surgery.at_start(one.value, module)
-    return Kept(one.value, SCALE, module, lambda: {one.name: module.logarithm}, positive=_converts(one))
+    return Kept(one.value, one.name, SCALE, module, lambda: {one.name: module.logarithm}, positive=_converts(one))
 
 
 def _keep_zero_point(surgery: Surgery, one: Trainable) -> Kept:
@@ -129,7 +130,7 @@ def _keep_zero_point(surgery: Surgery, one: Trainable) -> Kept:
     module = LearnedZeroPoint(as_floats(one.tensor), low, high, factor)
     surgery.at_start(one.value, module)
     grid = CodeGrid(low, high)
-    return Kept(one.value, ZERO_POINT, module, lambda: {one.name: module.shift}, grid=grid)
+    return Kept(one.value, one.name, ZERO_POINT, module, lambda: {one.name: module.shift}, grid=grid)
 
 
 def _keep_product(
@@ -145,7 +146,7 @@ def _keep_product(
         first, second = (one() for one in now)
         return product_of_scales(first, second.to(first.device), shape)
 
-    return Kept(scale, SCALE, product, dict, positive=True, factors=factors)
+    return Kept(scale, surgery.name(scale), SCALE, product, dict, positive=True, factors=factors)
 
 
 def _now(surgery: Surgery, value: ir.Value, kept: Mapping[ir.Value, Kept]) -> Callable[[], torch.Tensor]:
@@ -171,15 +172,18 @@ def _is_coded(tensor: ir.TensorProtocol) -> bool:
     return tensor.dtype.is_integer() or tensor.dtype.bitwidth <= 8
 
 
-def _moved_biases(model: ir.Model, scales: Mapping[ir.Value, Kept]) -> Iterator[tuple[ir.Value, Trainable]]:
+def _moved_biases(
+    surgery: Surgery, model: ir.Model, scales: Mapping[ir.Value, Kept]
+) -> Iterator[tuple[ir.Value, Trainable]]:
     """Yield the codes whose scales are products that move."""
+    crossings = crossings_of(model)
     for node in walk.every_node(model):
         if not walk.is_onnx_op(node, "DequantizeLinear") or len(node.inputs) < 2:
             continue
         codes, scale = node.inputs[0], node.inputs[1]
         known = scales.get(scale) if scale is not None else None
         if codes is not None and known is not None and known.factors and walk.constant_tensor(codes) is not None:
-            yield codes, Trainable(codes, BIAS, tuple(readers_of(codes)))
+            yield codes, Trainable(codes, surgery.name(codes), BIAS, tuple(readers_of(codes, crossings)))
 
 
 def _coding_of(one: Trainable) -> _Coding | str:
@@ -265,6 +269,7 @@ def _keep_codes(
 
     return Kept(
         one.value,
+        one.name,
         one.kind,
         now,
         parameters,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,10 +18,11 @@ class Surgery:
 
     Args:
         module: The module, changed in place; call `finish` when done.
+        names: What each constant of its model is called.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self._module, self._lowered = module, module.meta["graphopt"]
+    def __init__(self, module: fx.GraphModule, names: Mapping[ir.Value, str]) -> None:
+        self._module, self._lowered, self._names = module, module.meta["graphopt"], names
         self._stored = {str(node.target): node for node in module.graph.nodes if node.op == "get_attr"}
         # What stands for a constant by now, where that is more than reading it.
         self._now: dict[str, fx.Node] = {}
@@ -29,9 +30,13 @@ class Surgery:
         self._last: fx.Node = places[-1] if places else module.graph._root
         self._count = 0
 
+    def name(self, value: ir.Value) -> str:
+        """Return what a constant is called in the whole model; nothing for one that is none."""
+        return self._names.get(value, "")
+
     def path(self, value: ir.Value) -> str | None:
-        """Return where the module stores a constant; None where no graph of it reads the constant by its name."""
-        name = value.name or ""
+        """Return where the module stores a constant; None where no graph of it reads the constant."""
+        name = self.name(value)
         path: str | None = self._lowered.parameters.get(name) or self._lowered.buffers.get(name)
         return path if path in self._stored else None
 

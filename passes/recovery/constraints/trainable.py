@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from graphopt import walk
+from graphopt.constant_names import constant_names
 from graphopt.errors import PassError
 
 from ...analyses.selection import select
 from ..held import ADAPTERS, Held
 from .constant_kinds import WEIGHT, kind_of, long_axes
 from .constant_readers import Reader, readers_of
+from .crossings import crossings_of
 
 # Operators that compute on integers, or decode them inside: they have no gradient to train by.
 _INTEGER_OPS = frozenset(
@@ -44,8 +45,12 @@ _INTEGER_OPS = frozenset(
         "QMoE",
     }
 )
-NAMELESS = "they are not stored under a name of their own"
-"""Why a weight is left that is told from others by more than its name."""
+NO_WEIGHT = "matrices that are no weights of operators known to have some: masks, caches of positions and the like"
+"""Why a matrix is left."""
+GIVEN = "callers of functions give them as attributes"
+"""Why a constant of a function is left that is not the same in every call."""
+UNREAD = "nothing that is trained reads them"
+"""Why a constant is left that the lowered module has no use for."""
 _NAMED = 3  # nodes an error names; the rest is counted
 
 
@@ -55,18 +60,15 @@ class Trainable:
 
     Attributes:
         value: The constant: floats, or integer codes.
+        name: What it is called in the whole model, by `graphopt.constant_names`.
         kind: What it is, of `KINDS`.
         readers: What reads it, views of it looked through.
     """
 
     value: ir.Value
+    name: str
     kind: str
     readers: tuple[Reader, ...]
-
-    @property
-    def name(self) -> str:
-        """What the constant is called."""
-        return self.value.name or ""
 
     @property
     def tensor(self) -> ir.TensorProtocol:
@@ -112,29 +114,48 @@ def trainables(model: ir.Model, held: Held) -> list[Trainable]:
     """
     selection = select(model, held.include, held.exclude, where="pass `recover`")
     wanted = {WEIGHT if word == ADAPTERS else word for word in held.train}
+    crossings = crossings_of(model)
     found = []
-    for value in constants(model):
-        readers = tuple(readers_of(value))
-        kind = kind_of(value, readers)
+    for value, name in constants(model).items():
+        readers = tuple(readers_of(value, crossings))
+        kind = kind_of(value, readers, crossings)
         nodes = {node for reader in readers for node in reader.nodes}
+        nodes |= {runner for node in nodes for runner in crossings.around(node)}
         if kind not in wanted or (nodes and not _chosen(selection.allows, nodes, held)):
             continue
-        found.append(Trainable(value, kind, readers))
+        found.append(Trainable(value, name, kind, readers))
     return found
 
 
-def idle_matrices(model: ir.Model) -> dict[ir.Value, str | None]:
-    """Return constants in float of several axes that cannot train, and what they are.
+def idle(model: ir.Model) -> Counter[str]:
+    """Return why constants that may be weights cannot train: reason to how many."""
+    return Counter([NO_WEIGHT] * len(idle_matrices(model)) + [GIVEN] * len(_given(model)))
 
-    Those that are of no kind are rotary caches and masks, as a rule; but an operator may have a weight that is not told
-    as one here. Others are in functions, or have a name that another one has, too.
+
+def idle_matrices(model: ir.Model) -> list[ir.Value]:
+    """Return constants in float of several axes that are of no kind.
+
+    Those are rotary caches and masks, as a rule; but an operator may have a weight that is not told as one here.
     """
-    named = set(constants(model))
-    read = dict.fromkeys(value for node in walk.every_node(model) for value in node.inputs if value is not None)
-    found = {
-        value: kind_of(value, tuple(readers_of(value))) for value in read if _is_matrix(walk.constant_tensor(value))
-    }
-    return {value: kind for value, kind in found.items() if kind is None or value not in named}
+    crossings, found = crossings_of(model), []
+    for value in constants(model):
+        readers = tuple(readers_of(value, crossings)) if _is_matrix(walk.constant_tensor(value)) else ()
+        if readers and kind_of(value, readers, crossings) is None:
+            found.append(value)
+    return found
+
+
+def _given(model: ir.Model) -> list[ir.Node]:
+    """Return the Constants of functions that are what each caller gives, and no single number."""
+    kinds = (ir.AttributeType.TENSOR, ir.AttributeType.FLOATS)
+    return [
+        node
+        for key in walk.called_functions(model)
+        for graph in walk.graphs_within(model.functions[key])
+        for node in graph
+        if walk.is_onnx_op(node, "Constant")
+        and any(attribute.is_ref() and attribute.type in kinds for attribute in node.attributes.values())
+    ]
 
 
 def _is_matrix(tensor: ir.TensorProtocol | None) -> bool:
@@ -143,19 +164,15 @@ def _is_matrix(tensor: ir.TensorProtocol | None) -> bool:
     return long_axes(tensor) > 1
 
 
-def constants(model: ir.Model) -> Iterator[ir.Value]:
-    """Yield every constant that something reads by a name of its own; those inside of functions have none."""
-    found: dict[ir.Value, None] = {}
-    for graph in walk.graphs_within(model.graph):
-        for node in graph:
-            found.update(dict.fromkeys(one for one in node.inputs if one is not None and _is_constant(one)))
-    names = Counter(value.name for value in found)
-    # Branches may give two constants one name: what is stored by name could be either.
-    yield from (value for value in found if value.name and names[value.name] == 1)
-
-
-def _is_constant(value: ir.Value) -> bool:
-    return walk.constant_tensor(value) is not None
+def constants(model: ir.Model) -> dict[ir.Value, str]:
+    """Return every constant of a model, in graph order, by the name that tells it from all others."""
+    names = constant_names(model)
+    graphs = [walk.graphs_within(model.graph)]
+    graphs += [walk.graphs_within(model.functions[key]) for key in sorted(walk.called_functions(model))]
+    read = dict.fromkeys(
+        value for within in graphs for graph in within for node in graph for value in node.inputs if value in names
+    )
+    return {value: names[value] for value in (*read, *names) if walk.constant_tensor(value) is not None}
 
 
 def _chosen(allows: object, nodes: set[ir.Node], held: Held) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from graphopt.authoring import Context
 from graphopt.backend import Array
+from graphopt.choices import lowering_backend
 from graphopt.data import Chunk, Dataset
 from graphopt.metrics import show_number
 from graphopt.reporting.rows import counted
@@ -202,12 +203,12 @@ def reconstruct(model: ir.Model, ctx: Context, options: Recover) -> list[Curve]:
     Raises:
         PassError: The models have no part in common but the whole, or no part of it trains.
     """
-    from ..recovery_run import device_of, fit, open_backend, write_back
+    from ..recovery_run import device_of, fit, write_back
 
     assert ctx.standard is not None, "the objective was chosen with a teacher"
     assert ctx.data is not None, "the pass declares that it needs data"
     device = device_of(options.device)
-    backend = open_backend(device)
+    backend = lowering_backend(device)
     spans = spans_of(model, ctx.standard, options.reconstruct)
     student, teacher = backend.lower(model, differentiable=True), backend.lower(ctx.standard, differentiable=False)
     constrained = constrain(student, model, options)

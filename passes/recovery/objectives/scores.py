@@ -16,9 +16,9 @@ from graphopt.data import Batch
 from graphopt.explaining.codes import is_dequantize, is_quantize
 from graphopt.metrics import KL, default_metrics
 from graphopt.shapes import dims_of
+from graphopt.token_inputs import mask_of, token_input
 
 from ...analyses.linear_layers import LINEAR_OPS
-from ...analyses.padding import mask_of
 from .terms import Items, Values, class_scores
 
 if TYPE_CHECKING:
@@ -129,16 +129,6 @@ def _maker(output: ir.Value) -> ir.Node | None:
     return node
 
 
-def token_input(model: ir.Model) -> str | None:
-    """Return the first input of token ids, integers of [rows, tokens], that is no mask; None where there is none."""
-    mask = mask_of(model)
-    for value in model.graph.inputs:
-        is_ids = value.dtype is not None and value.dtype.is_integer() and value.shape is not None
-        if is_ids and len(value.shape or ()) == 2 and value is not mask and not value.is_initializer():
-            return value.name
-    return None
-
-
 def items_of(model: ir.Model, output: ir.Value, *, shifted: bool = False) -> Items:
     """Return what is counted of an output: tokens where it holds something for each of an input's, else rows."""
     dims = dims_of(output)
@@ -150,8 +140,8 @@ def items_of(model: ir.Model, output: ir.Value, *, shifted: bool = False) -> Ite
 def token_items(model: ir.Model, sizes: Sequence[object], *, shifted: bool = False) -> Items:
     """Return tokens as what is counted where two axes of some value are those of the token ids, else rows."""
     tokens = token_input(model)
-    given = dims_of(next((value for value in model.graph.inputs if value.name == tokens), None))
+    given = dims_of(tokens)
     if tokens is None or given is None or tuple(sizes) != tuple(given):
         return Items()
     mask = mask_of(model)
-    return Items(tokens, mask.name if mask is not None else None, shifted=shifted)
+    return Items(tokens.name, mask.name if mask is not None else None, shifted=shifted)

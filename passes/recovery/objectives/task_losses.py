@@ -18,11 +18,12 @@ from torch.nn import functional
 from graphopt.data import Dataset
 from graphopt.data_sources import load_function
 from graphopt.errors import DataError, GraphoptError, PassError, UsageError, did_you_mean, in_words
-from graphopt.metrics import MeanSquaredError, Perplexity, Top1, default_metrics
+from graphopt.metrics import IGNORED_LABEL, MeanSquaredError, Perplexity, Top1, default_metrics
+from graphopt.options import FunctionText
 from graphopt.shapes import dims_of
 
 from .scores import Scores, items_of, scores_of
-from .terms import IGNORED_LABEL, Items, Term, Values
+from .terms import Items, Term, Values
 
 if TYPE_CHECKING:
     from ..training.samples import TrainingBatch
@@ -305,12 +306,14 @@ def source_of(task: str) -> str:
 
 
 def loss_function(text: str) -> Callable[..., Any]:
-    """Return the function ``file.py:function`` or ``package.module:function``.
+    """Return the function ``file.py:function`` or ``package.module:function``, or the one that Python gave.
 
     Raises:
         DataError: No such file, or it fails to run.
         UsageError: No such module or function.
     """
+    if isinstance(text, FunctionText):
+        return text.function
     place, _, name = text.rpartition(":")
     if place.endswith(".py"):
         return load_function(place, name)

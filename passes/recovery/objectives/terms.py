@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 Values = Mapping[str, Any]
 
-# Labels that say of a position that nothing is to be learnt from it, as in torch and Transformers.
-IGNORED_LABEL = -100
-
 
 @dataclass(frozen=True)
 class Losses:
@@ -68,6 +65,8 @@ class Items:
         """Return 1 for each token that counts and else 0, float32 [rows, tokens], without the first where shifted."""
         assert self.tokens is not None, "rows have no weights"
         real = batch.real(batch.feeds[self.mask or self.tokens])
+        # Of a decoder the mask begins with what it has read before.
+        real = real[:, -batch.feeds[self.tokens].shape[1] :]
         weights = (real != 0).float() if self.mask is not None else torch.ones(real.shape, device=real.device)
         return weights[:, 1:] if self.shifted else weights
 

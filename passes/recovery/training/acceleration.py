@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -34,6 +36,8 @@ _OTHER_ENGINES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of its own",
 }
 _YES = ("1", "t", "true", "y", "yes", "on")
+# The others wait while the main process scores a model; that one of them is gone, closed connections tell sooner.
+_LONGEST_WAIT = timedelta(days=1)
 # How Accelerate calls the precisions.
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -86,7 +90,7 @@ def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
         accelerator = Accelerator(
             mixed_precision=_PRECISIONS[settings.precision],
             cpu=kind == "cpu",
-            kwargs_handlers=[DistributedDataParallelKwargs()],
+            kwargs_handlers=[DistributedDataParallelKwargs(), InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
             # Parts of a batch are summed up here; a launcher's environment must not divide gradients besides.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             fsdp_plugin=_sharding() if settings.sharding == "fsdp" else None,

@@ -160,6 +160,7 @@ class _Run:
     ) -> None:
         held = settings.held_out_count(len(samples))
         pool, self._held = held_out_of(len(samples), held, seed)
+        asked, settings = settings.batch, settings.fitted(len(pool))
         self._settings, self._main = settings, accelerator.is_main_process
         self._order = Order(pool, settings.batch, seed)
         self._steps = settings.step_count(len(pool))
@@ -182,6 +183,8 @@ class _Run:
             device="cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
             precision=settings.precision,
         )
+        if settings.batch < asked:
+            self._curve.remarks.append(f"`batch={asked}` is more than there is: each step learns from all {len(pool)}")
         refuse_differences(accelerator, module)
         name = None
         if settings.checkpoints is not None:

@@ -1,0 +1,85 @@
+"""Where values go that pass into functions and out of them, and out of the branches of an If."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import onnx_ir as ir
+
+from graphopt import walk
+
+Use: TypeAlias = tuple[tuple[ir.Node, ...], ir.Node, int]
+"""Calls and branches gone through, the node that reads a value, and at which of its inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Crossings:
+    """The calls and branches of a model.
+
+    Attributes:
+        functions: The model's functions.
+        runners: Graph of a function to the nodes that call it; branch of an If to that.
+        inputs: The model's inputs.
+    """
+
+    functions: Mapping[ir.OperatorIdentifier, ir.Function]
+    runners: Mapping[ir.Graph, list[ir.Node]]
+    inputs: frozenset[ir.Value]
+
+    def uses(self, value: ir.Value, crossed: set[ir.Value]) -> Iterator[Use]:
+        """Yield what reads a value, in whatever function or behind whatever branch.
+
+        Args:
+            value: The value.
+            crossed: What it was by another name already, which is not gone through again; added to.
+        """
+        for use in value.uses():
+            function = self.functions.get(use.node.op_identifier())
+            if function is None:
+                yield (), use.node, use.idx
+            elif use.idx < len(function.inputs):
+                yield from self._beyond(use.node, function.inputs[use.idx], crossed)
+        for node, given in self._given_back(value):
+            yield from self._beyond(node, given, crossed)
+
+    def arguments(self, value: ir.Value) -> Iterator[ir.Value]:
+        """Yield what an input of a function is, call by call; nothing of any other value."""
+        if not value.is_graph_input() or value.graph is None:
+            return
+        for node in self.runners.get(value.graph, ()):
+            pairs = zip(value.graph.inputs, node.inputs, strict=False)
+            yield from (given for inner, given in pairs if inner is value and given is not None)
+
+    def around(self, node: ir.Node) -> Iterator[ir.Node]:
+        """Yield the calls and Ifs that a node runs in, from the inside to the outside; one may come several times."""
+        graph = node.graph
+        for runner in self.runners.get(walk.body(graph), ()) if graph is not None else ():
+            yield runner
+            yield from self.around(runner)
+
+    def _beyond(self, node: ir.Node, value: ir.Value, crossed: set[ir.Value]) -> Iterator[Use]:
+        if value not in crossed:
+            crossed.add(value)
+            yield from (((node, *through), reader, index) for through, reader, index in self.uses(value, crossed))
+
+    def _given_back(self, value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
+        """Yield the nodes that return a value as one of theirs, and that."""
+        if not value.is_graph_output() or value.graph is None:
+            return
+        for node in self.runners.get(value.graph, ()):
+            yield from (
+                (node, given) for given, inner in zip(node.outputs, value.graph.outputs, strict=False) if inner is value
+            )
+
+
+def crossings_of(model: ir.Model) -> Crossings:
+    """Return the calls and branches of a model."""
+    runners: dict[ir.Graph, list[ir.Node]] = {}
+    for node in walk.every_node(model):
+        function = model.functions.get(node.op_identifier())
+        ran = [function.graph] if function is not None else list(walk.subgraphs(node)) if node.op_type == "If" else []
+        for graph in ran:
+            runners.setdefault(graph, []).append(node)
+    return Crossings(model.functions, runners, frozenset(model.graph.inputs))

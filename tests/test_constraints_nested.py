@@ -1,0 +1,221 @@
+"""What trains in the graphs of branches and in functions, and where it is written back to."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from graphopt.constant_names import constant_names
+from graphopt.passes.recovery.constraints.trainable import GIVEN, trainables
+from graphopt.passes.recovery.held import Held
+
+from .pass_runs import loaded, run_passes
+
+torch = pytest.importorskip("torch")
+
+from .trained_models import constrained, difference, is_exact  # noqa: E402
+
+RNG = np.random.default_rng(0)
+FEED = {"x": RNG.normal(0, 1, (8, 16)).astype(np.float32)}
+# Sums of a few dozen products of numbers around 1 in float32.
+CLOSE = 1e-4
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(0, 0.3, shape).astype(np.float32)
+
+
+def half_zero(*shape: int) -> np.ndarray:
+    array = normal(*shape)
+    return np.where(np.abs(array) < np.median(np.abs(array)), np.float32(0), array)
+
+
+def branch(name: str, nodes: list[onnx.NodeProto], result: str, constants: dict[str, np.ndarray]) -> onnx.GraphProto:
+    output = helper.make_tensor_value_info(result, TensorProto.FLOAT, None)
+    stored = [numpy_helper.from_array(array, one) for one, array in constants.items()]
+    return helper.make_graph(nodes, name, [], [output], stored)
+
+
+def choosing(
+    branches: list[onnx.GraphProto], nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]
+) -> onnx.ModelProto:
+    """Return a model of x and which: an If that gives `chosen`, and what makes y of that."""
+    choose = helper.make_node("If", ["which"], ["chosen"], "choose", then_branch=branches[0], else_branch=branches[1])
+    graph = helper.make_graph(
+        [choose, *nodes],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 16]),
+            helper.make_tensor_value_info("which", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def multiplying() -> onnx.ModelProto:
+    """Return branches of two layers each, whose weights have the names of each other's, and of one behind them."""
+    branches = [
+        branch(
+            name,
+            [
+                helper.make_node("Constant", [], ["v"], value=numpy_helper.from_array(half_zero(16, 16))),
+                helper.make_node("MatMul", ["x", "v"], [f"h_{name}"], f"first_{name}"),
+                helper.make_node("MatMul", [f"h_{name}", "w"], [f"y_{name}"], f"second_{name}"),
+            ],
+            f"y_{name}",
+            {"w": normal(16, 4)},
+        )
+        for name in "ab"
+    ]
+    return choosing(branches, [helper.make_node("MatMul", ["chosen", "u"], ["y"], "last")], {"u": normal(4, 4)})
+
+
+@pytest.mark.parametrize("which", [True, False])
+def test_each_branch_trains_on_samples_of_its_own(which: bool) -> None:
+    trained = constrained(multiplying())
+    assert not trained.constrained.left
+    feed = {**FEED, "which": np.array(which)}
+    trained.train(feed)
+    trained.constrained.check()
+    place = f"choose.{'then' if which else 'else'}_branch"
+    assert sorted(name for name, _ in trained.constrained.stored()) == [f"{place}/v", f"{place}/w", "u"]
+    assert (trained.array(f"{place}/v") == 0).sum() == 128
+    for either in (True, False):
+        assert difference(trained, {**FEED, "which": np.array(either)}) < CLOSE
+
+
+def test_both_branches_train_where_samples_take_both() -> None:
+    trained = constrained(multiplying())
+    for _ in range(3):
+        for which in (True, False):
+            trained.train({**FEED, "which": np.array(which)}, steps=1)
+    places = ("choose.else_branch", "choose.then_branch")
+    assert sorted(name for name, _ in trained.constrained.stored()) == [
+        *(f"{place}/{name}" for place in places for name in "vw"),
+        "u",
+    ]
+    for which in (True, False):
+        feed = {**FEED, "which": np.array(which)}
+        assert difference(trained, feed) < CLOSE
+        assert is_exact(trained, feed)
+
+
+def test_a_name_that_only_one_branch_has_is_enough() -> None:
+    branches = [
+        branch(
+            name,
+            [helper.make_node("MatMul", ["x", f"w_{name}"], [f"y_{name}"])],
+            f"y_{name}",
+            {f"w_{name}": normal(16, 4)},
+        )
+        for name in "ab"
+    ]
+    trained = constrained(choosing(branches, [helper.make_node("Relu", ["chosen"], ["y"])], {}))
+    feed = {**FEED, "which": np.array(True)}
+    trained.train(feed)
+    assert [name for name, _ in trained.constrained.stored()] == ["w_a"]
+    assert difference(trained, feed) < CLOSE
+
+
+def test_a_weight_that_a_branch_returns_is_what_reads_it_behind_the_branch() -> None:
+    constants = [helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(normal(16, 4))) for _ in "ab"]
+    branches = [branch(name, [node], "w", {}) for name, node in zip("ab", constants, strict=True)]
+    trained = constrained(choosing(branches, [helper.make_node("MatMul", ["x", "chosen"], ["y"], "last")], {}))
+    feed = {**FEED, "which": np.array(False)}
+    trained.train(feed)
+    assert [name for name, _ in trained.constrained.stored()] == ["choose.else_branch/w"]
+    assert difference(trained, feed) < CLOSE
+
+
+def test_a_branch_is_chosen_by_its_node() -> None:
+    model = loaded(multiplying())
+    assert {one.name for one in trainables(model, Held(exclude=("choose",)))} == {"u"}
+    assert len(trainables(model, Held(include=("choose",)))) == 4
+
+
+def test_no_two_constants_have_one_name() -> None:
+    model = loaded(multiplying())
+    model.graph.initializers["u"].name = "choose.then_branch/w"
+    names = constant_names(model)
+    assert len(set(names.values())) == len(names) == 5
+    assert names[model.graph.initializers["choose.then_branch/w"]] == "choose.then_branch/w"
+
+
+BLOCK = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+g (float[N, 16] x) => (float[N, 16] y) <float[16] w = {gain}> {
+    normed = own.scaled (x, w)
+    h = own.block <by = {half}> (normed)
+    m = Relu (h)
+    y = own.block <by = {double}> (m)
+}
+<domain: "own", opset_import: ["" : 21, "own" : 1]>
+block <by> (x) => (y) {
+    w = Constant <value: tensor = float[16,16] {weight}> () k = Constant <value_floats: floats = @by> ()
+    p = MatMul (x, w) b = Constant <value: tensor = float[16] {bias}> () s = Add (p, b) y = Mul (s, k) }
+<domain: "own", opset_import: ["" : 21]>
+scaled (x, gain) => (y) { t = Tanh (x) y = Mul (t, gain) }"""
+
+
+def blocks() -> ir.Model:
+    """Return a model that calls a function of a weight, a bias and what callers give twice, and one of none once."""
+
+    def text(array: np.ndarray) -> str:
+        return f"{{{','.join(f'{number:.6f}' for number in array.reshape(-1))}}}"
+
+    constants = {"weight": half_zero(16, 16), "bias": normal(16), "gain": normal(16)}
+    source = BLOCK.replace("{half}", "[0.5]").replace("{double}", "[2.0]")
+    for name, array in constants.items():
+        source = source.replace(f"{{{name}}}", text(array))
+    return ir.from_proto(onnx.parser.parse_model(source))
+
+
+def test_constants_of_functions_train_once_for_all_calls() -> None:
+    model = blocks()
+    trained = constrained(model)
+    assert trained.constrained.left == {GIVEN: 1}
+    kinds = {name: group.name for group in trained.constrained.parameters() for name in group.names}
+    assert kinds == {"block/w": "weights", "block/b": "biases", "w": "norms"}
+    trained.train(FEED)
+    trained.constrained.check()
+    assert sorted(name for name, _ in trained.constrained.stored()) == ["block/b", "block/w", "w"]
+    assert (trained.array("block/w") == 0).sum() == 128
+    assert difference(trained, FEED) < CLOSE
+    assert is_exact(trained, FEED)
+
+
+def test_gradients_of_all_calls_of_a_function_add_up() -> None:
+    model = blocks()
+    inlined = model.clone()
+    run_passes(inlined, "inline-functions")
+    assert not any(node.domain == "own" for node in inlined.graph)
+    found = []
+    for one in (constrained(model), constrained(inlined)):
+        one.module(torch.from_numpy(FEED["x"]))[0].square().sum().backward()
+        found.append([tensor.grad for tensor in one.constrained.weights().values()])
+    (whole,), (first, second) = found
+    torch.testing.assert_close(whole, first + second)
+
+
+def test_what_normalizes_an_input_inside_of_a_function_is_held() -> None:
+    model = blocks()
+    scaled = next(one for one in model.functions.values() if one.name == "scaled")
+    scaled[1].replace_input_with(0, scaled.inputs[0])
+    assert {one.name for one in trainables(model, Held())} == {"block/w", "block/b"}
+
+
+def test_a_function_is_chosen_by_its_calls() -> None:
+    model = blocks()
+    for index, node in enumerate(model.graph):
+        node.name = f"call {index}"
+    block = next(one for one in model.functions.values() if one.name == "block")
+    for node in block:
+        node.name = f"inner {node.op_type}"
+    assert {one.name for one in trainables(model, Held(exclude=("inner Add",)))} == {"block/w", "w"}
+    assert {one.name for one in trainables(model, Held(include=("call 0",)))} == {"w"}
+    assert {one.name for one in trainables(model, Held(include=("call 1",)))} == {"block/w", "block/b"}
+    assert {one.name for one in trainables(model, Held(exclude=("call 3",)))} == {"w"}

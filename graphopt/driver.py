@@ -11,7 +11,7 @@ from graphopt.choices import ModelLike
 from graphopt.errors import GraphoptError, VerificationError
 from graphopt.optimization import Result, Run
 from graphopt.pipeline import Pipeline
-from graphopt.processes import is_main_process, one_outcome
+from graphopt.processes import is_main_process
 from graphopt.reporting.file import check_reports, write_reports
 from graphopt.request import Request, Verify, without_output
 
@@ -119,7 +119,7 @@ def optimize(
     check_reports(request)
     # Where several processes train together each of them runs the passes, and one of them scores, checks and tells.
     run = Run(request if is_main_process() else without_output(request))
-    with one_outcome(run.has_trained):
+    with run.company.one_outcome():
         try:
             result = run.run()
         except VerificationError as error:

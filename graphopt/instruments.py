@@ -16,6 +16,7 @@ from graphopt.evaluation import Judge, Outputs, compare_outputs
 from graphopt.machine import peak_rss_mb, reset_peak_rss
 from graphopt.metrics import Budget, Metric
 from graphopt.pipeline import Step
+from graphopt.processes import Company
 from graphopt.progress import Display
 from graphopt.report import Check, StepRecord
 from graphopt.shapes import contradiction
@@ -54,6 +55,20 @@ class Timing(Instrument):
     def step_finished(self, step: Step, model: ir.Model, record: StepRecord) -> None:
         record.seconds = time.perf_counter() - self._start
         record.peak_rss_mb = peak_rss_mb()
+
+
+class TrainTogether(Instrument):
+    """Lets several processes meet before each training."""
+
+    def __init__(self, company: Company) -> None:
+        self._company = company
+
+    def pass_started(self, one: Pass, edits: int) -> None:
+        if one.trains:
+            self._company.begin_training()
+
+    def pass_finished(self, one: Pass, model: ir.Model, edits: int) -> None:
+        self._company.end_training()
 
 
 class VerifyStructure(Instrument):

@@ -223,7 +223,6 @@ def _fold_in(record: StepRecord, one: Pass, edits: int, context: Context) -> Non
         record.passes.append(known)
     known.edits += edits
     known.rounds += 1
-    record.trained |= one.trains
     known.notes = [note for note in known.notes if not note.left] + context.notes
     if context.check_rewrite is not None and one.guarantee is not Guarantee.LOSSY:
         known.notes += _notes_on_checks(context, edits)

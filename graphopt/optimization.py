@@ -38,6 +38,7 @@ from graphopt.instruments import (
     Instrument,
     ShowProgress,
     Timing,
+    TrainTogether,
     VerifyNumerics,
     VerifyStructure,
     enforce,
@@ -51,10 +52,11 @@ from graphopt.model_io import save, source
 from graphopt.output_files import check_output, move_into_place, staging_folder
 from graphopt.pipeline import Pipeline, check_ahead, schedule, weakest
 from graphopt.plain_runs import with_plain_runs
+from graphopt.processes import Company
 from graphopt.progress import Display
 from graphopt.regression.emitted_test import EmittedTest, Subject, some_feeds
 from graphopt.repetition import command_of
-from graphopt.report import NOT_RUN, Check, Report, StepRecord
+from graphopt.report import NOT_RUN, Check, Report
 from graphopt.reproducer import Asked, Reproducers
 from graphopt.request import QUIET, Request, check_request
 from graphopt.rewrite_check import RewriteChecker, WrongRewrite
@@ -130,8 +132,8 @@ class Run:
         self.reproducers = self._open_reproducers()
         self.calibration_cache = CalibrationCache(request.calibration_cache)
         self.opened = ExitStack()  # what passes were given; closed after they ran
-        self.only_helps = request.helps and any(step.trains for step in self.steps)
-        self.records: Sequence[StepRecord] = ()
+        trains = any(step.trains for step in self.steps)
+        self.company, self.only_helps = Company(trains), request.helps and trains
 
     @property
     def _original_is_needed(self) -> bool:
@@ -196,11 +198,6 @@ class Run:
             failure.report, failure.output = report, delivered
             raise failure
         return Result(self.model, report, delivered, test)
-
-    def has_trained(self) -> bool:
-        """Whether the run trains, and all its trainings are done: no process needs another one from then on."""
-        done = sum(record.trained for record in self.records)
-        return 0 < done == sum(step.trains for step in self.steps)
 
     def _open_test(self) -> EmittedTest | None:
         request = self.request
@@ -315,10 +312,11 @@ class Run:
         """Run the passes and return what failed, if anything."""
         limit = self.request.stop_after_edits
         manager = self.manager(self._instruments(report), limit=limit)
-        report.steps = self.records = manager.records
+        report.steps = manager.records
         try:
             with self.opened:
                 manager.run(self.model)
+            self.company.end_training()  # which an edit limit leaves half-way, in all processes
             report.stopped_after_edits = limit if manager.stopped else None
             if self.request.verify == "final" and not self.only_helps:
                 self._verify_at_end(report)
@@ -418,7 +416,7 @@ class Run:
         return weigh
 
     def _instruments(self, report: Report) -> list[Instrument]:
-        instruments: list[Instrument] = [Timing(), ShowProgress(self.display)]
+        instruments: list[Instrument] = [Timing(), ShowProgress(self.display), TrainTogether(self.company)]
         if self.reproducers is not None:
             instruments.append(self.reproducers)
         if self.request.verify in ("structure", "each", "rewrites"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from graphopt.errors import EXIT_FAULT, BackendError, FailedElsewhere, GraphoptError
@@ -34,40 +34,70 @@ def is_main_process() -> bool:
     return process_number() == 0
 
 
-@contextlib.contextmanager
-def one_outcome(is_awaited: Callable[[], bool]) -> Iterator[None]:
-    """Let processes that trained together end alike: the main one scores and checks the result, and tells the others.
+class Company:
+    """The processes that train together: the main one scores and checks, and says whether the others go on.
+
+    It says so before each training, where all meet, and at the end. What fails inside a training fails in all of them.
 
     Args:
-        is_awaited: Whether the others are done, and wait for what the main one says.
-
-    Raises:
-        FailedElsewhere: In the others: the main one failed.
-        BackendError: In the others: the main one is gone.
+        trains: Whether they do; else each works alone.
     """
-    code = EXIT_FAULT
-    try:
-        yield
-        code = 0
-    except GraphoptError as error:
-        code = error.exit_code
-        raise
-    finally:
-        if is_main_process() and is_awaited():
-            # What the others do not hear they notice: the main process is gone then.
-            with contextlib.suppress(RuntimeError):
-                _tell(code)
-    if not is_main_process() and is_awaited():
+
+    def __init__(self, trains: bool) -> None:
+        self._trains = trains and process_count() > 1
+        self._is_training = False
+
+    def begin_training(self) -> None:
+        """Wait for the main process to come here, too.
+
+        Raises:
+            FailedElsewhere: It failed before.
+            BackendError: It is gone.
+        """
+        self._meet(0)
+        self._is_training = self._trains
+
+    def end_training(self) -> None:
+        """Go on alone."""
+        self._is_training = False
+
+    @contextlib.contextmanager
+    def one_outcome(self) -> Iterator[None]:
+        """Let all processes end as the main one does.
+
+        Raises:
+            FailedElsewhere: In the others: the main one failed.
+            BackendError: In the others: it is gone.
+        """
+        code = EXIT_FAULT
         try:
-            code = _tell(code)
+            yield
+            code = 0
+        except GraphoptError as error:
+            code = error.exit_code
+            raise
+        finally:
+            if is_main_process() and not self._is_training:
+                # Where nobody hears it, the others failed, too.
+                with contextlib.suppress(BackendError):
+                    self._meet(code)
+        if not is_main_process() and not self._is_training:
+            self._meet(0)
+
+    def _meet(self, code: int) -> None:
+        """Say how it goes in the main process; hear it in the others."""
+        if not self._trains:
+            return
+        try:
+            said = _said(code)
         except RuntimeError as error:
             raise BackendError("the main process is gone", hint="see what it said before") from error
-        if code:
-            raise FailedElsewhere(code)
+        if said and not is_main_process():
+            raise FailedElsewhere(said)
 
 
-def _tell(code: int) -> int:
-    """Return what the main process says here, on all processes; where none trained beside it, nobody hears it."""
+def _said(code: int) -> int:
+    """Return what the main process says here, on all processes; what trains has joined them before."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return code

@@ -49,12 +49,7 @@ class PassRecord:
 
 @dataclass
 class StepRecord:
-    """What one step did.
-
-    Attributes:
-        reason: Why it was added where the user did not ask for it, or None.
-        trained: Whether a pass of it that learns from samples is done.
-    """
+    """What one step did; ``reason`` says why it was added where the user did not ask for it."""
 
     name: str
     spec: str
@@ -68,7 +63,6 @@ class StepRecord:
     peak_rss_mb: float = 0.0
     check: Check = field(default_factory=lambda: Check("none", None, why=NOT_RUN))
     reason: str | None = None
-    trained: bool = False
     passes: list[PassRecord] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
 
@@ -82,7 +76,6 @@ class StepRecord:
         """Return the step as JSON values."""
         fields = asdict(self)
         fields["pass"] = fields.pop("name")
-        del fields["trained"]
         fields["passes"] = [{"pass": one.name, "edits": one.edits, "rounds": one.rounds} for one in self.passes]
         fields["refused"] = [_refusal(one) for one in self.refused]
         fields["notes"] = [

@@ -118,7 +118,8 @@ def from_torch(
     _check_names("input", model.graph.inputs, input_names)
     _check_names("output", model.graph.outputs, output_names)
     _check_taken(model, output_names or ())
-    name_outputs(model, output_names or output_keys(program.exported_program, len(model.graph.outputs)))
+    known = _outputs_before(module, len(model.graph.outputs))
+    name_outputs(model, output_names or known or output_keys(program.exported_program, len(model.graph.outputs)))
     normalize(model)
     store_as_read(model)
     name_by_modules(model)
@@ -234,6 +235,13 @@ def _check_free(model: ir.Model, dynamic_shapes: Any) -> None:
             hint="take sizes from `x.shape` instead of writing numbers; axes that are equal need one name, others"
             " examples of different sizes",
         )
+
+
+def _outputs_before(module: Any, count: int) -> Sequence[str] | None:
+    """Return what the outputs of a module were called in the model that `to_torch` made it of; None of any other."""
+    lowered = getattr(module, "meta", {}).get("graphopt")
+    names = () if lowered is None else (*lowered.outputs, *lowered.observed)
+    return names if len(names) == len(set(names)) == count else None
 
 
 def _names_in(dynamic_shapes: Any) -> Iterator[str]:

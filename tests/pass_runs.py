@@ -36,7 +36,11 @@ NOISE_BUDGET_DB = 170.0
 # What compares the model with the one before a lossy pass, and such a pass.
 REPAIRS = {"ada-round": "quant:mode=static", "correct-bias": "prune", "recover": "prune:method=magnitude"}
 # Options with which a pass that trains does so for a moment.
-BRIEFLY = {"recover": "recover:steps=1", "prune-gradually": "prune-gradually:method=magnitude:rounds=1:steps=1"}
+BRIEFLY = {
+    "recover": "recover:steps=1",
+    "prune-channels-gradually": "prune-channels-gradually:rounds=1:steps=1",
+    "prune-gradually": "prune-gradually:method=magnitude:rounds=1:steps=1",
+}
 
 Feed = Mapping[str, Any]
 

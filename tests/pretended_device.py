@@ -195,13 +195,15 @@ def pretend(value: Any) -> Any:
 
 
 def pretend_module(module: nn.Module) -> None:
-    """Put what a module stores on the device."""
+    """Put what a module stores on the device, parameters as such."""
     for part in module.modules():
         for stored in (part._parameters, part._buffers):
-            for name, tensor in list(stored.items()):
+            for name, tensor in stored.items():
                 if tensor is not None and not isinstance(tensor, Pretended):
-                    del stored[name]
-                    part._buffers[name] = Pretended(tensor.detach())
+                    there = Pretended(tensor.detach()).requires_grad_(tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter):
+                        there._is_param = True
+                    stored[name] = there
 
 
 def brought_back(value: Any) -> Any:

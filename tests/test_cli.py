@@ -574,6 +574,19 @@ def test_termination_leaves_nothing_behind(model: Path, tmp_path: Path, monkeypa
 # The other commands
 
 
+COMMANDS = ("optimize", "compare", "bench", "inspect", "explain", "import", "recover", "sensitivity", "list")
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, "debug bisect", "debug reduce", "debug replay"])
+def test_help_names_what_is_given_in_capitals(words: str) -> None:
+    text = run(*words.split(), "--help").out
+    (usage,) = re.findall(r"Usage: graphopt .*?\[OPTIONS\](.*)", text)
+    assert usage.strip()
+    assert usage == usage.upper()
+    # A choice is shown as such; of a number or a text, its name.
+    assert [kind for kind in re.findall(r"^ +-.*?<([a-z ]+)>", text, re.MULTILINE) if "|" not in kind] == []
+
+
 def test_version_and_help() -> None:
     assert re.fullmatch(r"graphopt \S+\n", run("--version").out)
     outcome = run("optimize", "--help")

@@ -161,16 +161,16 @@ block <by> (x) => (y) {
 scaled (x, gain) => (y) { t = Tanh (x) y = Mul (t, gain) }"""
 
 
+def text_of(array: np.ndarray) -> str:
+    return f"{{{','.join(f'{number:.6f}' for number in array.reshape(-1))}}}"
+
+
 def blocks() -> ir.Model:
     """Return a model that calls a function of a weight, a bias and what callers give twice, and one of none once."""
-
-    def text(array: np.ndarray) -> str:
-        return f"{{{','.join(f'{number:.6f}' for number in array.reshape(-1))}}}"
-
     constants = {"weight": half_zero(16, 16), "bias": normal(16), "gain": normal(16)}
     source = BLOCK.replace("{half}", "[0.5]").replace("{double}", "[2.0]")
     for name, array in constants.items():
-        source = source.replace(f"{{{name}}}", text(array))
+        source = source.replace(f"{{{name}}}", text_of(array))
     return ir.from_proto(onnx.parser.parse_model(source))
 
 
@@ -219,3 +219,37 @@ def test_a_function_is_chosen_by_its_calls() -> None:
     assert {one.name for one in trainables(model, Held(include=("call 0",)))} == {"w"}
     assert {one.name for one in trainables(model, Held(include=("call 1",)))} == {"block/w", "block/b"}
     assert {one.name for one in trainables(model, Held(exclude=("call 3",)))} == {"w"}
+
+
+PICKED = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+g (float[N, 16] x, bool which) => (float[N, 16] y) { h = own.pick (x, which) off = Not (which) y = own.pick (h, off) }
+<domain: "own", opset_import: ["" : 21]>
+pick (x, which) => (y) {
+    y = If (which) <then_branch = t () => (float[N, 16] p) <float[16] w = {first}> { r = Relu (x) p = Mul (r, w) },
+                    else_branch = e () => (float[N, 16] q) <float[16] w = {second}> { s = Tanh (x) q = Mul (s, w) }>
+}"""
+LOOPED = """<ir_version: 10, opset_import: ["" : 21]>
+g (float[N, 16] x, int64 n) => (float[N, 16] y) <bool on = {1}, float[16] w = {first}> {
+    t = Tanh (x) s = Mul (t, w)
+    y = Loop (n, on, s) <body = l (int64 i, bool c, float[N, 16] a) => (bool d, float[N, 16] r)
+        <float[16] w = {second}> { d = Identity (c) u = Tanh (a) r = Mul (u, w) }> }"""
+
+
+@pytest.mark.parametrize(
+    ("source", "other", "names"),
+    [
+        (PICKED, {"which": np.array(True)}, {"pick/If->y.then_branch/w", "pick/If->y.else_branch/w"}),
+        (LOOPED, {"n": np.array(3)}, {"w", "Loop->y.body/w"}),
+    ],
+    ids=["branches of a function", "loop"],
+)
+def test_weights_deep_inside_train(source: str, other: dict[str, np.ndarray], names: set[str]) -> None:
+    for place in ("{first}", "{second}"):
+        source = source.replace(place, text_of(1 + normal(16)))
+    model = ir.from_proto(onnx.parser.parse_model(source))
+    trained = constrained(model)
+    feed = {**FEED, **other}
+    trained.train(feed)
+    assert {name for name, _ in trained.constrained.stored()} == names
+    assert difference(trained, feed) < CLOSE
+    assert is_exact(trained, feed)

@@ -18,10 +18,10 @@ RNG = np.random.default_rng(0)
 MIXING = RNG.normal(size=(6, 6)) * 0.3 + 1.0
 
 
-def samples(count: int) -> list[dict[str, np.ndarray]]:
+def samples(count: int, mean: float = 0.3) -> list[dict[str, np.ndarray]]:
     """Return inputs [1, 6, 8, 8] with a mean that is not zero."""
     return [
-        {"x": np.einsum("ij,njhw->nihw", MIXING, RNG.normal(0.3, 1, size=(1, 6, 8, 8))).astype(np.float32)}
+        {"x": np.einsum("ij,njhw->nihw", MIXING, RNG.normal(mean, 1, size=(1, 6, 8, 8))).astype(np.float32)}
         for _ in range(count)
     ]
 
@@ -53,9 +53,9 @@ def network(*, bias: bool = True, group: int = 1) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def shares_left(proto: onnx.ModelProto) -> tuple[float, float]:
+def shares_left(proto: onnx.ModelProto, mean: float = 0.3) -> tuple[float, float]:
     """Return what gptq leaves of the mean squared error of rtn, and of that of the channel means, on other samples."""
-    calibration, held_out = samples(16), samples(48)
+    calibration, held_out = samples(16, mean), samples(48, mean)
     found = []
     for solver in ("rtn", "gptq"):
         model = run_passes(loaded(proto), f"quant:mode=static:solver={solver}", data=calibration).model
@@ -83,7 +83,8 @@ def test_loses_less_than_rounding_to_nearest(group: int) -> None:
 
 @pytest.mark.usefixtures("few_bits")
 def test_bias_takes_the_mean_of_the_error() -> None:
-    assert shares_left(network())[1] < 0.2
+    # Rounding itself takes no notice of means: it minimizes what is left around them.
+    assert shares_left(network(), mean=2.0)[1] < 0.005
 
 
 def test_layers_without_a_bias_get_none() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from graphopt import options, registry
 from graphopt.commands.recover_command import option_groups, split_arguments
-from graphopt.errors import UsageError
+from graphopt.errors import PassError, UsageError
 from graphopt.processes import is_main_process, process_count, process_number
 
 from .command_line import Outcome, contents, fill, run
@@ -46,6 +46,26 @@ def trained() -> None:
     pytest.importorskip("accelerate")
 
 
+@pytest.fixture
+def company(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Make this process the main one of two, without the other; what it says, and hears in the place of another."""
+    told: dict[str, Any] = {"said": [], "heard": []}
+
+    def said(code: int) -> int:
+        told["said"].append(code)
+        heard = told["heard"].pop(0) if told["heard"] else code
+        if isinstance(heard, Exception):
+            raise heard
+        return int(heard)
+
+    monkeypatch.setattr("graphopt.processes._said", said)
+    monkeypatch.setattr("graphopt.passes.recovery.training.acceleration.join", lambda *_: None)
+    monkeypatch.setattr("graphopt.passes.recovery.recovery_run.recover", lambda *_: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return told
+
+
 @pytest.mark.usefixtures("trained")
 def test_it_writes_the_student_beside_itself(folder: Path) -> None:
     outcome = recover(folder, *BRIEF)
@@ -64,15 +84,68 @@ def test_quiet_says_nothing(folder: Path) -> None:
     assert (folder / "out.onnx").exists()
 
 
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("trained", "company")
 def test_other_processes_write_and_say_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(folder)
-    monkeypatch.setattr("graphopt.passes.recovery.recovery_run.recover", lambda *_: None)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = recover(folder, *BRIEF, "--report", folder / "report.md")
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     assert contents(folder) == before
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("heard", "code", "told"),
+    [([0, 0], 0, ""), ([0, 1], 1, ""), ([1], 1, ""), ([0, RuntimeError("reset")], 2, "the main process is gone")],
+)
+def test_other_processes_end_as_the_main_one_does(
+    folder: Path, company: dict[str, Any], monkeypatch: pytest.MonkeyPatch, heard: list[Any], code: int, told: str
+) -> None:
+    monkeypatch.setattr("graphopt.evaluation.Judge.score", lambda *_: pytest.fail("it is the main process that scores"))
+    monkeypatch.setenv("RANK", "1")
+    company["heard"] = list(heard)
+    outcome = recover(folder, *BRIEF)
+    assert outcome.code == code
+    assert told in outcome.err
+    assert bool(outcome.err) is bool(told)
+    assert company["heard"] == []
+
+
+RUIN = "prune:sparsity=0.99:method=magnitude"
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [
+        (RUIN, []),
+        (f"{RUIN},recover", [1]),
+        (f"recover,{RUIN}", [0, 1]),
+        ("recover", [0, 0]),
+        ("recover,recover", [0] * 3),
+    ],
+)
+def test_main_process_says_where_others_go_on(
+    folder: Path, company: dict[str, Any], passes: str, expected: list[int]
+) -> None:
+    model, data = folder / "net.onnx", ("--data", folder / "data.npz", "--budget", "top1=1%")
+    outcome = run("optimize", model, "--passes", passes, "--teacher", model, *data, "-q", "-o", folder / "out.onnx")
+    assert outcome.code == max(expected, default=1)
+    assert company["said"] == expected
+
+
+@pytest.mark.usefixtures("trained")
+def test_nothing_is_said_of_a_training_that_failed_in_all(
+    folder: Path, company: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the main process said then would be taken for a part of the training by those still at it."""
+
+    def fail(*_: Any) -> None:
+        raise PassError("it diverged", hint="a lower rate")
+
+    monkeypatch.setattr("graphopt.passes.recovery.recovery_run.recover", fail)
+    assert recover(folder, *BRIEF).code == 2
+    assert company["said"] == [0]
 
 
 @pytest.mark.parametrize(("error", "said"), [("UsageError", False), ("PassError", True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -20,6 +21,8 @@ torch = pytest.importorskip("torch")
 
 from graphopt.backends.torch_fx.lowering import lower  # noqa: E402
 from graphopt.backends.torch_fx.tensors import to_torch  # noqa: E402
+from graphopt.passes.recovery.constraints.constrained import constrain  # noqa: E402
+from graphopt.passes.recovery.held import Held  # noqa: E402
 
 from .pretended_device import GPULack, Pretended, brought_back, pretend, pretend_module, pretended_device  # noqa: E402
 from .test_torch_contrib import CASES as CONTRIBUTED  # noqa: E402
@@ -79,13 +82,13 @@ def distinct(cases: Sequence[NodeCase]) -> list[NodeCase]:
 
 @pytest.mark.parametrize("form", ["plain", "constant"])
 def test_operators_are_computed_where_their_inputs_lie(form: str) -> None:
-    """With inputs that are constants, of those operators that are made of others: sizes come from all over."""
+    """Plain operators; and those made of others, with inputs that are constants: sizes come from all over."""
     wrong = []
     for case in distinct(node_cases()):
         proto = case.model if form == "plain" else with_constant_inputs(case)
         if proto is None or any(fnmatch(case.name, one) for one in ELSEWHERE):
             continue
-        if form == "constant" and len(proto.graph.node) == 1:
+        if (form == "plain") != (len(proto.graph.node) == 1):
             continue
         model = ir.from_proto(proto)
         normalize(model)
@@ -117,7 +120,8 @@ TEXTS = {
         y, first = Unique (words) z = Gather (x, first) }""",
     "chosen": """g (string[n] words, float[n] x) => (string[k] y) <float zero = {0}> {
         positive = Greater (x, zero) kept = Compress <axis = 0> (words, positive)
-        places = NonZero (positive) t = Transpose (places) all = GatherND (words, t) y = Concat <axis = 0> (kept, all) }""",
+        places = NonZero (positive) t = Transpose (places) all = GatherND (words, t)
+        y = Concat <axis = 0> (kept, all) }""",
     "where": """g (string[n] words, float[n] x) => (string[n] y) <float zero = {0}> {
         positive = Greater (x, zero) twice = StringConcat (words, words) y = Where (positive, words, twice) }""",
     "branch": """g (string[n] words, float[n] x) => (float[n] y) <float zero = {0}> {
@@ -170,6 +174,32 @@ def test_pieces_of_sizes_may_be_tensors_too() -> None:
         wide = Concat <axis = 0> (rows, last) again = Reshape (y, wide) g = Cast <to = 1> (rows)
         flat = Reshape (again, last) z = Concat <axis = 0> (flat, g) }""")
     assert_same_on_both(model, {"x": np.ones((2, 3), np.float32)})
+
+
+def test_constraints_hold_where_the_model_lies() -> None:
+    """Masks, scales that train, and what is stored in the end."""
+    from .test_constraints_nested import blocks
+
+    coded = model_of("""g (float[n,4] x) => (float[n,4] y)
+    <float scale = {0.05}, uint8 zero = {128}, float s = {0.1}, int8[4,4] codes = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}> {
+        q = QuantizeLinear (x, scale, zero) d = DequantizeLinear (q, scale, zero)
+        w = DequantizeLinear (codes, s) y = MatMul (d, w) }""")
+    for model, width in ((coded, 4), (blocks(), 16)):
+        x = torch.linspace(-1, 1, 3 * width).reshape(3, width)
+        steps = []
+        for there in (False, True):
+            module = lower(model, differentiable=True)
+            held = constrain(module, model, Held())
+            if there:
+                pretend_module(module)
+            with pretended_device() if there else contextlib.nullcontext():
+                module.forward(Pretended(x) if there else x)[0].square().sum().backward()
+                groups = held.parameters()
+                gradients = [tensor.grad for group in groups for tensor in group.tensors]
+                steps.append((brought_back(gradients) if there else gradients, dict(held.stored())))
+        (wanted, _), (found, stored) = steps
+        torch.testing.assert_close(found, wanted)
+        assert stored == {}
 
 
 def test_the_device_refuses_what_a_gpu_does() -> None:

@@ -62,7 +62,8 @@ class Trained:
     def written(self) -> ir.Model:
         """Return the model with what was trained in it; the model itself stays as it is."""
         copy = self.model.clone()
-        rewriter, values = Rewriter(copy, Journal(), "recover"), {name: value for value, name in constants(copy).items()}
+        rewriter = Rewriter(copy, Journal(), "recover")
+        values = {name: value for value, name in constants(copy).items()}
         for name, array in self.constrained.stored():
             rewriter.set_weight(values[name], stored_tensor(values[name], array))
         return copy

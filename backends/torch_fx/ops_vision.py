@@ -25,12 +25,13 @@ def non_max_suppression(
     most = 0 if max_output_boxes_per_class is None else int(max_output_boxes_per_class.item())
     overlap = 0.0 if iou_threshold is None else float(iou_threshold.item())
     least = None if score_threshold is None else float(score_threshold.item())
-    corners = _corners(boxes, bool(center_point_box))
+    # One box is compared after the other: on a GPU each would be waited for.
+    corners, values = _corners(boxes, bool(center_point_box)).cpu(), scores.cpu()
     found = [
         [batch, kind, box]
         for batch in range(scores.shape[0])
         for kind in range(scores.shape[1])
-        for box in _kept(corners[batch], scores[batch, kind], most, overlap, least)
+        for box in _kept(corners[batch], values[batch, kind], most, overlap, least)
     ]
     return torch.tensor(found, dtype=torch.int64, device=boxes.device).reshape(-1, 3)
 

@@ -22,9 +22,9 @@ from .ops_shapes import range_, shape, size
 
 # A constant of more elements is no list of sizes.
 _LONGEST = 1024
-# Operators whose outputs are on the host by themselves.
 # Operators that read numbers and compute with the tensors they are in, too.
 _OF_TENSORS: frozenset[Any] = frozenset({range_})
+# Operators whose outputs are on the host by themselves.
 _NUMBERS: frozenset[Any] = frozenset({optional_has_element, sequence_length, shape, size})
 
 Constants: TypeAlias = Mapping[fx.Node, torch.Tensor]

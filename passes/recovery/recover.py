@@ -60,10 +60,12 @@ class Recover(Training, Aim, Held, Pass):
             PassError: The model has operators without a gradient.
         """
         require_packages()
-        from .recovery_run import check_subject
+        from .recovery_run import check_subject, device_of
+        from .training.acceleration import join
 
         assert given.data is not None, "the pass declares that it needs data"
         check_subject(self, given.model, given.teacher, given.data)
+        join(self, device_of(self.device))
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Train the model and write the weights back, all in one edit.

@@ -106,6 +106,18 @@ def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def join(settings: Training, device: str) -> None:
+    """Let processes that are to train together find each other.
+
+    Raises:
+        BackendError: There is no such device.
+        UsageError: It cannot do what was asked for.
+    """
+    if process_count() > 1:
+        with accelerating(settings, device):
+            pass
+
+
 def _refuse_launcher(settings: Training) -> None:
     """Refuse to train as a launcher was told to, but nobody here would know of."""
     for variable, name in _OTHER_ENGINES.items():

@@ -30,6 +30,8 @@ from .stepping import Stepper, refuse_diverged
 
 _OUT_OF_TIME = "`minutes` are over"
 _SECONDS_A_MINUTE = 60.0
+# What an error says of whom a connection was to; it has no type of its own.
+_CUT_OFF = ("Connection closed by peer", "Connection reset by peer")
 # Epochs from which on it pays to keep what a teacher gives.
 _WORTH_KEEPING = 2
 
@@ -104,16 +106,18 @@ def _explained() -> Iterator[None]:
             f"pass `recover`: out of memory: {one_line(error)}",
             hint="a smaller `micro_batch`, `precision=bf16`, or `sharding=fsdp` on several GPUs",
         ) from error
-    except torch.distributed.DistError as error:
-        raise BackendError(
-            f"processes that train together lost each other: {one_line(error)}",
-            hint="see what the others said before; with `checkpoints=FOLDER` the same command goes on from there",
-        ) from error
     # What an operator raises where it has no function for what it is given.
     except NotImplementedError as error:
         raise PassError(
             f"pass `recover`: torch cannot train this model: {one_line(error)}",
             hint="`graphopt compare MODEL MODEL --backend torch` runs it there; docs/torch.md lists operators",
+        ) from error
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and not any(sign in str(error) for sign in _CUT_OFF):
+            raise
+        raise BackendError(
+            f"processes that train together lost each other: {one_line(error)}",
+            hint="see what the others said before; with `checkpoints=FOLDER` the same command goes on from there",
         ) from error
 
 

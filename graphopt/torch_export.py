@@ -33,8 +33,8 @@ def to_torch(model: ModelLike, *, observe: Sequence[str] = (), differentiable: b
     """Return a model as a module of PyTorch that computes the same, for a training loop of one's own.
 
     Its weights are parameters, named as the initializers, none of which trains until ``requires_grad_`` says so. They
-    are the module's own: training changes neither the model nor another module of it. Those of a file are read when they
-    are used, and copied in memory when they are written. `update_weights` is the way back.
+    are the module's own: training changes neither the model nor another module of it. Those of a file are read when
+    they are used, and copied in memory when they are written. `update_weights` is the way back.
 
     Args:
         model: A path, or a model, which is not changed.

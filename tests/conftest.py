@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -32,14 +33,17 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def own_numbers(request: pytest.FixtureRequest) -> None:
-    """Start the generator of a module anew for each test: what a test draws must not depend on which ran before it.
+    """Start the generator of a module, and torch's, anew for each test: none must depend on which ran before it.
 
     ``GRAPHOPT_TEST_SEED=1 pytest`` draws others, for a search by hand after tests that pass by luck.
     """
+    seed = [zlib.crc32(request.node.name.encode()), int(os.environ.get("GRAPHOPT_TEST_SEED", "0"))]
     generator = getattr(request.module, "RNG", None)
     if isinstance(generator, np.random.Generator):
-        seed = [zlib.crc32(request.node.name.encode()), int(os.environ.get("GRAPHOPT_TEST_SEED", "0"))]
         generator.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+    torch = sys.modules.get("torch")  # importing it takes seconds, which tests without it need not wait
+    if torch is not None and hasattr(torch, "manual_seed"):
+        torch.manual_seed(sum(seed))
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def outlying_norm() -> tuple[ir.Model, np.ndarray[Any, Any]]:
     w[:, 7] *= 40  # an outlying channel, as transformers have
     model = parsed(NORM, w=w, v=RNG.standard_normal((64, 64)) / 8, g=np.ones(64))
     x = 3 * RNG.standard_normal((8, 64))
-    # As large in each sample, so that those measured tell of those that are not: its square does not fit, the mean does.
+    # As large in each sample, so that those measured speak for the others: its square does not fit, their mean does.
     x += np.outer(1500 * np.sign(x @ w[:, 7]) - x @ w[:, 7], w[:, 7]) / np.square(w[:, 7]).sum()
     return model, x.astype(np.float32)
 

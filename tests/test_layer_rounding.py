@@ -27,7 +27,7 @@ def samples(count: int, mean: float = 0.3) -> list[dict[str, np.ndarray]]:
 
 
 def network(*, bias: bool = True, group: int = 1) -> onnx.ModelProto:
-    """Return Conv, Relu, Conv, Relu, Conv, with weights that are more often positive, so that channels hang together."""
+    """Return Conv, Relu, Conv, Relu, Conv; more weights are positive than not, so that channels hang together."""
     shapes = [(12, 6 // group, 3, 3), (12, 12 // group, 3, 3), (4, 12, 1, 1)]
     nodes, constants, value = [], [], "x"
     for index, shape in enumerate(shapes):

@@ -418,7 +418,6 @@ def test_cuts_are_where_all_goes_through_one_value() -> None:
         (Aim(task="no_such.py:f"), CLASSES, False, DataError, "does not exist"),
         (Aim(task="mse", distill=1.0), CLASSES, True, UsageError, "leaves nothing"),
         (Aim(augment=("turn",)), None, True, UsageError, "unknown augmentation `turn`"),
-        (Aim(augment=("mixup", "cutmix")), None, True, UsageError, "exclude each other"),
         (Aim(augment=("mixup",)), CLASSES, False, UsageError, "no label for"),
         (Aim(augment=("flip",), task="mse"), floats(6, 2, 2), True, UsageError, "moves images"),
         (Aim(task="none"), CLASSES, False, UsageError, "`task=none` needs a teacher"),

@@ -242,6 +242,12 @@ def test_images_are_what_their_names_say() -> None:
     assert all(0 < image.min() == image.max() < 1 for image in mixed["x"])
     patched = augmenting("cutmix").apply({"x": np.zeros_like(IMAGES)}, ROWS, 0, 0, partners={"x": np.ones_like(IMAGES)})
     assert set(np.unique(patched["x"])) == {0.0, 1.0}
+    both = augmenting("mixup", "cutmix").apply(
+        {"x": np.zeros_like(IMAGES)}, ROWS, 0, 0, partners={"x": np.ones_like(IMAGES)}
+    )["x"]
+    alone = list(zip(mixed["x"], patched["x"], both, strict=True))
+    assert all(np.array_equal(one, blend) or np.array_equal(one, patch) for blend, patch, one in alone)
+    assert {np.array_equal(one, blend) for blend, _, one in alone} == {True, False}
     moved = augmenting("crop").apply({"x": IMAGES}, ROWS, 0, 0)["x"]
     assert np.isin(moved, IMAGES).all()
 

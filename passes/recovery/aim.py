@@ -100,8 +100,6 @@ class Aim:
                 )
         if len(set(self.augment)) < len(self.augment):
             raise UsageError("pass `recover`: an augmentation is named twice", hint="name each once")
-        if set(MIXING) <= set(self.augment):
-            raise UsageError("pass `recover`: mixup and cutmix exclude each other", hint="name one of them")
 
     def _check_reconstruction(self) -> None:
         # A part has inputs and outputs: no labels, no classes, nothing inside; and channels go through several.

@@ -23,6 +23,8 @@ _MOVED_SHARE = 8
 # distillation bears best (Beyer et al., Knowledge Distillation: A Good Teacher Is Patient and Consistent, 2022).
 _BETA = 1.0
 _FLIPPED_SHARE = 0.5
+# How many images are blended where both mixup and cutmix are asked for; the others get a patch.
+_BLENDED_SHARE = 0.5
 # Each sample has random numbers of its own for what it is mixed with, and others for what is done to it.
 _PARTNER, _CHANGE = 0, 1
 
@@ -109,16 +111,16 @@ class Augmentation:
         height, width = image.height - 1, image.width - 1  # of one sample
         # All numbers are drawn in any case, so that each change is the same whatever else is asked for.
         flips, shifts, share = random.random(), random.random(2), random.beta(_BETA, _BETA)
-        centre = random.random(2)
+        centre, blends = random.random(2), random.random() < _BLENDED_SHARE
         if "flip" in self.names and flips < _FLIPPED_SHARE:
             array = np.flip(array, width)
         if "crop" in self.names:
             array = _moved(array, (height, width), shifts)
-        if "mixup" in self.names and other is not None:
-            array = (share * array + (1 - share) * other).astype(array.dtype)
-        if "cutmix" in self.names and other is not None:
-            array = _with_patch(array, other, (height, width), share, centre)
-        return array
+        if other is None or not self.mixes:
+            return array
+        if "cutmix" not in self.names or ("mixup" in self.names and blends):
+            return (share * array + (1 - share) * other).astype(array.dtype)
+        return _with_patch(array, other, (height, width), share, centre)
 
 
 def _random(seed: int, epoch: int, row: int, use: int) -> np.random.Generator:

@@ -48,6 +48,7 @@ class Inference:
         opsets: Mapping[str, int],
         functions: Mapping[ir.OperatorIdentifier, ir.Function],
         *,
+        attributes: Mapping[str, ir.Attr] | None = None,
         as_stamped: bool = False,
         trust_declared: bool = True,
     ) -> None:
@@ -56,6 +57,7 @@ class Inference:
         Args:
             opsets: Operator sets the graph imports.
             functions: The model's functions.
+            attributes: What a caller gives, where the graph is a function's.
             as_stamped: Take shapes inferred before for declared ones, to find what contradicts them.
             trust_declared: Let what the file declares of inner values fill what inference does not find.
         """
@@ -66,7 +68,7 @@ class Inference:
         self.impossible: set[ir.Graph] = set()
         self._opsets, self._functions = opsets, functions
         self._as_stamped, self._trust_declared = as_stamped, trust_declared
-        self._bindings: Mapping[str, ir.Attr] | None = None
+        self._bindings = attributes
         self._calls: list[ir.OperatorIdentifier] = []
         self._minted: list[set[Atom]] = []
         self._nested = 0

@@ -109,7 +109,9 @@ class _Frame:
         attributes: What the caller of a function gives.
         prefix: What sets names inside a call apart.
         calls: The calls of functions it stands in, outermost first; their names need not differ.
+        caller: The frame of the last of them.
         nodes: Value to the node that computes it.
+        inference: What is known of its values, once asked for.
     """
 
     scope: _Scope
@@ -118,7 +120,9 @@ class _Frame:
     attributes: Attributes
     prefix: str = ""
     calls: tuple[ir.Node, ...] = ()
+    caller: _Frame | None = None
     nodes: dict[ir.Value, Any] = field(default_factory=dict)
+    inference: Inference | None = None
 
 
 class _Lowering:
@@ -128,7 +132,6 @@ class _Lowering:
         self._names = constant_names(model)
         self._store = Store(shared=shared)
         self._paths: dict[Any, str] = {}
-        self._inference: Inference | None = None
         self._anchor = self._store.put_buffer("graphopt_place", torch.zeros(1))
 
     def run(self, observe: Sequence[str]) -> fx.GraphModule:
@@ -204,7 +207,7 @@ class _Lowering:
         defaults = {name: attribute for name, attribute in function.attributes.items() if attribute.value is not None}
         prefix = f"{frame.prefix}{walk.label(node)}/"
         given = defaults | self._resolved(frame, node)
-        inner = _Frame(frame.scope, None, function.opset_imports, given, prefix, (*frame.calls, node))
+        inner = _Frame(frame.scope, None, function.opset_imports, given, prefix, (*frame.calls, node), frame)
         arguments = [self._read(frame, value) for value in node.inputs]
         inner.nodes.update(zip(function.inputs, arguments, strict=False))
         inner.nodes.update(dict.fromkeys(function.inputs[len(arguments) :]))
@@ -225,7 +228,7 @@ class _Lowering:
             "call_function", found.function, tuple(arguments), keywords, _identifier(node.name or node.op_type)
         )
         call.meta.update(onnx=f"{frame.prefix}{walk.label(node)}", origins=origins(node), operator=found)
-        call.meta["texts"] = self._has_texts and any(map(self._may_hold_texts, node.inputs))
+        call.meta["texts"] = self._has_texts and any(self._may_hold_texts(frame, value) for value in node.inputs)
         if not found.returns_tuple:
             frame.nodes[node.outputs[0]] = call
             return
@@ -240,7 +243,7 @@ class _Lowering:
         if "outputs" in found.keywords:
             told["outputs"] = wanted
         if "input_types" in found.keywords:
-            told["input_types"] = [self._element_type(value) for value in node.inputs]
+            told["input_types"] = [self._element_type(frame, value) for value in node.inputs]
         return told
 
     @cached_property
@@ -253,22 +256,32 @@ class _Lowering:
             for node in walk.every_node(model)
         )
 
-    def _may_hold_texts(self, value: ir.Value | None) -> bool:
+    def _may_hold_texts(self, frame: _Frame, value: ir.Value | None) -> bool:
         """Return whether a value is strings, or may be for all that is known."""
-        return value is not None and self._element_type(value) in (0, ir.DataType.STRING)
+        return value is not None and self._element_type(frame, value) in (0, ir.DataType.STRING)
 
-    def _element_type(self, value: ir.Value | None) -> int:
+    def _element_type(self, frame: _Frame, value: ir.Value | None) -> int:
         """Return ONNX's code of the element type of a value, or 0; what the model leaves out is inferred."""
         if value is None:
             return 0
         tensor = value.const_value if value.const_value is not None else walk.constant_tensor(value)
         known = tensor.dtype if tensor is not None else value.dtype
-        if known is None:
-            if self._inference is None:
-                self._inference = Inference(self._model.opset_imports, self._model.functions, as_stamped=True)
-                self._inference.run(self._model.graph)
-            known = self._inference.fact(value).dtype
-        return int(known or 0)
+        return int(known or self._inferred(frame).fact(value).dtype or 0)
+
+    def _inferred(self, frame: _Frame) -> Inference:
+        """Return what is known of a frame's values; of those of a function, as this call runs it."""
+        if frame.outer is not None:
+            return self._inferred(frame.outer)
+        if frame.inference is None:
+            functions, body = self._model.functions, self._model.graph
+            frame.inference = Inference(frame.opsets, functions, attributes=frame.attributes, as_stamped=True)
+            if frame.caller is not None:
+                call, around = frame.calls[-1], self._inferred(frame.caller)
+                body = functions[call.op_identifier()].graph
+                given = zip(body.inputs, call.inputs, strict=False)
+                frame.inference.facts.update((one, around.fact(value)) for one, value in given if value is not None)
+            frame.inference.run(body)
+        return frame.inference
 
     def _read(self, frame: _Frame, value: ir.Value | None) -> Any:
         """Return the node that computes a value, in the frame's graph; None for one left out."""

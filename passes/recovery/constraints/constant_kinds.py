@@ -11,7 +11,7 @@ from graphopt import walk
 from graphopt.explaining.advice import made_of_constants
 
 from .constant_readers import Reader
-from .crossings import Crossings
+from .crossings import Crossed, Crossings
 from .known_tables import is_known_table
 
 WEIGHT, BIAS, NORM, SCALE, TABLE = "weights", "biases", "norms", "scales", "tables"
@@ -206,7 +206,7 @@ def _makes_waves(node: ir.Node, crossings: Crossings) -> bool:
 def _past_moves(maker: ir.Node, crossings: Crossings) -> Iterator[ir.Node]:
     """Yield what reads a node's outputs, and in the place of what only moves values what reads these."""
     seen: set[ir.Node] = set()
-    crossed: set[ir.Value] = set()
+    crossed: set[Crossed] = set()
 
     def users(node: ir.Node) -> Iterator[ir.Node]:
         for output in node.outputs:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt import walk
 from graphopt.explaining.advice import made_of_constants
 
-from .crossings import Crossings
+from .crossings import Crossed, Crossings
 
 # What shows the first input as it is, up to layout, type, sign or rounding.
 _VIEWS = frozenset(
@@ -61,7 +61,7 @@ def _readers(
     path: tuple[ir.Node, ...],
     dequantize: ir.Node | None,
     crossings: Crossings,
-    crossed: set[ir.Value],
+    crossed: set[Crossed],
 ) -> Iterator[Reader]:
     for between, node, index in crossings.uses(value, crossed):
         through = (*path, *between, node)

@@ -12,6 +12,8 @@ from graphopt import walk
 
 Use: TypeAlias = tuple[tuple[ir.Node, ...], ir.Node, int]
 """Calls and branches gone through, the node that reads a value, and at which of its inputs."""
+Crossed: TypeAlias = tuple[ir.Node, ir.Value]
+"""A call or an If, and what a value is called behind it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,19 +23,22 @@ class Crossings:
     Attributes:
         functions: The model's functions.
         runners: Graph of a function to the nodes that call it; branch of an If to that.
+        holders: Nested graph to the node that it is an attribute of.
         inputs: The model's inputs.
     """
 
     functions: Mapping[ir.OperatorIdentifier, ir.Function]
     runners: Mapping[ir.Graph, list[ir.Node]]
+    holders: Mapping[ir.Graph, ir.Node]
     inputs: frozenset[ir.Value]
 
-    def uses(self, value: ir.Value, crossed: set[ir.Value]) -> Iterator[Use]:
+    def uses(self, value: ir.Value, crossed: set[Crossed]) -> Iterator[Use]:
         """Yield what reads a value, in whatever function or behind whatever branch.
 
         Args:
             value: The value.
-            crossed: What it was by another name already, which is not gone through again; added to.
+            crossed: What it was by another name already, and by which call or branch: none is gone through again. Added
+                to.
         """
         for use in value.uses():
             function = self.functions.get(use.node.op_identifier())
@@ -53,15 +58,21 @@ class Crossings:
             yield from (given for inner, given in pairs if inner is value and given is not None)
 
     def around(self, node: ir.Node) -> Iterator[ir.Node]:
-        """Yield the calls and Ifs that a node runs in, from the inside to the outside; one may come several times."""
-        graph = node.graph
-        for runner in self.runners.get(walk.body(graph), ()) if graph is not None else ():
-            yield runner
-            yield from self.around(runner)
+        """Yield the nodes in whose nested graphs a node stands, from the inside to the outside."""
+        while node.graph is not None and (holder := self.holders.get(walk.body(node.graph))) is not None:
+            yield holder
+            node = holder
 
-    def _beyond(self, node: ir.Node, value: ir.Value, crossed: set[ir.Value]) -> Iterator[Use]:
-        if value not in crossed:
-            crossed.add(value)
+    def calls_around(self, node: ir.Node) -> Iterator[ir.Node]:
+        """Yield the calls that a node runs in, with what is around these; one may come several times."""
+        *_, outermost = node, *self.around(node)
+        for call in self.runners.get(walk.body(outermost.graph), ()) if outermost.graph is not None else ():
+            yield from (call, *self.around(call))
+            yield from self.calls_around(call)
+
+    def _beyond(self, node: ir.Node, value: ir.Value, crossed: set[Crossed]) -> Iterator[Use]:
+        if (node, value) not in crossed:
+            crossed.add((node, value))
             yield from (((node, *through), reader, index) for through, reader, index in self.uses(value, crossed))
 
     def _given_back(self, value: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
@@ -77,9 +88,11 @@ class Crossings:
 def crossings_of(model: ir.Model) -> Crossings:
     """Return the calls and branches of a model."""
     runners: dict[ir.Graph, list[ir.Node]] = {}
+    holders: dict[ir.Graph, ir.Node] = {}
     for node in walk.every_node(model):
-        function = model.functions.get(node.op_identifier())
-        ran = [function.graph] if function is not None else list(walk.subgraphs(node)) if node.op_type == "If" else []
+        function, nested = model.functions.get(node.op_identifier()), list(walk.subgraphs(node))
+        holders.update(dict.fromkeys(nested, node))
+        ran = [function.graph] if function is not None else nested if node.op_type == "If" else []
         for graph in ran:
             runners.setdefault(graph, []).append(node)
-    return Crossings(model.functions, runners, frozenset(model.graph.inputs))
+    return Crossings(model.functions, runners, holders, frozenset(model.graph.inputs))

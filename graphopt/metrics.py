@@ -176,15 +176,18 @@ class Perplexity(_Mean):
         logits = first_output(outputs, batch).astype(np.float64)
         if batch.labels is not None:
             targets = _check_labels(batch.labels, logits.shape[:-1], self.name)
+            counted = _is_counted(targets, batch)
         else:
             tokens = token_feed(batch.feeds)
-            if tokens is None or logits.ndim != 3:
+            if tokens is None or logits.ndim != 3 or logits.shape[:2] != batch.real(batch.feeds[tokens]).shape:
                 raise DataError(
                     "metric `perplexity` needs token ids in and [batch, tokens, vocabulary] out",
                     hint="name another `--metric`",
                 )
-            logits, targets = logits[:, :-1], batch.real(batch.feeds[tokens])[:, 1:]
-        counted = _is_counted(targets, batch)
+            targets = batch.real(batch.feeds[tokens])
+            counted = _is_counted(targets, batch)
+            # Padding before a text is no target, and predicts none.
+            logits, targets, counted = logits[:, :-1], targets[:, 1:], counted[:, 1:] & counted[:, :-1]
         logits, targets = logits[counted], targets[counted]
         if targets.size and not 0 <= targets.min() <= targets.max() < logits.shape[-1]:
             raise DataError(
@@ -202,9 +205,9 @@ class Perplexity(_Mean):
 
 
 def _is_counted(targets: Array, batch: Batch) -> Array:
-    """Return which tokens [N, T] are targets: neither left out by their label, nor padding; bool, of the same shape."""
+    """Return which tokens [N, T] count: neither left out by their label, nor padding; bool, of the same shape."""
     counted: Array = targets != IGNORED_LABEL
-    mask = mask_feed(batch.feeds)
+    mask = mask_feed(batch.feeds, token_feed(batch.feeds) or "")
     if mask is not None and targets.ndim == 2:
         # Of a decoder the mask begins with what it has read before.
         real = batch.real(batch.feeds[mask])[:, -targets.shape[1] :]

@@ -52,7 +52,7 @@ class Company:
 
         Raises:
             FailedElsewhere: It failed before.
-            BackendError: It is gone.
+            BackendError: It is gone, or in it: another one is.
         """
         self._meet(0)
         self._is_training = self._trains
@@ -69,20 +69,24 @@ class Company:
             FailedElsewhere: In the others: the main one failed.
             BackendError: In the others: it is gone.
         """
-        code = EXIT_FAULT
         try:
             yield
-            code = 0
-        except GraphoptError as error:
-            code = error.exit_code
+        except FailedElsewhere:
             raise
-        finally:
-            if is_main_process() and not self._is_training:
-                # Where nobody hears it, the others failed, too.
-                with contextlib.suppress(BackendError):
-                    self._meet(code)
-        if not is_main_process() and not self._is_training:
-            self._meet(0)
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, GraphoptError) else None
+            if is_main_process() or code is not None:
+                # Where all fail alike nobody leaves before that is heard: the main process has yet to tell the user.
+                with contextlib.suppress(BackendError, FailedElsewhere):
+                    self._part(EXIT_FAULT if code is None else code)
+            raise
+        # What the main process has done is done, whoever hears of it.
+        with contextlib.suppress(BackendError) if is_main_process() else contextlib.nullcontext():
+            self._part(0)
+
+    def _part(self, code: int) -> None:
+        if not self._is_training:
+            self._meet(code)
 
     def _meet(self, code: int) -> None:
         """Say how it goes in the main process; hear it in the others."""
@@ -91,7 +95,8 @@ class Company:
         try:
             said = _said(code)
         except RuntimeError as error:
-            raise BackendError("the main process is gone", hint="see what it said before") from error
+            who = "a process that trains beside this one" if is_main_process() else "the main process"
+            raise BackendError(f"{who} is gone", hint="see what it said before") from error
         if said and not is_main_process():
             raise FailedElsewhere(said)
 

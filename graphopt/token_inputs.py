@@ -18,7 +18,7 @@ _RANK = 2
 _MASK = re.compile(r"(attention|input)_mask(:0)?")
 # Other integers that a token has: masks, its place, its segment.
 _NO_TOKENS = re.compile(r"(.*_)?(mask|position_ids|positions|token_type_ids|segment_ids|type_ids)(:0)?")
-# Where one model reads two texts, it is this one's tokens that it predicts.
+# Where one model reads two texts, it is this one's tokens that it predicts; and its mask is called so, too.
 _DECODED = "decoder_"
 # What decoders hand on from step to step, as exporters call it, and the places of tokens, which encoders count up
 # themselves.
@@ -52,18 +52,28 @@ def _first_tokens(names: Iterable[str]) -> str | None:
     return next((name for name in found if name.startswith(_DECODED)), next(iter(found), None))
 
 
-def mask_feed(feeds: Mapping[str, Array]) -> str | None:
-    """Return which of a model's inputs says which positions are real, by what it is fed; or None."""
-    return next((name for name, array in feeds.items() if _MASK.fullmatch(name) and array.ndim == _RANK), None)
+def mask_feed(feeds: Mapping[str, Array], tokens: str = "") -> str | None:
+    """Return which of a model's inputs says which tokens of another one are real, by what it is fed; or None."""
+    return next((name for name, array in feeds.items() if _is_mask(name, tokens) and array.ndim == _RANK), None)
 
 
-def mask_of(model: ir.Model) -> ir.Value | None:
-    """Return the input of a model that says which positions of its samples are real, or None."""
+def mask_of(model: ir.Model, tokens: str = "") -> ir.Value | None:
+    """Return the input of a model that says which tokens of another input are real, or None.
+
+    Args:
+        model: The model.
+        tokens: The other input; where that is not said, what is read first, by an encoder if there is one.
+    """
     for value in model.graph.inputs:
-        is_mask = _MASK.fullmatch(value.name or "") and not value.is_initializer()
+        is_mask = _is_mask(value.name or "", tokens) and not value.is_initializer()
         if is_mask and value.shape is not None and len(value.shape) == _RANK:
             return value
     return None
+
+
+def _is_mask(name: str, tokens: str) -> bool:
+    is_of_decoder = name.startswith(_DECODED)
+    return is_of_decoder == tokens.startswith(_DECODED) and _MASK.fullmatch(name.removeprefix(_DECODED)) is not None
 
 
 def predicts_tokens(model: ir.Model) -> bool:
@@ -77,9 +87,11 @@ def predicts_tokens(model: ir.Model) -> bool:
     output = model.graph.outputs[0] if model.graph.outputs else None
     if tokens is None or output is None or output.shape is None or len(output.shape) != _LOGITS_RANK:
         return False
-    words, vocabulary = index_bound(tokens), output.shape[-1]
+    words, (_, places, vocabulary) = index_bound(tokens), output.shape
     if isinstance(vocabulary, int) and vocabulary < words:
         return False  # features of tokens, not scores
+    if isinstance(places, int) and tokens.shape is not None and places != tokens.shape[-1]:
+        return False  # scores of the last token alone
     alone = sum(not one.is_initializer() for one in model.graph.inputs) == 1
     return alone or (vocabulary == words and _looks_back_only(model))
 
@@ -106,7 +118,7 @@ def _may_be_place(value: ir.Value) -> bool:
 
 def _is_triangle(tensor: ir.TensorProtocol | None) -> bool:
     """Return whether a constant is a mask of one number on and below its diagonal, and another one above."""
-    if tensor is None or len(tensor.shape) < _RANK or tensor.nbytes > _LARGEST_MASK:
+    if tensor is None or len(tensor.shape) < _RANK or not 0 < tensor.nbytes <= _LARGEST_MASK:
         return False
     height, width = walk.dims(tensor)[-2:]
     if height != width or height < _RANK or tensor.dtype is ir.DataType.STRING:

@@ -84,6 +84,19 @@ def network(seed: int = 1, *, dropout: float = 0.0) -> fx.GraphModule:
     return module
 
 
+def image_network(seed: int = 1) -> fx.GraphModule:
+    """Return a convolution of single pixels, as a lowered module: [n, 4, 3, 8] to [n, 4, 3, 8]."""
+    root = nn.Module()
+    weight = torch.randn((OUTPUTS, OUTPUTS, 1, 1), generator=torch.Generator().manual_seed(seed))
+    root.register_parameter("weight", nn.Parameter(weight))
+    graph = fx.Graph(root)
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(nn.functional.conv2d, (x, graph.get_attr("weight"))),))
+    module = fx.GraphModule(root, graph)
+    module.meta["graphopt"] = Names()
+    return module
+
+
 def with_mapped_constant(module: fx.GraphModule) -> fx.GraphModule:
     """Give a module a constant in memory that nobody may write (whoever does ends the process), and a single number."""
     with tempfile.TemporaryFile() as file:
@@ -142,13 +155,14 @@ def _counted(batch: Any) -> torch.Tensor:
 
 
 def samples(
-    lengths: Sequence[int] = (0,), *, count: int = SAMPLES, fixed: int | None = None, labels: int = 0
+    lengths: Sequence[int] = (0,), *, count: int = SAMPLES, fixed: int | None = None, labels: int = 0, channels: int = 0
 ) -> Dataset:
-    """Return samples, one chunk for each length of sequences; of length 0, vectors."""
+    """Return samples, one chunk for each length of sequences; of length 0, vectors; of channels, images."""
     generator = np.random.default_rng(5)
-    shapes = [(count, *([length] if length else []), FEATURES) for length in lengths]
+    outer = [channels] if channels else []
+    shapes = [(count, *outer, *([length] if length else []), FEATURES) for length in lengths]
     arrays = [generator.normal(size=shape).astype(np.float32) for shape in shapes]
-    spec = InputSpec("x", np.dtype("float32"), (fixed, *([None] if lengths[0] else []), FEATURES))
+    spec = InputSpec("x", np.dtype("float32"), (fixed, *outer, *([None] if lengths[0] else []), FEATURES))
 
     def chunks() -> Iterator[Chunk]:
         for array in arrays:
@@ -180,6 +194,9 @@ SCENARIOS: dict[str, Callable[[], tuple[Curve, list[float]]]] = {
     "uneven": lambda: run(Training(**BRIEF, batch=33, micro_batch=5), data=samples((6, 4, 5))),
     "mapped": lambda: run(Training(**BRIEF), with_mapped_constant(network())),
     "idle": lambda: run(Training(**BRIEF), with_idle_weight(network())),
+    "images": lambda: run(
+        Training(**BRIEF), image_network(), data=samples((3,), channels=OUTPUTS), teacher=image_network(2)
+    ),
     "prepared": lambda: run(Training(**BRIEF, batch=7), objective=Distance(needs_preparation=True)),
     "bf16": lambda: run(Training(**BRIEF, precision="bf16")),
     "again": lambda: run(Training(**BRIEF)),

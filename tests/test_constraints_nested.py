@@ -12,7 +12,7 @@ from graphopt.constant_names import constant_names
 from graphopt.passes.recovery.constraints.trainable import GIVEN, trainables
 from graphopt.passes.recovery.held import Held
 
-from .pass_runs import loaded, run_passes
+from .pass_runs import loaded, outputs_of, run_passes
 
 torch = pytest.importorskip("torch")
 
@@ -219,6 +219,76 @@ def test_a_function_is_chosen_by_its_calls() -> None:
     assert {one.name for one in trainables(model, Held(include=("call 0",)))} == {"w"}
     assert {one.name for one in trainables(model, Held(include=("call 1",)))} == {"block/w", "block/b"}
     assert {one.name for one in trainables(model, Held(exclude=("call 3",)))} == {"w"}
+
+
+GIVEN_WEIGHTS = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+g (float[N, 4] x) => (float[N, 4] y)
+    <int8[4, 4] q = {codes}, float s = {0.1}, float r = {0.2}, float[4, 4] v = {weight}> {
+    first = DequantizeLinear (q, s) second = DequantizeLinear (q, r)
+    a = own.layer (x, first) b = own.layer (a, second) y = own.layer (b, v)
+}
+<domain: "own", opset_import: ["" : 21]>
+layer (x, w) => (y) { p = MatMul (x, w) y = Tanh (p) }"""
+
+
+def given_weights() -> ir.Model:
+    """Return a model that gives a function codes with one scale, the same with another one, and a weight."""
+    source = GIVEN_WEIGHTS.replace("{codes}", f"{{{','.join(str(code - 8) for code in range(16))}}}")
+    model = ir.from_proto(onnx.parser.parse_model(source.replace("{weight}", text_of(normal(4, 4)))))
+    for index, node in enumerate(model.graph):
+        node.name = f"call {index - 2}"
+    return model
+
+
+def test_a_call_stands_for_what_it_gives_a_function_and_no_other_call_does() -> None:
+    weights = Held(train=("weights",))
+    model = given_weights()
+    assert {one.name for one in trainables(model, weights)} == {"q", "v"}
+    for index, others in enumerate(["v", "v", "q"]):
+        (found,) = trainables(model, Held(train=("weights",), exclude=(f"call {index}",)))
+        assert found.name == others
+    (found,) = trainables(model, Held(train=("weights",), include=("call 2",)))
+    assert found.name == "v"
+
+
+def test_codes_that_calls_of_a_function_scale_differently_stay() -> None:
+    trained = constrained(given_weights())
+    assert trained.constrained.left == {"they are codes that are read by several scales": 1}
+
+
+def test_what_holds_a_graph_stands_for_what_is_in_it() -> None:
+    source = LOOPED.replace("{first}", text_of(normal(16))).replace("{second}", text_of(normal(16)))
+    model = ir.from_proto(onnx.parser.parse_model(source))
+    assert {one.name for one in trainables(model, Held(exclude=("Loop",)))} == {"w"}
+    source = PICKED.replace("{first}", text_of(normal(16))).replace("{second}", text_of(normal(16)))
+    model = ir.from_proto(onnx.parser.parse_model(source))
+    next(iter(model.graph)).name = "first call"
+    assert trainables(model, Held(exclude=("first call",))) == []
+    assert len(trainables(model, Held(include=("first call",)))) == 2
+
+
+CODED = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+g (float[N, 16] x) => (float[N, 16] y) <float[16, 16] w = {weight}, float s = {0.02}, {type} z = {zero}> {
+    q = own.coded (x, s, z) d = own.decoded (q, s, z) y = MatMul (d, w) }
+<domain: "own", opset_import: ["" : 21, "own" : 1]>
+coded (x, s, z) => (q) { q = own.rounded (x, s, z) }
+<domain: "own", opset_import: ["" : 21]>
+rounded (x, s, z) => (q) { q = QuantizeLinear (x, s, z) }
+<domain: "own", opset_import: ["" : 21]>
+decoded (q, s, z) => (y) { y = DequantizeLinear (q, s, z) }"""
+
+
+@pytest.mark.parametrize(("kind", "zero"), [("uint8", 100), ("int4", 2)])
+def test_codes_of_a_function_are_of_the_type_its_caller_says(kind: str, zero: int) -> None:
+    source = CODED.replace("{weight}", text_of(half_zero(16, 16))).replace("{type}", kind)
+    model = ir.from_proto(onnx.parser.parse_model(source.replace("{zero}", f"{{{zero}}}")))
+    trained = constrained(model, train=("weights", "scales", "zero-points"))
+    for steps in (0, 3):
+        trained.train(FEED, steps=steps)
+        written = trained.written()
+        run_passes(written, "inline-functions")  # ONNX Runtime gives functions no int4
+        np.testing.assert_allclose(trained.outputs(FEED)[0], outputs_of(written, FEED)["y"], atol=CLOSE)
+    assert {"s", "w"} <= {name for name, _ in trained.constrained.stored()}
 
 
 PICKED = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>

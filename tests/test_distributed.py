@@ -78,6 +78,7 @@ def test_a_failed_training_of_two_is_gone_on_with(results: dict[str, Any]) -> No
 def test_nothing_is_warned_of_that_a_user_could_not_change(results: dict[str, Any]) -> None:
     assert "broadcast_buffers" not in results["stderr"]
     assert "find_unused_parameters" not in results["stderr"]
+    assert "strides" not in results["stderr"]
 
 
 def test_one_process_scores_and_all_end_as_it_does(results: dict[str, Any]) -> None:

@@ -216,6 +216,14 @@ def test_errors_divide_the_macs_better_than_equal_shares() -> None:
     assert distance(model, result.model) < 0.5 * distance(model, even.model)
 
 
+@pytest.mark.parametrize("asked", ["macs=0.4", "ratio=0.5"])
+def test_rounds_end_about_where_a_single_cut_does(asked: str) -> None:
+    spec = f"prune-channels:{asked}:multiple=1"
+    once, rounds = pruned(parsed(PLAIN), spec), pruned(parsed(PLAIN), f"{spec}:rounds=3")
+    assert rounds.report.after.macs == pytest.approx(once.report.after.macs, rel=0.15)
+    assert texts(rounds).count("round ") == 3
+
+
 @pytest.mark.parametrize("criterion", ["l1", "variance", "obs"])
 def test_layers_that_cannot_be_seen_are_cut_and_that_is_said(criterion: str) -> None:
     model = parsed(BRANCHES)

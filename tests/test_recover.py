@@ -349,6 +349,12 @@ def test_wrong_options_are_refused(passes: str, what: str) -> None:
 
 
 @pytest.mark.usefixtures("no_work")
+def test_processes_with_a_clock_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("2 processes would measure", "prune-channels-gradually:latency=0.5", UsageError)
+
+
+@pytest.mark.usefixtures("no_work")
 def test_model_of_integer_operators_is_refused() -> None:
     refused("MatMulInteger", BRIEF, given=of_integers())
 

@@ -10,6 +10,7 @@ import pytest
 
 import graphopt
 from graphopt.data import Batch, open_data
+from graphopt.errors import DataError
 from graphopt.metrics import KL, SQNR, Agreement, Perplexity, default_metrics
 from graphopt.token_inputs import mask_feed, mask_of, predicts_tokens, token_feed, token_input
 
@@ -62,6 +63,9 @@ def test_encoders_do_not() -> None:
     assert not predicts_tokens(decoder("nothing"))
     assert not predicts_tokens(decoder(width=VOCABULARY - 1))
     assert not predicts_tokens(decoder(width=VOCABULARY + 1))
+    last = decoder()
+    last.graph.outputs[0].shape = ir.Shape(["n", 1, VOCABULARY])
+    assert not predicts_tokens(last)
     weight = decoder("triangle")
     constant = next(one for one in weight.graph.initializers.values() if one.name == "hidden")
     array = constant.const_value.numpy().copy()  # type: ignore[union-attr]
@@ -86,6 +90,8 @@ def test_tokens_are_found_by_what_they_are_not() -> None:
     )
     assert token_feed({**others, "x": ids.astype(np.float32), "lengths": ids[0]}) is None
     assert mask_feed({"padding_mask": ids, **others}) == "attention_mask"
+    assert mask_feed(others, "decoder_input_ids") is None
+    assert mask_feed({**others, "decoder_attention_mask": ids}, "decoder_input_ids") == "decoder_attention_mask"
     assert token_input(decoder(ids="words")).name == "words"  # type: ignore[union-attr]
 
 
@@ -108,9 +114,32 @@ def test_padding_is_not_scored() -> None:
     # A decoder's mask begins with what it has read before.
     longer = np.concatenate([np.ones((ROWS, BEFORE), np.int64), MASK], axis=1)
     assert perplexity(attention_mask=longer, input_ids=IDS) == pytest.approx(losses[real].mean(), rel=1e-6)
+    # That of an encoder is of what the encoder reads.
+    feeds = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS}
+    assert perplexity(**feeds) == pytest.approx(losses.mean(), rel=1e-6)
+    # Padding before a text predicts nothing, so its first token is no target, as without padding.
+    assert perplexity(attention_mask=MASK[:, ::-1], input_ids=IDS) == pytest.approx(
+        losses[(MASK[:, :0:-1] & MASK[:, -2::-1]) == 1].mean(), rel=1e-6
+    )
     labels = np.where(MASK == 1, IDS, -100)
     targets = -np.take_along_axis(shares, IDS[..., None], -1)[..., 0]
     assert perplexity(labels, input_ids=IDS) == pytest.approx(targets[MASK == 1].mean(), rel=1e-6)
+
+
+def test_scores_of_the_last_token_alone_are_refused() -> None:
+    with pytest.raises(DataError, match="needs token ids in and"):
+        Perplexity().update({"logits": LOGITS[:, -1:]}, {}, Batch({"input_ids": IDS}, None, ROWS))
+
+
+def test_decoders_are_trained_by_their_own_mask() -> None:
+    pytest.importorskip("torch")
+    from graphopt.passes.recovery.objectives.scores import items_of
+
+    model = decoder(ids="decoder_input_ids")
+    for name, mask in {"attention_mask": None, "decoder_attention_mask": "decoder_attention_mask"}.items():
+        model.graph.inputs[0].name = name
+        items = items_of(model, model.graph.outputs[0])
+        assert (items.tokens, items.mask) == ("decoder_input_ids", mask)
 
 
 def cached() -> ir.Model:
@@ -135,8 +164,8 @@ def cached() -> ir.Model:
     return model
 
 
-@pytest.mark.parametrize("before", [0, BEFORE])
-def test_auto_trains_language_models_as_they_are_exported(before: int) -> None:
+@pytest.mark.parametrize(("before", "mask"), [(0, MASK), (BEFORE, MASK), (0, MASK[:, ::-1])])
+def test_auto_trains_language_models_as_they_are_exported(before: int, mask: Any) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("accelerate")
     from graphopt.passes.recovery.aim import Aim
@@ -146,7 +175,7 @@ def test_auto_trains_language_models_as_they_are_exported(before: int) -> None:
     model = cached()
     data = {
         "input_ids": IDS % VOCABULARY,
-        "attention_mask": np.concatenate([np.ones((ROWS, before), np.int64), MASK], axis=1),
+        "attention_mask": np.concatenate([np.ones((ROWS, before), np.int64), mask], axis=1),
         "past_key_values": np.zeros((ROWS, 1, before, 2), np.float32),
     }
     opened = open_data(data, model)
@@ -155,7 +184,7 @@ def test_auto_trains_language_models_as_they_are_exported(before: int) -> None:
     logits = torch.from_numpy(LOGITS[..., :VOCABULARY])
     losses = objective({"logits": logits}, None, batch)
     assert objective.describe() == "next-token cross-entropy of `logits`"
-    assert losses.counts == {"next-token": MASK[:, 1:].sum()}
+    assert losses.counts == {"next-token": (mask[:, 1:] & mask[:, :-1]).sum()}
     metric = Perplexity()
     metric.update({"logits": logits.numpy()}, {}, Batch(data, None, ROWS))
     assert float(losses.loss()) == pytest.approx(np.log(metric.value()), rel=1e-5)

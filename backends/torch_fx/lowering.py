@@ -250,8 +250,8 @@ class _Lowering:
     def _has_texts(self) -> bool:
         """Whether there are strings anywhere in the model."""
         model, text = self._model, ir.DataType.STRING
-        given = any(value.dtype is text for value in (*model.graph.inputs, *self._names))
-        return given or any(
+        stored = (tensor for value in self._names if (tensor := walk.constant_tensor(value)) is not None)
+        return any(one.dtype is text for one in (*model.graph.inputs, *stored)) or any(
             walk.is_onnx_op(node, "Cast") and node.attributes.get_int("to", 0) == text
             for node in walk.every_node(model)
         )

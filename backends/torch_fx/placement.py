@@ -67,10 +67,22 @@ class _Placing:
         self._graph, self._anchor, self._bodies, self._hosted = graph, anchor, bodies, hosted
         self._constants = {node: one for node, one in constants.items() if _is_short(one)}
         self._host = self._on_host()
+        while read_as_both := [node for node in self._constants if self._is_read_as_both(node)]:
+            for node in read_as_both:
+                del self._constants[node]
+            self._host = self._on_host()
         self._elsewhere: dict[fx.Node, fx.Node] = {}
         arguments = [node for node in graph.nodes if node.op == "placeholder"]
         with graph.inserting_after(anchor if anchor.op != "placeholder" else arguments[-1]):
             self._device = graph.call_function(getattr, (anchor, "device"))
+
+    def _is_read_as_both(self, node: fx.Node) -> bool:
+        """Return whether floats are read as numbers here, and there as a tensor, which may train: all read that then."""
+        if not self._constants[node].is_floating_point() or len(node.users) < 2:
+            return False
+        uses = [user in self._host or _reads_only_numbers(user, node) for user in node.users]
+        captured = any(node in one for user in node.users for _, one in _nested(user))
+        return captured or len(set(uses)) > 1
 
     def settle(self) -> None:
         """Give every operator its inputs where it computes, and drop what nobody reads any more."""
@@ -210,6 +222,10 @@ def _nested(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
 
 def _is_wanted(node: fx.Node, wanted: set[fx.Node]) -> bool:
     return any(user in wanted or _reads_numbers(user, node) for user in node.users)
+
+
+def _reads_only_numbers(user: fx.Node, node: fx.Node) -> bool:
+    return _reads_numbers(user, node) and user.target not in _OF_TENSORS and not any(one is node for one in _tensors(user))
 
 
 def _reads_numbers(user: fx.Node, node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -14,6 +14,7 @@ from graphopt.authoring import Context, Guarantee, Need, Pass
 from graphopt.backend import Array
 from graphopt.errors import UsageError
 from graphopt.options import check, opt
+from graphopt.summary import count_macs
 
 from ..analyses.channel_groups import Axis, ChannelGroup, Layout, channel_groups
 from ..analyses.finite_weights import refuse_not_finite
@@ -51,6 +52,9 @@ class PruneChannels(Pass):
         None,
         help="widths are multiples of this; by default of what the target's kernels take, less in narrow groups",
         low=1,
+    )
+    rounds: int = opt(
+        1, help="on the way to what is asked for, how often channels are chosen and layers solved anew", low=1, high=100
     )
     include: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs may shrink; all")
     exclude: tuple[str, ...] = opt((), help="globs over names and operators of layers whose outputs stay")
@@ -92,10 +96,43 @@ class PruneChannels(Pass):
         return frozenset({Need.CANONICAL, Need.CALIBRATION if must else Need.CALIBRATION_OPTIONAL})
 
     def run(self, model: ir.Model, ctx: Context) -> None:
-        """Find the groups, settle their widths, choose, and cut."""
+        """Find the groups, settle their widths, choose, and cut; as often as there are rounds."""
         refuse_to_prune_quantized(model, self.name)
         if self.latency is not None:
             refuse_untimed(self.name, ctx)
+        if self.rounds == 1:
+            self._run_once(model, ctx)
+            return
+        for number, (amount, once) in enumerate(self.cuts(model), 1):
+            ctx.note(f"round {number}: `{amount}`")
+            once.run(model, ctx)
+
+    def cuts(self, model: ir.Model) -> Iterator[tuple[str, PruneChannels]]:
+        """Yield what each round is asked for, as text and as a pass of one round, settled when the round begins.
+
+        Each of n rounds leaves the n-th root of what is to be left in the end, so that all take the same share of what
+        they find. MACs are counted from the model as it was, so what widths in blocks leave over in one round goes in
+        the next; times are measured, and each round goes by its own.
+        """
+        whole = count_macs(model)
+        for number in range(1, self.rounds + 1):
+            name, share = self._share(number, count_macs(model) / whole if whole else 1.0)
+            if 0 < share < 1:  # else blocks have taken what this round was to take
+                yield f"{name}={share:.3g}", self.once(**{name: share})
+
+    def once(self, **share: float) -> PruneChannels:
+        """Return the pass of one round that is asked for a share."""
+        return replace(self, rounds=1, **share)  # type: ignore[arg-type]
+
+    def _share(self, number: int, left: float) -> tuple[str, float]:
+        """Return what a round is asked for, of a model with so much left of its multiplications."""
+        if self.macs is not None:
+            return "macs", self.macs ** (number / self.rounds) / left
+        if self.latency is not None:
+            return "latency", self.latency ** (1 / self.rounds)
+        return "ratio", 1 - (1 - (self.ratio or self.usual_ratio)) ** (1 / self.rounds)
+
+    def _run_once(self, model: ir.Model, ctx: Context) -> None:
         groups = self._groups(model, ctx)
         if not groups:
             ctx.note(f"found no {self.units} that can be removed: the model is unchanged")

@@ -57,18 +57,19 @@ class Crossings:
             pairs = zip(value.graph.inputs, node.inputs, strict=False)
             yield from (given for inner, given in pairs if inner is value and given is not None)
 
-    def around(self, node: ir.Node) -> Iterator[ir.Node]:
-        """Yield the nodes in whose nested graphs a node stands, from the inside to the outside."""
-        while node.graph is not None and (holder := self.holders.get(walk.body(node.graph))) is not None:
+    def holding(self, graph: ir.Graph | ir.Function | None) -> Iterator[ir.Node]:
+        """Yield the nodes whose nested graphs a graph is, or is in, from the inside to the outside."""
+        while graph is not None and (holder := self.holders.get(walk.body(graph))) is not None:
             yield holder
-            node = holder
+            graph = holder.graph
 
-    def calls_around(self, node: ir.Node) -> Iterator[ir.Node]:
-        """Yield the calls that a node runs in, with what is around these; one may come several times."""
-        *_, outermost = node, *self.around(node)
-        for call in self.runners.get(walk.body(outermost.graph), ()) if outermost.graph is not None else ():
-            yield from (call, *self.around(call))
-            yield from self.calls_around(call)
+    def calling(self, graph: ir.Graph | ir.Function | None) -> Iterator[ir.Node]:
+        """Yield the calls that a graph of a function runs in, and what holds these; one may come several times."""
+        for holder in self.holding(graph):
+            graph = holder.graph
+        for call in self.runners.get(walk.body(graph), ()) if graph is not None else ():
+            yield from (call, *self.holding(call.graph))
+            yield from self.calling(call.graph)
 
     def _beyond(self, node: ir.Node, value: ir.Value, crossed: set[Crossed]) -> Iterator[Use]:
         if (node, value) not in crossed:

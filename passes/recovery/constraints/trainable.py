@@ -120,9 +120,8 @@ def trainables(model: ir.Model, held: Held) -> list[Trainable]:
         readers = tuple(readers_of(value, crossings))
         kind = kind_of(value, readers, crossings)
         nodes = {node for reader in readers for node in reader.nodes}
-        nodes |= {holder for node in nodes for holder in crossings.around(node)}
-        if (producer := value.producer()) is not None:  # of a function, it runs in whatever calls that
-            nodes |= set(crossings.calls_around(producer))
+        nodes |= {holder for node in nodes for holder in crossings.holding(node.graph)}
+        nodes |= set(crossings.calling(value.graph))
         if kind not in wanted or (nodes and not _chosen(selection.allows, nodes, held)):
             continue
         found.append(Trainable(value, name, kind, readers))

@@ -143,5 +143,5 @@ def token_items(model: ir.Model, sizes: Sequence[object], *, shifted: bool = Fal
     given = dims_of(tokens)
     if tokens is None or given is None or tuple(sizes) != tuple(given):
         return Items()
-    mask = mask_of(model)
+    mask = mask_of(model, tokens.name or "")
     return Items(tokens.name, mask.name if mask is not None else None, shifted=shifted)

@@ -62,13 +62,16 @@ class Items:
         return float(self.weights(batch).sum())
 
     def weights(self, batch: TrainingBatch) -> Tensor:
-        """Return 1 for each token that counts and else 0, float32 [rows, tokens], without the first where shifted."""
+        """Return 1 for each token that counts and else 0, float32 [rows, tokens].
+
+        Where shifted, the first of each row is left out, and so is what padding before a text would predict.
+        """
         assert self.tokens is not None, "rows have no weights"
         real = batch.real(batch.feeds[self.mask or self.tokens])
         # Of a decoder the mask begins with what it has read before.
         real = real[:, -batch.feeds[self.tokens].shape[1] :]
         weights = (real != 0).float() if self.mask is not None else torch.ones(real.shape, device=real.device)
-        return weights[:, 1:] if self.shifted else weights
+        return weights[:, 1:] * weights[:, :-1] if self.shifted else weights
 
     def total(self, losses: Tensor, batch: TrainingBatch) -> Tensor:
         """Return the sum over what counts; what a row or token has of several losses goes in with its mean.

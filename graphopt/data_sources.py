@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from graphopt.backend import Array
-from graphopt.errors import DataError, did_you_mean, in_words
+from graphopt.errors import DataError, UsageError, did_you_mean, in_words
 
 # A raw source yields (where it is, arrays by name, whether the first axis is known to be samples).
 Raw = Iterator[tuple[str, Mapping[str, Any], bool]]
@@ -68,6 +68,36 @@ def load_function(file: str, function: str) -> Callable[..., Any]:
     if not callable(found):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise DataError(f"`{file}` has no function `{function}`", hint=did_you_mean(function, names))
+    result: Callable[..., Any] = found
+    return result
+
+
+def load_named_function(text: str, *, hint: str) -> Callable[..., Any]:
+    """Return the function ``file.py:function`` or ``package.module:function``.
+
+    Modules are found as by ``python -m``: those in the working folder, too.
+
+    Args:
+        text: The name.
+        hint: What to write instead where there is no such module.
+
+    Raises:
+        DataError: No such file or function in it, or the file fails to run.
+        UsageError: No such module or function in it.
+    """
+    place, _, name = text.rpartition(":")
+    if place.endswith(".py"):
+        return load_function(place, name)
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:
+        raise UsageError(f"`{text}`: module `{place}` cannot be imported: {in_words(error)}", hint=hint) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UsageError(f"`{place}` has no function `{name}`", hint=did_you_mean(name, names))
     result: Callable[..., Any] = found
     return result
 

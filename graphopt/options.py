@@ -140,7 +140,8 @@ def from_text(text: str, *, where: str) -> dict[str, str]:
     for part in split(text, ":"):
         name, equals, value = part.partition("=")
         if not equals or not name:
-            raise UsageError(f"{where}: `{part}` is not an option", hint="write options as `name=value`, joined by `:`")
+            hint = r"write options as `name=value`, joined by `:`; a colon within a value is `\:`"
+            raise UsageError(f"{where}: `{part}` is not an option", hint=hint)
         name = name.strip().replace("-", "_")
         if name in values:
             raise UsageError(f"{where}: option `{name}` is given twice", hint="keep one of them")
@@ -221,6 +222,8 @@ def _convert(value: Any, hint: Any, place: str) -> Any:
             raise UsageError(f"{place} cannot be `{value}`", hint=f"one of: {', '.join(map(str, choices))}")
         return value
     if typing.get_origin(hint) is tuple:
+        if value == "none":  # as help texts show that nothing is in it
+            return ()
         items = [_unescape(item) for item in split(value, LIST_SEPARATOR)] if isinstance(value, str) else value
         (item_hint, *_) = typing.get_args(hint)
         return tuple(_convert(item, item_hint, place) for item in items if item != "")

@@ -90,7 +90,7 @@ def predicts_tokens(model: ir.Model) -> bool:
     words, (_, places, vocabulary) = index_bound(tokens), output.shape
     if isinstance(vocabulary, int) and vocabulary < words:
         return False  # features of tokens, not scores
-    if isinstance(places, int) and tokens.shape is not None and places != tokens.shape[-1]:
+    if tokens.shape is not None and places == 1 != tokens.shape[-1]:
         return False  # scores of the last token alone
     alone = sum(not one.is_initializer() for one in model.graph.inputs) == 1
     return alone or (vocabulary == words and _looks_back_only(model))

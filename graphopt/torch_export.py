@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch import fx
 
 _OTHER_MODULE = "give the module that `graphopt.to_torch` made of this model, or its state dict"
+_ADDED = (
+    "what was added to a weight goes into it first, as by `torch.nn.utils.prune.remove`; "
+    "`torch.nn.utils.parametrize` does that by itself"
+)
 # Where `torch.nn.utils.parametrize` keeps what it computes a weight of.
 _PARAMETRIZED = re.compile(r"(?P<holder>(?:.*\.)?)parametrizations\.(?P<name>[^.]+)\.")
 # What wraps a module, of torch.compile, of data parallelism and of averages of weights, holds it as one of these.
@@ -127,13 +131,19 @@ class _Held:
         """Return what is at a path, as the module computes it."""
         import torch
 
-        try:
-            found = self._given[path] if isinstance(self._given, Mapping) else operator.attrgetter(path)(self._given)
-        except (AttributeError, KeyError):
-            found = None
+        found = self._at(path)
+        if isinstance(found, np.ndarray):
+            raise UsageError(f"`{path}` is an array of NumPy, no tensor of torch", hint="`torch.from_numpy` makes one")
         if not isinstance(found, torch.Tensor):
             raise UsageError(f"the module has no `{path}`, where weight `{name}` was", hint=_OTHER_MODULE)
         return found.detach()
+
+    def _at(self, path: str) -> Any:
+        """Return what is at a path, or None."""
+        try:
+            return self._given[path] if isinstance(self._given, Mapping) else operator.attrgetter(path)(self._given)
+        except (AttributeError, KeyError):
+            return None
 
     def refuse_others(self, known: Mapping[str, torch.Tensor]) -> None:
         """Raise an error for parameters and buffers that a model has no place for."""
@@ -143,8 +153,16 @@ class _Held:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise UsageError(
                 f"the model has no place for `{others[0]}`{more} of the module",
-                hint="what was added to a weight goes into it first; `torch.nn.utils.parametrize` does that by itself",
+                hint=self._hint_for_others(state, known),
             )
+
+    def _hint_for_others(self, state: Mapping[str, Any], known: Mapping[str, torch.Tensor]) -> str:
+        """Return what to do about paths that no model has: what was added to its module, or another module."""
+        if all(self._at(path) is not None for path in known):
+            return _ADDED
+        inner = f".{next(iter(known))}"
+        holder = next((path.removesuffix(inner) for path in state if path.endswith(inner)), None)
+        return _OTHER_MODULE if holder is None else f"its part `{holder}` has the weights: give that, or its state dict"
 
     def _computes(self, path: str, known: Mapping[str, torch.Tensor]) -> bool:
         """Return whether something stored is what a weight is computed of."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graphopt.data_sources import load_function
+from graphopt.data_sources import load_named_function
 from graphopt.errors import UsageError, did_you_mean, in_words
 from graphopt.torch_import import import_torch, quiet
 
@@ -106,20 +104,7 @@ def _find(source: str) -> Callable[..., Any]:
     home, colon, name = source.rpartition(":")
     if not colon or not home or not name:
         raise UsageError(f"`{source}` names no function", hint=_FACTORY_HINT)
-    if home.endswith(".py"):
-        return load_function(home, name)
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:  # as `python -m` finds modules
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(home)
-    except Exception as error:
-        raise UsageError(f"cannot import `{home}`: {in_words(error)}", hint=_FACTORY_HINT) from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        known = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
-        raise UsageError(f"`{home}` has no function `{name}`", hint=did_you_mean(name, known))
-    result: Callable[..., Any] = found
-    return result
+    return load_named_function(source, hint=_FACTORY_HINT)
 
 
 def _given(made: Any, source: str, torch: Any) -> Given:

@@ -195,7 +195,10 @@ SCENARIOS: dict[str, Callable[[], tuple[Curve, list[float]]]] = {
     "mapped": lambda: run(Training(**BRIEF), with_mapped_constant(network())),
     "idle": lambda: run(Training(**BRIEF), with_idle_weight(network())),
     "images": lambda: run(
-        Training(**BRIEF), image_network(), data=samples((3,), channels=OUTPUTS), teacher=image_network(2)
+        Training(**BRIEF | {"rate": 0.1}),
+        image_network(),
+        data=samples((3,), channels=OUTPUTS),
+        teacher=image_network(2),
     ),
     "prepared": lambda: run(Training(**BRIEF, batch=7), objective=Distance(needs_preparation=True)),
     "bf16": lambda: run(Training(**BRIEF, precision="bf16")),

@@ -19,6 +19,7 @@ from graphopt.errors import UsageError
 from graphopt.options import FunctionText
 from graphopt.passes.recovery.prune_gradually import PruneGradually
 from graphopt.passes.recovery.recover import Recover
+from graphopt.passes.recovery.rounds import training_of
 from graphopt.pipeline import Pipeline
 
 torch = pytest.importorskip("torch")
@@ -81,6 +82,34 @@ def test_function_of_a_script_is_named_by_its_file(monkeypatch: pytest.MonkeyPat
     assert not FunctionText(loss).is_found
 
 
+def test_module_in_the_working_folder_is_found_as_python_finds_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "losses_of_mine.py").write_text("def loss(outputs, labels):\n    return 1\n")
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    monkeypatch.delitem(sys.modules, "losses_of_mine", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert loss_function("losses_of_mine:loss")(None, None) == 1
+    sys.modules.pop("losses_of_mine")
+    with pytest.raises(UsageError, match="cannot be imported") as caught:
+        loss_function("none_of_mine:loss")
+    assert caught.value.hint
+
+
+def test_none_is_no_item_of_a_list() -> None:
+    (one,) = Pipeline.parse("recover:augment=none:include=none").steps[0].passes
+    assert one == Recover()
+
+
+def test_colon_in_a_value_is_told_how_to_be_written() -> None:
+    with pytest.raises(UsageError, match="`loss` is not an option") as caught:
+        Pipeline.parse("recover:task=losses.py:loss")
+    assert r"`\:`" in str(caught.value.hint)
+    (one,) = Pipeline.parse(r"recover:task=losses.py\:loss").steps[0].passes
+    assert isinstance(one, Recover)
+    assert one.task == "losses.py:loss"
+
+
 @pytest.mark.parametrize("index", range(4), ids=["local", "lambda", "partial", "object"])
 def test_what_no_text_leads_to_is_used_and_not_read_back(index: int) -> None:
     given = nameless()[index]
@@ -102,7 +131,7 @@ def test_copies_hold_the_function() -> None:
 
 
 def test_rounds_train_with_the_function() -> None:
-    assert task_of(PruneGradually(task=hinge)._training()).function is hinge  # type: ignore[arg-type]
+    assert task_of(training_of(PruneGradually(task=hinge))).function is hinge  # type: ignore[arg-type]
 
 
 def test_only_options_that_name_functions_take_them() -> None:

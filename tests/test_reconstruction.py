@@ -153,17 +153,29 @@ def test_sizes_of_earlier_parts_are_read_off_the_inputs() -> None:
         assert torch.equal(stages[1].mine.module(images, first)[0], module(images)[0])
 
 
-def test_padding_has_no_part_in_what_a_part_learns() -> None:
+@pytest.mark.parametrize(
+    "aim",
+    [{"reconstruct": "blocks"}, {"features": 1.0, "distill": 0.0}, {"distance": "mse"}],
+    ids=lambda aim: next(iter(aim)),
+)
+def test_padding_has_no_part_in_what_is_learnt(aim: dict[str, Any]) -> None:
     student, teacher = language_model(noise=0.3), language_model()
-    options = Recover(reconstruct="blocks", steps=4, batch=2, held_out=0, rate=0.01)
-    context = trained(student, teacher, options, dict(TOKENS))
-    assert sum("loss_curve" in note.facts for note in context.notes) == 2
+    # Plain SGD: Adam would hide a loss of another size, and makes steps of differences that are rounding alone.
+    options = Recover(**aim, steps=4, batch=2, held_out=0, optimizer="sgd", momentum=0.0, rate=0.01)
+    trained(student, teacher, options, dict(TOKENS))
+    assert any(
+        not np.array_equal(weight, before)
+        for weight, before in zip(*map(weights_of, (student, language_model(noise=0.3))), strict=True)
+    )
     again = language_model(noise=0.3)
     other = {**TOKENS, "input_ids": np.where(TOKENS["attention_mask"] == 0, 7, TOKENS["input_ids"])}
     trained(again, teacher, options, other)
-    for name, value in student.graph.initializers.items():
-        mine, theirs = value.const_value.numpy(), again.graph.initializers[name].const_value.numpy()
-        assert np.allclose(mine, theirs, atol=1e-5), name
+    for mine, theirs in zip(weights_of(student), weights_of(again), strict=True):
+        assert np.allclose(mine, theirs, atol=1e-6)
+
+
+def weights_of(model: ir.Model) -> list[Any]:
+    return [value.const_value.numpy() for value in model.graph.initializers.values()]
 
 
 def flattened(noise: float, rows: Any) -> ir.Model:

@@ -142,6 +142,20 @@ def test_decoders_are_trained_by_their_own_mask() -> None:
         assert (items.tokens, items.mask) == ("decoder_input_ids", mask)
 
 
+@pytest.mark.parametrize(
+    ("scored", "fed", "found"), [("logits_dim_1", "t", True), (6, "t", True), (6, 6, True), (6, 5, False)]
+)
+def test_sizes_of_scores_may_have_names_of_their_own(scored: Any, fed: Any, found: bool) -> None:
+    pytest.importorskip("torch")
+    from graphopt.passes.recovery.objectives.scores import scored_tokens
+
+    model = decoder()
+    token_input(model).shape = ir.Shape(["n", fed])  # type: ignore[union-attr]
+    model.graph.outputs[0].shape = ir.Shape(["n", scored, VOCABULARY])
+    items = scored_tokens(model, model.graph.outputs[0])
+    assert (items.tokens, items.mask) == (("input_ids", "attention_mask") if found else (None, None))
+
+
 def cached() -> ir.Model:
     """Return a decoder that hands on what it has read, as Transformers' are exported."""
     model = decoder("nothing")

@@ -35,6 +35,10 @@ ELSEWHERE = {
     "test_attention_4d_fp16*": "torch knows no automatic precision for a device that is none",
 }
 SHOWN = 10
+KINDS = (
+    frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}),
+    frozenset({ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8}),
+)
 
 
 def on_both(model: ir.Model, feeds: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -72,11 +76,12 @@ def assert_same_on_both(model: ir.Model, feeds: Mapping[str, Any]) -> None:
 
 
 def distinct(cases: Sequence[NodeCase]) -> list[NodeCase]:
-    """Return a case of each set of operators on each element types."""
+    """Return a case of each set of operators on each kinds of elements, of which a GPU computes with all or none."""
     found = {}
     for case in cases:
         types = (info.type.tensor_type.elem_type for info in (*case.model.graph.input, *case.model.graph.output))
-        found.setdefault((frozenset(node.op_type for node in case.model.graph.node), tuple(types)), case)
+        kinds = tuple(next((kind for kind in KINDS if one in kind), one) for one in types)
+        found.setdefault((frozenset(node.op_type for node in case.model.graph.node), kinds), case)
     return list(found.values())
 
 
@@ -109,6 +114,11 @@ def test_contributed_operators_are_computed_where_their_inputs_lie() -> None:
 TEXTS = {
     "matches": """g (string[n] words, float[n] x) => (float[n] y) {
         found = RegexFullMatch <pattern = "a+"> (words) f = Cast <to = 1> (found) y = Mul (f, x) }""",
+    "stored": """g (string[n] words, float[n] x) => (float[n] y) { y = own.firsts (x) }
+    <opset_import: ["" : 21], domain: "own">
+    firsts (v) => (u) {
+        words = Constant <value_strings = ["a", "b", "c", "a"]> ()
+        found = RegexFullMatch <pattern = "a"> (words) f = Cast <to = 1> (found) u = Mul (f, v) }""",
     "equal": """g (string[n] words, float[n] x) => (float[n] y) <string[1] a = {"a"}> {
         found = Equal (words, a) f = Cast <to = 1> (found) y = Mul (f, x) }""",
     "numbers": """g (string[n] words, float[n] x) => (float[n] y) {

@@ -25,7 +25,7 @@ from .torch_models import assert_close, model_of, run_in
 
 torch = pytest.importorskip("torch")
 
-from torch.nn.utils import parametrize  # noqa: E402
+from torch.nn.utils import parametrize, prune  # noqa: E402
 
 from graphopt.backends.torch_fx import backend as torch_backend  # noqa: E402
 
@@ -64,6 +64,21 @@ STATIC = """static (float[N, 4] x) => (float[N, 1, 1] y)
 COMPUTED = """computed (float[N, 3] x) => (float[N, 3] y) <float[4] w = {1, 2, 3, 4}>
     { s = Shape(x)  z = ConstantOfShape(s)  n = Shape(w)  k = Cast <to = 1> (n)  o = CastLike(k, x)
       p = Mul(o, x)  l = CastLike(z, x)  q = Add(p, l)  y = Expand(q, s) }"""
+
+# Floats that one operator reads as a number, and another one as a tensor.
+BOTH = {
+    "padded": """padded (float[N] x) => (float[M] y) <int64[2] ends = {1, 1}, float v = {3}>
+        { t = Mul(x, v)  y = Pad(t, ends, v) }""",
+    "counted": """counted (float[N] x) => (float[M] y) <float from = {0}, float to = {4}, float by = {1}>
+        { r = Range(from, to, by)  t = Mul(x, by)  s = ReduceSum(t)  y = Mul(r, s) }""",
+    "sized": """sized (float[N] x) => (float[M] y) <float two = {2}>
+        { s = Shape(x)  f = Cast <to = 1> (s)  d = Mul(f, two)  n = Cast <to = 7> (d)
+          t = Mul(x, two)  m = ReduceMax(t)  y = Expand(m, n) }""",
+    "branched": """branched (float[N] x) => (float[M] y) <int64[2] ends = {1, 1}, float v = {3}>
+        { s = ReduceSum <keepdims = 0> (x)  c = Greater(s, v)
+          y = If (c) <then_branch = one () => (float[M] a) { a = Pad(x, ends, v) },
+                      else_branch = other () => (float[M] b) { b = Mul(x, v) }> }""",
+}
 
 X = np.array([[1, -2, 0.5], [0, 3, 1]], np.float32)
 
@@ -175,6 +190,17 @@ def test_what_was_trained_is_stored_where_it_came_from(text: str, feeds: list[di
     assert {name for name in before if not np.array_equal(before[name], after[name])} == floats
     for feed in feeds:
         assert_runs_as(module, updated, feed)
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_a_number_that_is_a_weight_too_is_one_number(case: str) -> None:
+    """What an operator knows as a number from the start would stay what it was."""
+    model = model_of(BOTH[case])
+    module = graphopt.to_torch(model)
+    for one in module.parameters():
+        one.data *= 1.5
+    for number in (1, 3):
+        assert_runs_as(module, graphopt.update_weights(model, module), {"x": np.full(3, number, np.float32)})
 
 
 def test_weights_in_another_dtype_change_where_they_were_trained() -> None:
@@ -304,6 +330,36 @@ def test_what_has_no_weights_is_refused() -> None:
         graphopt.update_weights(model_of(LINEAR), [torch.zeros(2)])  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="has no `w`"):
         graphopt.update_weights(model_of(LINEAR), torch.nn.Sequential())
+
+
+class Whole(torch.nn.Module):
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+        self.head = torch.nn.Linear(2, 2)
+
+
+def _halved(module: Any) -> Any:
+    prune.l1_unstructured(module, "w", amount=0.5)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("given", "message", "hint"),
+    [
+        (lambda _: torch.nn.Linear(2, 2), "no place for `weight` and 1 more", "that `graphopt.to_torch` made"),
+        (Whole, r"no place for `body\.w` and", "its part `body` has the weights"),
+        (lambda module: Whole(module).state_dict(), r"no place for `body\.w`", "its part `body` has the weights"),
+        (_halved, "no place for `w_orig` and 1 more", "prune.remove"),
+        (lambda module: {"w": module.w.numpy()}, "`w` is an array of NumPy", "from_numpy"),
+    ],
+    ids=["another", "around", "state-dict-around", "pruned", "numpy"],
+)
+def test_what_is_given_instead_is_told_what_to_give(given: Callable[[Any], Any], message: str, hint: str) -> None:
+    model = model_of(LINEAR)
+    with pytest.raises(UsageError, match=message) as caught:
+        graphopt.update_weights(model, given(graphopt.to_torch(model)))
+    assert hint in str(caught.value.hint)
 
 
 def test_what_cannot_be_a_module_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

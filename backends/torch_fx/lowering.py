@@ -250,10 +250,12 @@ class _Lowering:
     def _has_texts(self) -> bool:
         """Whether there are strings anywhere in the model."""
         model, text = self._model, ir.DataType.STRING
-        stored = (tensor for value in self._names if (tensor := walk.constant_tensor(value)) is not None)
-        return any(one.dtype is text for one in (*model.graph.inputs, *stored)) or any(
-            walk.is_onnx_op(node, "Cast") and node.attributes.get_int("to", 0) == text
-            for node in walk.every_node(model)
+        stored = filter(None, map(walk.constant_tensor, self._names))
+        casts = (node for node in walk.every_node(model) if walk.is_onnx_op(node, "Cast"))
+        return (
+            any(value.dtype is text for value in model.graph.inputs)
+            or any(tensor.dtype is text for tensor in stored)
+            or any(node.attributes.get_int("to", 0) == text for node in casts)
         )
 
     def _may_hold_texts(self, frame: _Frame, value: ir.Value | None) -> bool:

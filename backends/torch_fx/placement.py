@@ -77,12 +77,15 @@ class _Placing:
             self._device = graph.call_function(getattr, (anchor, "device"))
 
     def _is_read_as_both(self, node: fx.Node) -> bool:
-        """Return whether floats are read as numbers here, and there as a tensor, which may train: all read that then."""
-        if not self._constants[node].is_floating_point() or len(node.users) < 2:
+        """Tell whether floats are numbers here and a tensor there, which may train: then they are no known numbers."""
+        if not self._constants[node].is_floating_point():
             return False
-        uses = [user in self._host or _reads_only_numbers(user, node) for user in node.users]
-        captured = any(node in one for user in node.users for _, one in _nested(user))
-        return captured or len(set(uses)) > 1
+        captures = sum(node in captured for user in node.users for _, captured in _nested(user))
+        if captures:  # what one graph does with it, another one does not know
+            return captures > 1 or len(node.users) > 1
+        there = [user for user in node.users if user not in self._host]
+        as_number = len(there) < len(node.users) or any(_reads_numbers(user, node) for user in there)
+        return as_number and any(user.op == "output" or node in _tensors(user) for user in there)
 
     def settle(self) -> None:
         """Give every operator its inputs where it computes, and drop what nobody reads any more."""
@@ -222,10 +225,6 @@ def _nested(node: fx.Node) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
 
 def _is_wanted(node: fx.Node, wanted: set[fx.Node]) -> bool:
     return any(user in wanted or _reads_numbers(user, node) for user in node.users)
-
-
-def _reads_only_numbers(user: fx.Node, node: fx.Node) -> bool:
-    return _reads_numbers(user, node) and user.target not in _OF_TENSORS and not any(one is node for one in _tensors(user))
 
 
 def _reads_numbers(user: fx.Node, node: fx.Node) -> bool:

@@ -48,7 +48,7 @@ class Aim:
         "no", help="train block by block, or layer by layer, on what the original's give; no other loss then"
     )
     augment: tuple[str, ...] = opt(
-        (), help="what is done to input images: flip, crop, mixup, cutmix; the last two without labels"
+        (), help="what is done to input images: flip, crop, mixup, cutmix, joined by +; the last two without labels"
     )
     l1: float = opt(0.0, help="shrink single weights by rate × this each step, to exact zeros", low=0.0)
     group_lasso: float = opt(0.0, help="shrink whole channels by rate × this each step, to exact zeros", low=0.0)

@@ -83,7 +83,7 @@ class OutputError(Term):
 
     def look(self, student: Values, teacher: Values, batch: TrainingBatch) -> None:
         """Measure the teacher's power."""
-        self._power.add(batch.real(teacher[self._output]))
+        self._power.add(self.items.counted(teacher[self._output], batch))
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
         """Return the sum over items of each item's mean."""

@@ -56,7 +56,9 @@ class Features(Term):
         Raises:
             PassError: The shapes differ in more than the number of channels.
         """
-        mine, theirs = batch.real(student[self._mine]), batch.real(teacher[self._theirs])
+        mine, theirs = (
+            self.items.counted(values[name], batch) for values, name in ((student, self._mine), (teacher, self._theirs))
+        )
         self._power.add(theirs)
         if self._map is None and mine.shape != theirs.shape:
             self._map = _LinearMap(self._axis(mine, theirs))

@@ -57,7 +57,7 @@ class PieceError(Term):
 
     def look(self, student: Values, teacher: Values, batch: TrainingBatch) -> None:
         """Measure the power of what is to be given."""
-        self._power.add(batch.real(batch.feeds[self._target]))
+        self._power.add(self.items.counted(batch.feeds[self._target], batch))
 
     def total(self, student: Values, teacher: Values, batch: TrainingBatch) -> Tensor:
         """Return the sum over items of each item's mean."""

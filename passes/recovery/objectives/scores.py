@@ -137,6 +137,20 @@ def items_of(model: ir.Model, output: ir.Value, *, shifted: bool = False) -> Ite
     return token_items(model, dims[:2], shifted=shifted)
 
 
+def scored_tokens(model: ir.Model, output: ir.Value, *, shifted: bool = False) -> Items:
+    """Return the token ids that an output may score, [rows, tokens, vocabulary]; rows where it cannot.
+
+    Of many exporters its sizes have names of their own, or are those of a mask: only numbers contradict each other.
+    """
+    dims, given = dims_of(output), dims_of(token_input(model))
+    if dims is None or given is None or len(dims) != _TOKEN_RANK:
+        return Items()
+    pairs = zip(dims, given, strict=False)
+    if any(isinstance(scored, int) and isinstance(fed, int) and scored != fed for scored, fed in pairs):
+        return Items()
+    return token_items(model, given, shifted=shifted)
+
+
 def token_items(model: ir.Model, sizes: Sequence[object], *, shifted: bool = False) -> Items:
     """Return tokens as what is counted where two axes of some value are those of the token ids, else rows."""
     tokens = token_input(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphopt.data import Dataset
-from graphopt.data_sources import load_function
-from graphopt.errors import DataError, GraphoptError, PassError, UsageError, did_you_mean, in_words
+from graphopt.data_sources import load_named_function
+from graphopt.errors import DataError, GraphoptError, PassError, in_words
 from graphopt.metrics import IGNORED_LABEL, MeanSquaredError, Perplexity, Top1, default_metrics
 from graphopt.options import FunctionText
 from graphopt.shapes import dims_of
 
-from .scores import Scores, items_of, scores_of
+from .scores import Scores, items_of, scored_tokens, scores_of
 from .terms import Items, Term, Values
 
 if TYPE_CHECKING:
@@ -217,7 +216,7 @@ def _cross_entropy(model: ir.Model, output: ir.Value, data: Dataset, weight: flo
 
 
 def _next_token(model: ir.Model, output: ir.Value, data: Dataset, weight: float) -> Term:
-    items = items_of(model, output, shifted=not data.has_labels)
+    items = scored_tokens(model, output, shifted=not data.has_labels)
     if items.tokens is None:
         raise PassError(
             "pass `recover`: task `next-token` needs token ids in and [rows, tokens, vocabulary] out",
@@ -314,19 +313,4 @@ def loss_function(text: str) -> Callable[..., Any]:
     """
     if isinstance(text, FunctionText):
         return text.function
-    place, _, name = text.rpartition(":")
-    if place.endswith(".py"):
-        return load_function(place, name)
-    try:
-        module = importlib.import_module(place)
-    except Exception as error:
-        raise UsageError(
-            f"task `{text}`: module `{place}` cannot be imported: {in_words(error)}",
-            hint="write file.py:function, or package.module:function of an installed package",
-        ) from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(f"task `{text}`: `{place}` has no function `{name}`", hint=did_you_mean(name, names))
-    function: Callable[..., Any] = found
-    return function
+    return load_named_function(text, hint="write file.py:function, or package.module:function")

@@ -73,6 +73,11 @@ class Items:
         weights = (real != 0).float() if self.mask is not None else torch.ones(real.shape, device=real.device)
         return weights[:, 1:] * weights[:, :-1] if self.shifted else weights
 
+    def counted(self, values: Tensor, batch: TrainingBatch) -> Tensor:
+        """Return what counts of a value: its real rows, or [1, tokens, ...] where single tokens do."""
+        real = batch.real(values)
+        return real if self.tokens is None else real[self.weights(batch) > 0].unsqueeze(0)
+
     def total(self, losses: Tensor, batch: TrainingBatch) -> Tensor:
         """Return the sum over what counts; what a row or token has of several losses goes in with its mean.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
@@ -86,7 +87,7 @@ def accelerating(settings: Training, device: str) -> Iterator[Accelerator]:
     refuse_device(settings, device)
     _refuse_launcher(settings)
     kind, _, index = device.partition(":")
-    with _environment(), _chosen_gpu(int(index) if index and process_count() == 1 else None):
+    with _environment(), _without_advice(), _chosen_gpu(int(index) if index and process_count() == 1 else None):
         accelerator = Accelerator(
             mixed_precision=_PRECISIONS[settings.precision],
             cpu=kind == "cpu",
@@ -140,6 +141,14 @@ def _environment() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Leave out what torch says of weights of single pixels, whose order in memory can be told in several ways."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        yield
 
 
 @contextlib.contextmanager

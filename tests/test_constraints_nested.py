@@ -256,6 +256,18 @@ def test_codes_that_calls_of_a_function_scale_differently_stay() -> None:
     assert trained.constrained.left == {"they are codes that are read by several scales": 1}
 
 
+@pytest.mark.parametrize(("read", "kinds"), [("codes", {"scales"}), ("x", {"scales", "zero-points"})])
+def test_zero_points_are_of_what_the_callers_of_a_function_convert(read: str, kinds: set[str]) -> None:
+    source = """<ir_version: 10, opset_import: ["" : 21, "own" : 1]>
+    g (int8[4, 4] x) => (float[4, 4] y) <int8[4, 4] codes = {weight}, float s = {0.1}, int8 z = {1}> {
+        y = own.decoded ({read}, s, z) }
+    <domain: "own", opset_import: ["" : 21]>
+    decoded (q, s, z) => (y) { y = DequantizeLinear (q, s, z) }"""
+    source = source.replace("{weight}", f"{{{','.join(map(str, range(16)))}}}").replace("{read}", read)
+    model = ir.from_proto(onnx.parser.parse_model(source))
+    assert {one.kind for one in trainables(model, Held(train=("scales", "zero-points")))} == kinds
+
+
 def test_what_holds_a_graph_stands_for_what_is_in_it() -> None:
     source = LOOPED.replace("{first}", text_of(normal(16))).replace("{second}", text_of(normal(16)))
     model = ir.from_proto(onnx.parser.parse_model(source))

@@ -161,7 +161,7 @@ def test_sizes_of_earlier_parts_are_read_off_the_inputs() -> None:
 def test_padding_has_no_part_in_what_is_learnt(aim: dict[str, Any]) -> None:
     student, teacher = language_model(noise=0.3), language_model()
     # Plain SGD: Adam would hide a loss of another size, and makes steps of differences that are rounding alone.
-    options = Recover(**aim, steps=4, batch=2, held_out=0, optimizer="sgd", momentum=0.0, rate=0.01)
+    options = Recover(**aim, steps=4, batch=2, held_out=0, optimizer="sgd", momentum=0.0, rate=0.2)
     trained(student, teacher, options, dict(TOKENS))
     assert any(
         not np.array_equal(weight, before)

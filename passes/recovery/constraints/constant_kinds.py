@@ -86,16 +86,21 @@ def kind_of(value: ir.Value, readers: tuple[Reader, ...], crossings: Crossings) 
     is_float = tensor.dtype.is_floating_point() and tensor.dtype.bitwidth > 8
     if kind == ZERO_POINT:
         # Codes that are floats have no other zero point than 0.
-        return kind if tensor.dtype.is_integer() and all(_of_activation(one.node) for one in readers) else None
+        return (
+            kind
+            if tensor.dtype.is_integer() and all(_varies(one.node.inputs[0], crossings) for one in readers)
+            else None
+        )
     is_coded = all(reader.dequantize is not None for reader in readers)
     if kind is None or not (is_float or (is_coded and kind != SCALE)):
         return None
     return kind
 
 
-def _of_activation(node: ir.Node) -> bool:
-    """Return whether what a Q or DQ converts varies."""
-    return not made_of_constants(node.inputs[0])
+def _varies(value: ir.Value | None, crossings: Crossings) -> bool:
+    """Return whether what a Q or DQ converts is an activation."""
+    given = list(crossings.arguments(value)) if value is not None else []
+    return any(_varies(one, crossings) for one in given) if given else not made_of_constants(value)
 
 
 def _common(kinds: set[str | None]) -> str | None:

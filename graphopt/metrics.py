@@ -85,7 +85,10 @@ class _Mean(Metric):
 
     def value(self) -> float:
         if not self.count:
-            raise DataError(f"metric `{self.name}` had nothing to score", hint="more samples; padding is none, nor are labels of −100")
+            raise DataError(
+                f"metric `{self.name}` had nothing to score",
+                hint="more samples; padding is none, nor are labels of −100",
+            )
         return self.total / self.count
 
 

@@ -40,7 +40,6 @@ PASSES = {
     "opset": "graphopt.passes.exact.opset:Opset",
     "prune": "graphopt.passes.lossy.prune:Prune",
     "prune-channels": "graphopt.passes.lossy.prune_channels:PruneChannels",
-    "prune-channels-gradually": "graphopt.passes.recovery.prune_channels_gradually:PruneChannelsGradually",
     "prune-gradually": "graphopt.passes.recovery.prune_gradually:PruneGradually",
     "prune-heads": "graphopt.passes.lossy.prune_heads:PruneHeads",
     "prune-hidden": "graphopt.passes.lossy.prune_hidden:PruneHidden",

@@ -38,7 +38,6 @@ REPAIRS = {"ada-round": "quant:mode=static", "correct-bias": "prune", "recover":
 # Options with which a pass that trains does so for a moment.
 BRIEFLY = {
     "recover": "recover:steps=1",
-    "prune-channels-gradually": "prune-channels-gradually:rounds=1:steps=1",
     "prune-gradually": "prune-gradually:method=magnitude:rounds=1:steps=1",
 }
 

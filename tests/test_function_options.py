@@ -19,7 +19,6 @@ from graphopt.errors import UsageError
 from graphopt.options import FunctionText
 from graphopt.passes.recovery.prune_gradually import PruneGradually
 from graphopt.passes.recovery.recover import Recover
-from graphopt.passes.recovery.rounds import training_of
 from graphopt.pipeline import Pipeline
 
 torch = pytest.importorskip("torch")
@@ -131,7 +130,7 @@ def test_copies_hold_the_function() -> None:
 
 
 def test_rounds_train_with_the_function() -> None:
-    assert task_of(training_of(PruneGradually(task=hinge))).function is hinge  # type: ignore[arg-type]
+    assert task_of(PruneGradually(task=hinge)._training()).function is hinge  # type: ignore[arg-type]
 
 
 def test_only_options_that_name_functions_take_them() -> None:

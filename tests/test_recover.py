@@ -18,7 +18,6 @@ from graphopt.errors import BackendError, DataError, GraphoptError, OverBudget, 
 from graphopt.optimization import Result
 from graphopt.pipeline import Pipeline
 from graphopt.reporting.trainings import LOSS_CURVE
-from graphopt.summary import count_macs
 
 from .command_line import FEATURES, classifier, samples
 
@@ -309,7 +308,6 @@ def test_nothing_to_learn_from_is_refused(passes: str) -> None:
 def test_data_is_needed() -> None:
     refused("needs calibration data", BRIEF, UsageError, data=None)
     refused("needs calibration data", "prune-gradually", UsageError, data=None)
-    refused("needs calibration data", "prune-channels-gradually", UsageError, data=None)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -338,20 +336,10 @@ def test_device_that_is_not_here_is_refused() -> None:
         ("prune-gradually:zeros=free", "train away the zeros"),
         ("prune-gradually:pattern=4of2", "`4of2`"),
         ("quant,prune-gradually", "comes too late"),
-        ("quant,prune-channels-gradually", "comes too late"),
-        ("prune-channels-gradually:macs=0.5:ratio=0.5", "cannot both be given"),
-        ("prune-channels-gradually:rounds=0", "out of range"),
-        ("prune-channels-gradually:rate=0", "cannot be 0"),
     ],
 )
 def test_wrong_options_are_refused(passes: str, what: str) -> None:
     refused(what, passes)
-
-
-@pytest.mark.usefixtures("no_work")
-def test_processes_with_a_clock_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("2 processes would measure", "prune-channels-gradually:latency=0.5", UsageError)
 
 
 @pytest.mark.usefixtures("no_work")
@@ -393,28 +381,6 @@ def test_gradual_pruning_trains_in_each_round() -> None:
         array = weights_of(result.model)[name]
         assert np.count_nonzero(array == 0) / array.size == pytest.approx(0.8, abs=0.02)
     assert kl_of(result) < kl_of(run(PRUNED))
-
-
-def test_channels_go_in_rounds_down_to_what_was_asked_for() -> None:
-    many = samples(800)
-    asked = "macs=0.5:multiple=1"
-    at_once = run(f"prune-channels:{asked}", data=many)
-    result = run(f"prune-channels-gradually:{asked}:rounds=3:steps=60:rate=0.01", data=many)
-    assert len(facts_of(result, LOSS_CURVE)) == 3
-    assert count_macs(result.model) / count_macs(model()) == pytest.approx(0.5, abs=0.04)
-    assert kl_of(result) < kl_of(at_once)
-
-
-def test_ratio_of_channels_is_that_of_all_rounds() -> None:
-    result = run("prune-channels-gradually:ratio=0.5:multiple=1:rounds=2:steps=2")
-    assert weights_of(result.model)["w1"].shape[1] == pytest.approx(16, abs=1)
-
-
-def test_rounds_in_which_nothing_goes_are_said_and_not_trained() -> None:
-    result = run("prune-channels-gradually:ratio=0.1:multiple=16:rounds=2:steps=2")
-    notes = [note.text for note in result.report.steps[-1].notes]
-    assert sum("nothing more was pruned" in note for note in notes) == 2
-    assert not facts_of(result, LOSS_CURVE)
 
 
 def test_gradual_pattern_is_exact() -> None:

@@ -103,11 +103,11 @@ class PruneChannels(Pass):
         if self.rounds == 1:
             self._run_once(model, ctx)
             return
-        for number, (amount, once) in enumerate(self.cuts(model), 1):
+        for number, (amount, once) in enumerate(self._cuts(model), 1):
             ctx.note(f"round {number}: `{amount}`")
             once.run(model, ctx)
 
-    def cuts(self, model: ir.Model) -> Iterator[tuple[str, PruneChannels]]:
+    def _cuts(self, model: ir.Model) -> Iterator[tuple[str, PruneChannels]]:
         """Yield what each round is asked for, as text and as a pass of one round, settled when the round begins.
 
         Each of n rounds leaves the n-th root of what is to be left in the end, so that all take the same share of what
@@ -118,11 +118,8 @@ class PruneChannels(Pass):
         for number in range(1, self.rounds + 1):
             name, share = self._share(number, count_macs(model) / whole if whole else 1.0)
             if 0 < share < 1:  # else blocks have taken what this round was to take
-                yield f"{name}={share:.3g}", self.once(**{name: share})
-
-    def once(self, **share: float) -> PruneChannels:
-        """Return the pass of one round that is asked for a share."""
-        return replace(self, rounds=1, **share)  # type: ignore[arg-type]
+                once = replace(self, rounds=1, **{name: share})  # type: ignore[arg-type]
+                yield f"{name}={share:.3g}", once
 
     def _share(self, number: int, left: float) -> tuple[str, float]:
         """Return what a round is asked for, of a model with so much left of its multiplications."""

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import onnx_ir as ir
 
 from graphopt import options
-from graphopt.authoring import Context, Given, Guarantee, Need
+from graphopt.authoring import Context, Given, Guarantee, Need, Note
 from graphopt.errors import UsageError
 from graphopt.options import opt
 
 from ..lossy.order import BEFORE_SPARSE_FILES
 from ..lossy.prune import Prune, parse_pattern
 from .recover import Recover
-from .rounds import check_rounds, run_rounds, training_of
 
 # The exponent of the schedule: most weights go in the first rounds, while there are many to spare.
 _EXPONENT = 3
+# What `prune` and `recover` both have, and here is said of pruning: all layers are trained.
+_OF_PRUNING = ("include", "exclude")
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class PruneGradually(Prune, Recover):
         return frozenset({Need.CANONICAL, Need.CALIBRATION})
 
     def check_ahead(self, given: Given) -> None:
-        """Refuse what could not be trained."""
-        check_rounds(given, training_of(self))
+        """Refuse what could not be trained; the model as it is will do for a teacher."""
+        teacher = given.teacher if given.teacher is not None else given.model
+        self._training().check_ahead(replace(given, teacher=teacher))
 
     def run(self, model: ir.Model, ctx: Context) -> None:
         """Prune and train, round by round.
@@ -64,7 +67,21 @@ class PruneGradually(Prune, Recover):
             PassError: The model is quantized already, training diverges, or a zero would not stay one.
             UsageError: A glob matches nothing.
         """
-        run_rounds(model, ctx, ((_amount(cut), cut) for cut in self.cuts()), training_of(self))
+        teacher = ctx.standard if ctx.standard is not None else model.clone()
+        context, training = replace(ctx, teacher=teacher), self._training()
+        steps = list(self.cuts())
+        for number, cut in enumerate(steps, 1):
+            before = ctx.rewriter.edits
+            amount = f"pattern={cut.pattern}" if cut.pattern is not None else f"sparsity={cut.sparsity:.3g}"
+            ctx.note(f"round {number} of {len(steps)}: `{amount}`")
+            notes: list[Note] = []
+            cut.run(model, replace(context, notes=notes))
+            if ctx.rewriter.edits == before:
+                ctx.note("nothing more was pruned, so nothing is trained")
+            else:
+                training.run(model, replace(context, notes=notes))
+            # What is said of a round is said again of the next one, but for the figures of the model as a whole.
+            ctx.notes.extend(note for note in notes if number == len(steps) or (note.facts and note.node is None))
 
     def cuts(self) -> Iterator[Prune]:
         """Yield what is pruned in each round; rounds that come to the same are one."""
@@ -82,6 +99,9 @@ class PruneGradually(Prune, Recover):
         gone = max(1, round((m - n) * share))
         return Prune(**{**chosen, "pattern": f"{m - gone}of{m}"})
 
-
-def _amount(cut: Prune) -> str:
-    return f"pattern={cut.pattern}" if cut.pattern is not None else f"sparsity={cut.sparsity:.3g}"
+    def _training(self) -> Recover:
+        """Return the pass that trains what is left after a round."""
+        chosen: dict[str, Any] = {
+            name: getattr(self, name) for name in options.fields(Recover) if name not in _OF_PRUNING
+        }
+        return Recover(**chosen)

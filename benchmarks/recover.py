@@ -69,10 +69,11 @@ class Trial:
 IMAGES = ("--augment", "flip+crop+mixup+cutmix", "--batch", "64", "--precision", "bf16")
 CHANNELS = (
     Trial("resnet20", 1000, "prune-channels:macs=0.5:rounds=5", ("--epochs", "400", *IMAGES)),
+    Trial("resnet20", 1000, "prune-channels:macs=0.5", ("--epochs", "400", *IMAGES)),
     Trial("digits", 1297, "prune-channels:macs=0.5", ("--epochs", "60")),
 )
 ZEROS = (
-    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "150", "--rate", "3e-4", *IMAGES)),
+    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "400", *IMAGES)),
     Trial("digits", 1297, "prune:sparsity=0.8", ("--epochs", "40")),
 )
 ROUNDED = "quant:mode=static:weights=int4:group=channel:solver=rtn"

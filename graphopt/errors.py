@@ -9,6 +9,8 @@ from typing import Any
 
 EXIT_CHECK_FAILED = 1
 LONGEST_CAUSE = 300  # characters of another library's error that are shown
+# How many known names a hint lists: all passes and options, not all values of a model.
+_NAMES_SHOWN = 80
 # What stands where a text was cut.
 _CUT = " …"
 EXIT_USAGE = 2
@@ -117,7 +119,7 @@ def in_words(error: BaseException) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a hint naming the closest known word, or all of them when none is close."""
+    """Return a hint naming the closest known word, or when none is close all of them, as far as one can read that."""
     names = sorted(known)
     begun = [name for name in names if word and name.startswith(f"{word}-")]
     if len(begun) > 1:
@@ -125,4 +127,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = begun or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean `{close[0]}`?"
-    return f"known: {', '.join(names)}" if names else "none are known"
+    if not names:
+        return "none are known"
+    more = f", and {len(names) - _NAMES_SHOWN:,} more" if len(names) > _NAMES_SHOWN else ""
+    return f"known: {', '.join(names[:_NAMES_SHOWN])}{more}"

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import optimization, output_files, staged_files
-from graphopt.errors import EXIT_FAULT
+from graphopt.errors import EXIT_FAULT, did_you_mean
 from graphopt.passes.lossy.prune import Prune
 
 from .command_line import FEATURES, Outcome, classifier, contents, fill, run, samples
@@ -588,3 +588,9 @@ def test_every_error_raised_has_a_hint() -> None:
             ):
                 hintless.append(f"{file.relative_to(ROOT)}:{call.lineno}")
     assert not hintless
+
+
+def test_hints_list_no_more_names_than_are_read() -> None:
+    assert did_you_mean("zebra", ["beta", "alpha"]) == "known: alpha, beta"
+    many = did_you_mean("zebra", [f"{number:04}" for number in range(2000)])
+    assert many.endswith("0079, and 1,920 more")

@@ -27,7 +27,8 @@ class Aim:
 
     task: str = opt(
         "auto",
-        help="loss against labels: auto (none with a teacher), none, cross-entropy, next-token, mse, file.py:function",
+        help="loss against labels: auto (none with a teacher), none, cross-entropy, next-token, mse, file.py:function "
+        "or module:function",
         function=True,
     )
     distill: float | None = opt(
@@ -65,7 +66,7 @@ class Aim:
         if self.task not in BUILT_IN_TASKS and ":" not in self.task:
             raise UsageError(
                 f"pass `recover`: unknown task `{self.task}`",
-                hint=f"one of: {', '.join(BUILT_IN_TASKS)}; or file.py:function",
+                hint=f"one of: {', '.join(BUILT_IN_TASKS)}; or file.py:function, package.module:function",
             )
         self._check_shares()
         self._check_augmentations()

@@ -70,6 +70,7 @@ IMAGES = ("--augment", "flip+crop+mixup+cutmix", "--batch", "64", "--precision",
 CHANNELS = (
     Trial("resnet20", 1000, "prune-channels:macs=0.5:rounds=5", ("--epochs", "400", *IMAGES)),
     Trial("resnet20", 1000, "prune-channels:macs=0.5", ("--epochs", "400", *IMAGES)),
+    Trial("resnet20", 1000, "prune-channels:macs=0.4:rounds=5", ("--epochs", "400", *IMAGES)),
     Trial("digits", 1297, "prune-channels:macs=0.5", ("--epochs", "60")),
 )
 ZEROS = (

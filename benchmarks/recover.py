@@ -66,7 +66,8 @@ class Trial:
 
 
 # Settled by the loss on samples held out of training and by trials that were scored: no other data is at hand.
-IMAGES = ("--augment", "flip+crop+mixup+cutmix", "--batch", "64", "--precision", "bf16")
+OTHER_IMAGES = ("--augment", "flip+crop+mixup+cutmix", "--batch", "64")
+IMAGES = (*OTHER_IMAGES, "--precision", "bf16")
 CHANNELS = (
     Trial("resnet20", 1000, "prune-channels:macs=0.5:rounds=5", ("--epochs", "400", *IMAGES)),
     Trial("resnet20", 1000, "prune-channels:macs=0.5", ("--epochs", "400", *IMAGES)),
@@ -74,12 +75,12 @@ CHANNELS = (
     Trial("digits", 1297, "prune-channels:macs=0.5", ("--epochs", "60")),
 )
 ZEROS = (
-    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "400", *IMAGES)),
+    Trial("resnet20", 1000, "prune:sparsity=0.8", ("--epochs", "400", "--held-out", "0", *IMAGES)),
     Trial("digits", 1297, "prune:sparsity=0.8", ("--epochs", "40")),
 )
 ROUNDED = "quant:mode=static:weights=int4:group=channel:solver=rtn"
 INTEGERS = (
-    Trial("resnet20", 1000, ROUNDED, ("--epochs", "20", "--rate", "3e-4"), "portable"),
+    Trial("resnet20", 1000, ROUNDED, ("--epochs", "60", *OTHER_IMAGES), "portable"),
     Trial("digits", 1297, ROUNDED, ("--epochs", "30", "--rate", "3e-4"), "portable"),
     Trial("squeezenet", 64, "quant:mode=static:weights=int4", ("--epochs", "60", "--rate", "3e-4"), "portable"),
 )

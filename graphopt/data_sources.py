@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from graphopt.backend import Array
-from graphopt.errors import DataError, UsageError, did_you_mean, in_words
+from graphopt.errors import DataError, GraphoptError, UsageError, did_you_mean, in_words
 
 # A raw source yields (where it is, arrays by name, whether the first axis is known to be samples).
 Raw = Iterator[tuple[str, Mapping[str, Any], bool]]
@@ -63,13 +63,7 @@ def load_function(file: str, function: str) -> Callable[..., Any]:
     path = Path(file)
     if not path.is_file():
         raise DataError(f"`{file}` does not exist", hint="write `file.py:function`")
-    module = _run_file(path)
-    found = getattr(module, function, None)
-    if not callable(found):
-        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise DataError(f"`{file}` has no function `{function}`", hint=did_you_mean(function, names))
-    result: Callable[..., Any] = found
-    return result
+    return _function_of(_run_file(path), function, file, DataError)
 
 
 def load_named_function(text: str, *, hint: str) -> Callable[..., Any]:
@@ -94,10 +88,15 @@ def load_named_function(text: str, *, hint: str) -> Callable[..., Any]:
         module = importlib.import_module(place)
     except Exception as error:
         raise UsageError(f"`{text}`: module `{place}` cannot be imported: {in_words(error)}", hint=hint) from error
+    return _function_of(module, name, place, UsageError)
+
+
+def _function_of(module: ModuleType, name: str, place: str, kind: type[GraphoptError]) -> Callable[..., Any]:
+    """Return a function of a module; the error of that kind says where it was looked for."""
     found = getattr(module, name, None)
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(f"`{place}` has no function `{name}`", hint=did_you_mean(name, names))
+        raise kind(f"`{place}` has no function `{name}`", hint=did_you_mean(name, names))
     result: Callable[..., Any] = found
     return result
 

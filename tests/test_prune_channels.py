@@ -222,6 +222,23 @@ def test_rounds_end_about_where_a_single_cut_does(asked: str) -> None:
     once, rounds = pruned(parsed(PLAIN), spec), pruned(parsed(PLAIN), f"{spec}:rounds=3")
     assert rounds.report.after.macs == pytest.approx(once.report.after.macs, rel=0.15)
     assert texts(rounds).count("round ") == 3
+    assert f"{rounds.report.after.macs / rounds.report.before.macs:.1%} of the MACs left after 3 rounds" in texts(
+        rounds
+    )
+
+
+def test_rounds_of_images_of_any_size_take_no_more() -> None:
+    """Where MACs cannot be counted each round takes its share of what it finds."""
+    text = PLAIN.replace("float[N, 3, 8, 8] x", "float[N, 3, H, W] x")
+    spec = "prune-channels:macs=0.4:multiple=1"
+    once, rounds = (sizes(pruned(parsed(text), one).model) for one in (spec, f"{spec}:rounds=3"))
+    kept = [sum(shape[0] for shape in one.values() if len(shape) == 4) for one in (once, rounds)]
+    assert kept[1] == pytest.approx(kept[0], abs=4)
+
+
+def test_rounds_with_nothing_left_to_take_are_said() -> None:
+    said = texts(pruned(parsed(PLAIN), "prune-channels:macs=0.9:multiple=8:rounds=4"))
+    assert "widths in blocks have taken what it was to take" in said
 
 
 @pytest.mark.parametrize("criterion", ["l1", "variance", "obs"])

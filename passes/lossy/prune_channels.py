@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -102,13 +102,11 @@ class PruneChannels(Pass):
             refuse_untimed(self.name, ctx)
         if self.rounds == 1:
             self._run_once(model, ctx)
-            return
-        for number, (amount, once) in enumerate(self._cuts(model), 1):
-            ctx.note(f"round {number}: `{amount}`")
-            once.run(model, ctx)
+        else:
+            self._run_in_rounds(model, ctx)
 
-    def _cuts(self, model: ir.Model) -> Iterator[tuple[str, PruneChannels]]:
-        """Yield what each round is asked for, as text and as a pass of one round, settled when the round begins.
+    def _run_in_rounds(self, model: ir.Model, ctx: Context) -> None:
+        """Cut in steps, each of which is settled when it begins.
 
         Each of n rounds leaves the n-th root of what is to be left in the end, so that all take the same share of what
         they find. MACs are counted from the model as it was, so what widths in blocks leave over in one round goes in
@@ -116,15 +114,20 @@ class PruneChannels(Pass):
         """
         whole = count_macs(model)
         for number in range(1, self.rounds + 1):
-            name, share = self._share(number, count_macs(model) / whole if whole else 1.0)
-            if 0 < share < 1:  # else blocks have taken what this round was to take
-                once = replace(self, rounds=1, **{name: share})  # type: ignore[arg-type]
-                yield f"{name}={share:.3g}", once
+            name, share = self._share(number, count_macs(model) / whole if whole else None)
+            if share >= 1:
+                ctx.note(f"round {number}: widths in blocks have taken what it was to take")
+                continue
+            ctx.note(f"round {number}: `{name}={share:.3g}`")
+            replace(self, rounds=1, **{name: share}).run(model, ctx)  # type: ignore[arg-type]
+        if whole:
+            ctx.note(f"{count_macs(model) / whole:.1%} of the MACs left after {self.rounds} rounds")
 
-    def _share(self, number: int, left: float) -> tuple[str, float]:
-        """Return what a round is asked for, of a model with so much left of its multiplications."""
+    def _share(self, number: int, left: float | None) -> tuple[str, float]:
+        """Return what a round is asked for, of a model with so much left of its MACs; None where none are known."""
         if self.macs is not None:
-            return "macs", self.macs ** (number / self.rounds) / left
+            root = self.macs ** (1 / self.rounds)
+            return "macs", root if left is None else root**number / left
         if self.latency is not None:
             return "latency", self.latency ** (1 / self.rounds)
         return "ratio", 1 - (1 - (self.ratio or self.usual_ratio)) ** (1 / self.rounds)

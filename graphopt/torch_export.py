@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt import walk
 from graphopt.backend import Array
+from graphopt.bias_scales import bias_scales
 from graphopt.choices import ModelLike, lowering_backend, open_model
 from graphopt.constant_names import constant_names
 from graphopt.errors import UsageError
@@ -77,7 +78,8 @@ def update_weights(model: ModelLike, module: torch.nn.Module | Mapping[str, torc
 
     Raises:
         UsageError: The module is of another model: it lacks a weight, has one too many, or one of another shape or
-            kind; a weight became infinite, or does not fit its dtype.
+            kind; a weight became infinite, or does not fit its dtype; or the scale of an int32 bias is no longer
+            the product that runtimes take it for.
         GraphoptError: The model cannot be loaded, or PyTorch is not installed.
     """
     import torch
@@ -90,7 +92,7 @@ def update_weights(model: ModelLike, module: torch.nn.Module | Mapping[str, torc
     values = {name: value for value, name in constant_names(opened).items()}
     before = fresh.state_dict()
     held.refuse_others(before)
-    rewriter = Rewriter(opened)
+    rewriter, products = Rewriter(opened), _bias_products(opened)
     with torch.no_grad():
         for path, original in before.items():
             name = names.get(path, path)
@@ -104,6 +106,7 @@ def update_weights(model: ModelLike, module: torch.nn.Module | Mapping[str, torc
                         hint="leave attributes of nodes, and what a function is given for them, as they are",
                     )
                 rewriter.set_weight(value, stored_tensor(value, _array(name, value, now)))
+    _refuse_other_products(products, opened)
     return opened
 
 
@@ -195,6 +198,21 @@ def _refuse_other(name: str, before: torch.Tensor, now: torch.Tensor) -> None:
         raise UsageError(
             f"weight `{name}` is {_show(before)} in the model and {_show(now)} in the module",
             hint="floats stay floats, and codes integers; the pass `quant` makes codes of floats",
+        )
+
+
+def _bias_products(model: ir.Model) -> set[ir.Value]:
+    """Return the scales of int32 biases that are the products of their layers' scales."""
+    return {scale for scale, bias in bias_scales(model).items() if bias.factors is not None}
+
+
+def _refuse_other_products(before: set[ir.Value], model: ir.Model) -> None:
+    """Raise an error where the scale of an int32 bias is a product no longer: runtimes take it for one unseen."""
+    others = sorted(value.name or "" for value in before - _bias_products(model))
+    if others:
+        raise UsageError(
+            f"`{others[0]}`, the scale of a bias in int32, is no longer its input's scale times its weight's",
+            hint="runtimes compute with that product: give the scale that value, train other scales, or use `recover`",
         )
 
 

@@ -21,7 +21,17 @@ PACKAGES = {"graphopt": ROOT / "graphopt", "graphopt.passes": ROOT / "passes", "
 # The rooms of core from the ground up. A module imports from its own room and from those above it in this list.
 ROOMS = {
     "words": ("errors", "lazy_imports", "machine", "processes", "progress", "versions"),
-    "ground": ("backend", "constant_names", "fusion_rules", "options", "provenance", "standing", "target", "walk"),
+    "ground": (
+        "backend",
+        "bias_scales",
+        "constant_names",
+        "fusion_rules",
+        "options",
+        "provenance",
+        "standing",
+        "target",
+        "walk",
+    ),
     "files": (
         "data_files",
         "fidelity",

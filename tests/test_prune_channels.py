@@ -228,7 +228,7 @@ def test_rounds_end_about_where_a_single_cut_does(asked: str) -> None:
 
 
 def test_rounds_of_images_of_any_size_take_no_more() -> None:
-    """Where MACs cannot be counted each round takes its share of what it finds."""
+    """Sizes that are not known count alike in each round."""
     text = PLAIN.replace("float[N, 3, 8, 8] x", "float[N, 3, H, W] x")
     spec = "prune-channels:macs=0.4:multiple=1"
     once, rounds = (sizes(pruned(parsed(text), one).model) for one in (spec, f"{spec}:rounds=3"))

@@ -17,6 +17,7 @@ import pytest
 import graphopt
 from graphopt import walk
 from graphopt.backend import Array
+from graphopt.bias_scales import bias_scales
 from graphopt.constant_names import constant_names
 from graphopt.errors import BackendError, ModelError, UsageError
 from graphopt.sparse import SparselyStored
@@ -223,6 +224,24 @@ def test_codes_may_be_set_within_their_range() -> None:
     module.q[0, 0] = 8
     with pytest.raises(UsageError, match=r"`q` has codes of -2 to 8 in int4"):
         graphopt.update_weights(model, module)
+
+
+def test_scales_of_integer_biases_stay_products_of_two() -> None:
+    """A runtime computes with that product, whatever the model says: this once was off by a third of the outputs."""
+    model = graphopt.optimize(
+        DIGITS, "quant:mode=static", data=DIGITS.with_name("digits.npz"), timed=False, threads=1
+    ).model
+    bias = next(iter(bias_scales(model).values()))
+    assert bias.factors is not None
+    module = graphopt.to_torch(model)
+    paths = module.meta["graphopt"].parameters
+    scale, first, second = (module.get_parameter(paths[value.name]).data for value in (bias.scale, *bias.factors))
+    second *= 1.25
+    with pytest.raises(UsageError, match="no longer its input's scale times its weight's") as error:
+        graphopt.update_weights(model, module)
+    assert error.value.hint
+    scale.copy_((first * second).reshape(scale.shape))
+    graphopt.update_weights(model, module)
 
 
 def test_sparse_weights_stay_sparse() -> None:

@@ -14,10 +14,10 @@ from torch import nn
 
 from graphopt import walk
 from graphopt.backend import Array
+from graphopt.bias_scales import bias_scales
 from graphopt.stored_weights import as_floats
 
 from ..held import ADAPTERS, Held
-from .bias_scales import bias_scales
 from .constant_kinds import BIAS, SCALE, WEIGHT, ZERO_POINT
 from .constant_readers import Reader, readers_of
 from .crossings import crossings_of
